@@ -1,0 +1,257 @@
+"""Adaptive Inertia in plain PyTorch, one function per equation: the specification, and the fallback backend.
+
+Z. Xie, X. Wang, H. Zhang, I. Sato, M. Sugiyama: *Adaptive Inertia: Disentangling the Effects of Adaptive Learning Rate
+and Momentum*, ICML 2022, https://arxiv.org/abs/2006.15815. AdaiV2 is from the authors' code,
+https://github.com/zeke-xie/adaptive-inertia-adai.
+
+One step of one parameter group::
+
+    g      =  c * gradient  (+ weight_decay * theta, coupled)      gradient
+    theta <-  theta * (1 - lr * weight_decay)        (decoupled)   decay_
+    v     <-  beta2 * v + (1 - beta2) * g^2                        second_moment_
+    r      =  v / (1 - beta2^t) / vbar                             bias_correction, inertia
+    beta1  =  clamp(1 - beta0 * r^(1 / (3 - 2 d)), 0, 1 - eps)     inertia
+    P     <-  P * beta1                                            inertia_product_
+    m     <-  beta1 * m + (1 - beta1)^d * g                        first_moment_
+    theta <-  theta - lr * beta0^(1 - d) * m / (1 - P)             update_
+
+``vbar`` is the mean of ``v / (1 - beta2^t)`` over every element of every parameter of every parameter group on every
+rank. It is known before v is, because the sum of v obeys a recursion (:func:`mean_terms`)::
+
+    sum(v) <- beta2 * sum(v) + (1 - beta2) * ||g||^2
+
+Legend:
+
+========  =============  ============================================================================================
+symbol    state name     meaning
+========  =============  ============================================================================================
+theta                    parameter
+g                        effective gradient; c is the clip coefficient over the loss scale, negative under maximize
+v         exp_avg_sq     second moment
+m         exp_avg        first moment, the momentum
+P         beta1_prod     product of all inertias so far
+t         step           number of steps of this parameter that counted
+d                        dampening; 1 is Adai
+========  =============  ============================================================================================
+
+Differences from the authors' code:
+
+1. While vbar is 0 (nothing but zero gradients so far) inertia is undefined. Such a step decays theta where the decay is
+   decoupled, changes no state and does not count (the authors' code makes every parameter NaN). The same holds for a
+   step with neither gradient nor learning rate before the first one that counts: checkpoint libraries make one to have
+   the states created, and with coupled decay it would otherwise leave a trace.
+2. Arithmetic is float32 at least, and so are the states: in bfloat16 0.999 rounds to 1 and ``1 - P`` to 0.
+3. The gradient is never written to. The authors' code adds the coupled decay into it.
+4. A non-finite gradient anywhere skips the step everywhere.
+
+All functions take lists of tensors on one device; a trailing underscore changes the first argument in place. Nothing
+here reads a device tensor on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adai_dist.hyper import Hyper
+
+Tensors = list[Tensor]
+
+
+class Shards(NamedTuple):
+    """Local tensors stepped with the same hyperparameters: one entry per shard, alike in shape; real dtypes.
+
+    Parameters are of one floating-point dtype, gradients of one, states of the compute dtype (:func:`compute_dtype`).
+    """
+
+    param: Tensors
+    grad: Tensors
+    exp_avg: Tensors
+    exp_avg_sq: Tensors
+    beta1_prod: Tensors
+
+
+class StepScalars(NamedTuple):
+    """What a step needs beside the tensors; 0-dim tensors of the compute dtype on the device of the shards."""
+
+    coefficient: Tensor
+    """c: factor of every gradient, with the sign of the direction."""
+    lr: Tensor
+    is_finite: Tensor
+    """bool: no gradient anywhere is non-finite."""
+    is_live: Tensor
+    """bool: finite, and vbar > 0; otherwise moments, products and inertia stay as they are."""
+    inverse_means: Tensors
+    """``1 / (1 - beta2^t) / vbar``, one per shard; 0 when the step is not live."""
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The real dtype of arithmetic and states for a parameter of ``dtype``: float32, or float64 if it is wider."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def scalar_tensor(value: float | Tensor, like: Tensor) -> Tensor:
+    """``value`` as a 0-dim tensor with the device and dtype of ``like``; a device tensor is not read on the host."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return value.detach().reshape(()).to(like.device, like.dtype)
+    return torch.full((), float(value), device=like.device, dtype=like.dtype)
+
+
+def bias_correction(beta2: float, t: Tensor) -> Tensor:
+    """``1 - beta2^t`` in float64, without cancellation."""
+    return -torch.expm1(t.double() * (math.log(beta2) if beta2 > 0 else -math.inf))
+
+
+def gradient(shards: Shards, hyper: Hyper, scalars: StepScalars) -> Tensors:
+    """``g = c * gradient (+ weight_decay * theta)``: new tensors of the compute dtype, zero if the step is not live."""
+    dtype = scalars.coefficient.dtype
+    g = list(torch._foreach_mul([grad.to(dtype) for grad in shards.grad], scalars.coefficient))
+    if hyper.coupled_decay:
+        torch._foreach_add_(g, [param.to(dtype) for param in shards.param], alpha=hyper.coupled_decay)
+    _fill_unless_(g, scalars.is_live, 0.0)
+    return g
+
+
+def decay_(theta: Tensors, hyper: Hyper, scalars: StepScalars) -> None:
+    """``theta <- theta * (1 - lr * weight_decay)``, decoupled; nothing if a gradient is non-finite."""
+    if hyper.decoupled_decay:
+        torch._foreach_mul_(theta, 1.0 - scalars.lr * scalars.is_finite * hyper.decoupled_decay)
+
+
+def second_moment_(v: Tensors, g: Tensors, hyper: Hyper, scalars: StepScalars) -> None:
+    """``v <- beta2 * v + (1 - beta2) * g^2``"""
+    torch._foreach_mul_(v, _or_one(hyper.beta2, scalars))
+    torch._foreach_addcmul_(v, g, g, value=1.0 - hyper.beta2)
+
+
+def inertia(v: Tensors, hyper: Hyper, scalars: StepScalars) -> Tensors:
+    """``beta1 = clamp(1 - beta0 * r^(1 / (3 - 2 d)), 0, 1 - eps)``; 1, which keeps all, if the step is not live."""
+    beta1 = list(torch._foreach_mul(v, scalars.inverse_means))
+    if hyper.inertia_exponent != 1.0:
+        torch._foreach_pow_(beta1, hyper.inertia_exponent)
+    torch._foreach_mul_(beta1, -hyper.beta0)
+    torch._foreach_add_(beta1, 1.0)
+    torch._foreach_clamp_min_(beta1, 0.0)
+    torch._foreach_clamp_max_(beta1, 1.0 - hyper.eps)
+    _fill_unless_(beta1, scalars.is_live, 1.0)
+    return beta1
+
+
+def inertia_product_(P: Tensors, beta1: Tensors) -> None:
+    """``P <- P * beta1``"""
+    torch._foreach_mul_(P, beta1)
+
+
+def first_moment_(m: Tensors, beta1: Tensors, g: Tensors, hyper: Hyper) -> None:
+    """``m <- beta1 * m + (1 - beta1)^d * g``"""
+    torch._foreach_mul_(m, beta1)
+    if hyper.dampening == 0.0:
+        torch._foreach_add_(m, g)
+        return
+    one_minus_beta1 = _one_minus(beta1)
+    if hyper.dampening != 1.0:
+        torch._foreach_pow_(one_minus_beta1, hyper.dampening)
+    torch._foreach_addcmul_(m, one_minus_beta1, g)
+
+
+def update_(theta: Tensors, m: Tensors, P: Tensors, hyper: Hyper, scalars: StepScalars) -> None:
+    """``theta <- theta - lr * beta0^(1 - d) * m / (1 - P)``"""
+    one_minus_P = _one_minus(P)
+    # 1 - P >= eps after a step that counted. Before the first one it is 0, and so is m.
+    torch._foreach_clamp_min_(one_minus_P, torch.finfo(P[0].dtype).tiny)
+    update = list(torch._foreach_div(m, one_minus_P))
+    torch._foreach_mul_(update, scalars.lr * scalars.is_live * -hyper.lr_factor)
+    torch._foreach_add_(theta, update)
+
+
+def advance(shards: Shards, hyper: Hyper, scalars: StepScalars) -> None:
+    """One step of all equations above, in place on parameters and states.
+
+    Temporary memory: four tensors as large as all the shards together.
+    """
+    dtype = scalars.coefficient.dtype
+    theta = [param.to(dtype) for param in shards.param]
+    g = gradient(shards, hyper, scalars)
+    decay_(theta, hyper, scalars)
+    second_moment_(shards.exp_avg_sq, g, hyper, scalars)
+    beta1 = inertia(shards.exp_avg_sq, hyper, scalars)
+    inertia_product_(shards.beta1_prod, beta1)
+    first_moment_(shards.exp_avg, beta1, g, hyper)
+    update_(theta, shards.exp_avg, shards.beta1_prod, hyper, scalars)
+    if theta[0] is not shards.param[0]:
+        torch._foreach_copy_(shards.param, theta)
+
+
+class SquaredNorms(NamedTuple):
+    """Inner products of raw gradients and parameters, one float64 per shard; the last two only with coupled decay."""
+
+    grad_grad: Tensor
+    grad_param: Tensor
+    param_param: Tensor
+
+
+def observe(shards: Shards, hyper: Hyper) -> SquaredNorms:
+    """``<g, g>``, and with coupled decay ``<g, theta>`` and ``<theta, theta>``, of the raw gradients, per shard."""
+    grad_grad = _norms(shards.grad, 2).square()
+    if not hyper.coupled_decay:
+        return SquaredNorms(grad_grad, torch.zeros_like(grad_grad), torch.zeros_like(grad_grad))
+    products = [(g.double() * p.double()).sum() for g, p in zip(shards.grad, shards.param, strict=True)]
+    return SquaredNorms(grad_grad, torch.stack(products), _norms(shards.param, 2).square())
+
+
+def sums(v: Tensors) -> Tensor:
+    """``sum(v)`` of non-negative v, one float64 per shard; the order of summation depends on the shape alone."""
+    return _norms(v, 1)
+
+
+class MeanTerms(NamedTuple):
+    """One float64 per shard: ``sum(v / (1 - beta2^t)) = carried + c^2 * quadratic + c * linear + constant``, c > 0."""
+
+    carried: Tensor
+    quadratic: Tensor
+    linear: Tensor
+    constant: Tensor
+
+
+def mean_terms(norms: SquaredNorms, v_sum: Tensor, correction: Tensor, hyper: Hyper) -> MeanTerms:
+    """What a shard adds to vbar, before v is updated and before the coefficient c of the gradients is known.
+
+    From ``sum(v) <- beta2 * sum(v) + (1 - beta2) * ||c * gradient + weight_decay * theta||^2``, multiplied out.
+
+    Args:
+        norms: of :func:`observe`.
+        v_sum: ``sum(v)`` before this step, float64, shape (number of shards,).
+        correction: ``1 - beta2^t`` of this step, likewise.
+    """
+    gain = (1.0 - hyper.beta2) / correction
+    decay = hyper.coupled_decay
+    return MeanTerms(
+        carried=hyper.beta2 * v_sum / correction,
+        quadratic=gain * norms.grad_grad,
+        linear=gain * (2.0 * decay * hyper.sign) * norms.grad_param,
+        constant=gain * decay**2 * norms.param_param,
+    )
+
+
+def _norms(tensors: Tensors, order: int) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors, order, dtype=torch.float64))
+
+
+def _one_minus(x: Tensors) -> Tensors:
+    y = list(torch._foreach_neg(x))
+    torch._foreach_add_(y, 1.0)
+    return y
+
+
+def _fill_unless_(tensors: Tensors, condition: Tensor, value: float) -> None:
+    otherwise = ~condition
+    for x in tensors:
+        x.masked_fill_(otherwise, value)
+
+
+def _or_one(factor: float, scalars: StepScalars) -> Tensor:
+    one = torch.ones_like(scalars.lr)
+    return torch.where(scalars.is_live, factor * one, one)

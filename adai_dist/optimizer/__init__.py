@@ -1,0 +1,6 @@
+"""The optimizers."""
+
+from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
+from adai_dist.optimizer.variants import Adai, AdaiV2, AdaiW
+
+__all__ = ["Adai", "AdaiV2", "AdaiW", "AdaptiveInertia"]

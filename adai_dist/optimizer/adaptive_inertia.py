@@ -1,0 +1,317 @@
+"""The optimizer: observe, global mean, advance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from adai_dist import equations
+from adai_dist.equations import Shards
+from adai_dist.hyper import Hyper, max_grad_norm_in_range
+from adai_dist.optimizer.skips import SkipCounter
+from adai_dist.optimizer.state import new_state, restore_states, step_tensor
+from adai_dist.sharding.holdings import Holdings
+from adai_dist.sharding.mean import GlobalMean, Sums, global_mean
+from adai_dist.sharding.ownership import NumReplicas, Sharding, local_tensor
+from adai_dist.sharding.shards import OwnedShards
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class PendingMean(NamedTuple):
+    """What :meth:`AdaptiveInertia.clip_grad_norm_` found out, and the gradients that it looked at."""
+
+    mean: GlobalMean
+    gradients: list[tuple[Tensor, int]]
+
+
+class AdaptiveInertia(torch.optim.Optimizer):
+    """Adaptive Inertia on whatever part of the model this rank holds: the class behind Adai, AdaiW and AdaiV2.
+
+    A step has three phases, and only the second one communicates::
+
+        observe       local       inner products of gradients (and parameters), one read of the gradients
+        global_mean   collective  64 bytes per process group: norm, clip coefficient, mean, non-finite flag
+        advance       local       one pass over parameters, gradients and states
+
+    Engines that step a part of the model at a time call the phases themselves.
+
+    Args:
+        params: parameters, named parameters, or parameter groups.
+        hyper: hyperparameters of the parameter groups that do not state their own.
+        max_grad_norm: clip the global gradient norm inside every step; None for no clipping.
+
+    Attributes:
+        max_grad_norm: as given; may be changed between steps.
+
+    Numerics: states and arithmetic are float32, or float64 for float64 parameters; sums are float64. A step makes the
+    host wait for no device, unless a parameter's gradients come and go.
+    """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves unscaling and skipping to step()
+
+    _sharding: Sharding | None = None
+    _last_mean: GlobalMean | None = None
+    _pending_mean: PendingMean | None = None
+
+    def __init__(self, params: ParamsT, hyper: Hyper, *, max_grad_norm: float | None = None) -> None:
+        self._hyper = hyper
+        self.max_grad_norm = max_grad_norm_in_range("max_grad_norm", max_grad_norm)
+        self._skips = SkipCounter()
+        self._reset_derived()
+        super().__init__(params, hyper.as_defaults())
+        # betas[0] is no momentum. With betas among the defaults, OneCycleLR and CyclicLR would cycle it, silently.
+        del self.defaults["betas"]
+
+    def _reset_derived(self) -> None:
+        """Forget everything that is derived from parameters and states; it is found again in the next step."""
+        self._holdings = Holdings(self._sharding)
+        self._pending_mean = None
+
+    # -- the three phases ------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of every parameter that has a gradient.
+
+        If a gradient on any rank is inf or NaN, all ranks leave parameters and states as they are, count the step in
+        :attr:`num_skipped_steps`, and the main rank logs a warning.
+
+        Args:
+            closure: computes the gradients anew and returns the loss.
+
+        Returns:
+            What ``closure`` returned.
+
+        Raises:
+            TypeError: a gradient is sparse, or not held like its parameter.
+            ValueError: a hyperparameter is out of range; a loaded state does not have its parameter's shape.
+            RuntimeError: gradients changed since :meth:`clip_grad_norm_`; parameters are sharded by FSDP1.
+
+        Collective: all ranks that share the model's DTensor parameters, or all of the configured process group, also
+        those that hold no element or no gradient: one all-reduce of 64 bytes per distinct mesh dimension (one for
+        FSDP2, two for HSDP), or one in all where :meth:`configure_sharding` names the process group. None for plain
+        parameters alone (one device, DDP). A gradient that is placed unlike its parameter is redistributed first.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        shards = self.owned_shards()
+        mean = self._clipped_mean() or self._mean(shards, self.max_grad_norm)
+        self.advance(shards, mean)
+        self._skips.record(mean.is_finite, self._holdings.plan(self.param_groups).is_main_rank)
+        self._last_mean = mean
+        return loss
+
+    @torch.no_grad()
+    def owned_shards(self) -> list[OwnedShards]:
+        """What this rank holds of the parameters that have a gradient; creates states that do not exist yet.
+
+        Collective: where a gradient is placed unlike its parameter, all ranks of the parameter's mesh.
+        """
+        for param in self._params():
+            # Also without a gradient: all ranks must have the same states, or checkpoints hang or lack keys.
+            if (param.requires_grad or param.grad is not None) and not self.state[param]:
+                self.state[param] = new_state(param)
+        return self._holdings.owned_shards(self.param_groups, self.state)
+
+    @torch.no_grad()
+    def observe(self, shards: list[OwnedShards]) -> Sums:
+        """What this rank adds to the global mean: weighted sums, float64, on the device of the first shard.
+
+        Collective: none.
+        """
+        device = self._device()
+        total = torch.zeros(len(Sums._fields), dtype=torch.float64, device=device)
+        for owned in shards:
+            lr = equations.scalar_tensor(owned.hyper.lr, owned.layout.weights)
+            terms = [owned.layout.weights.new_zeros(())] * 5
+            if owned.pieces.grad:
+                norms = equations.observe(owned.pieces, owned.hyper)
+                correction = equations.bias_correction(owned.hyper.beta2, owned.next_steps())
+                mean_terms = equations.mean_terms(norms, owned.exp_avg_sq_sums, correction, owned.hyper)
+                terms = [torch.dot(owned.layout.weights, x) for x in (norms.grad_grad, *mean_terms)]
+            overflow = torch.zeros_like(lr)
+            total += torch.stack([*terms, owned.layout.num_elements, overflow, lr]).to(device)
+        sums = Sums(*total.unbind())
+        found_inf: Tensor | None = getattr(self, "found_inf", None)  # set by torch.amp.GradScaler
+        return sums if found_inf is None else sums._replace(num_overflows=found_inf.to(sums.lr).reshape(()))
+
+    @torch.no_grad()
+    def advance(self, shards: list[OwnedShards], mean: GlobalMean) -> None:
+        """Step the given shards with a known mean, in place. Each shard must be stepped once per step.
+
+        Collective: none.
+        """
+        for owned in shards:
+            local_mean = mean.to(owned.layout.weights.device)
+            if owned.pieces.param:
+                self._advance(owned, local_mean)
+            torch._foreach_add_(owned.steps, local_mean.is_live.to(owned.steps[0].dtype))
+
+    def _advance(self, owned: OwnedShards, mean: GlobalMean) -> None:
+        correction = equations.bias_correction(owned.hyper.beta2, owned.next_steps())
+        scalars = mean.step_scalars(owned.hyper, correction, owned.pieces.exp_avg_sq[0].dtype)
+        new_sums: list[Tensor] = []
+        for batch in owned.batches():
+            pieces = Shards(*(tensors[batch] for tensors in owned.pieces))
+            equations.advance(pieces, owned.hyper, scalars._replace(inverse_means=scalars.inverse_means[batch]))
+            new_sums.append(equations.sums(pieces.exp_avg_sq))
+        self._holdings.store_sums(owned, self.state, torch.cat(new_sums))
+
+    def _mean(self, shards: list[OwnedShards], max_norm: float | None) -> GlobalMean:
+        process_groups = self._holdings.plan(self.param_groups).process_groups
+        return global_mean(self.observe(shards), process_groups, max_norm=max_norm, grad_scale=self._grad_scale())
+
+    def _grad_scale(self) -> Tensor | None:
+        return getattr(self, "grad_scale", None)  # set by torch.amp.GradScaler
+
+    # -- clipping --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip the global gradient norm in the next :meth:`step`, with the coefficient of torch's ``clip_grad_norm_``.
+
+        Works on every mixture of meshes and plain parameters. Gradients are read once and not changed; the step needs
+        no collective of its own then. Replaces ``max_grad_norm`` for that step. Call it after the last backward pass,
+        and with :class:`torch.amp.GradScaler` after ``scaler.unscale_(optimizer)``.
+
+        Args:
+            max_norm: bound of the norm, > 0; infinity only measures.
+
+        Returns:
+            The global norm before clipping, 0-dim float64.
+
+        Collective: as :meth:`step`, which makes none then.
+        """
+        bound = max_grad_norm_in_range("max_norm", max_norm)
+        if bound is None:
+            raise TypeError("max_norm must be a number, got None; leave the call out to clip nothing")
+        mean = self._mean(self.owned_shards(), bound)
+        self._pending_mean = PendingMean(mean, self._gradients())
+        return mean.grad_norm
+
+    def _clipped_mean(self) -> GlobalMean | None:
+        pending, self._pending_mean = self._pending_mean, None
+        if pending is None:
+            return None
+        now = self._gradients()
+        same = len(now) == len(pending.gradients)
+        if not same or any(a is not b or u != v for (a, u), (b, v) in zip(now, pending.gradients, strict=True)):
+            raise RuntimeError(
+                "gradients must stay as they are between clip_grad_norm_() and step(), but they changed; call "
+                "clip_grad_norm_() after the last backward pass (and after scaler.unscale_(optimizer))"
+            )
+        return pending.mean
+
+    def _gradients(self) -> list[tuple[Tensor, int]]:
+        gradients = [param.grad for param in self._params() if param.grad is not None]
+        return [(grad, local_tensor(grad)._version) for grad in gradients]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As :meth:`torch.optim.Optimizer.zero_grad`; a pending :meth:`clip_grad_norm_` is dropped."""
+        self._pending_mean = None
+        super().zero_grad(set_to_none)
+
+    # -- what a step found out -------------------------------------------------------------------------------------
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Global norm of the last step's gradients, unscaled, before clipping; 0-dim float64, NaN before any step."""
+        return torch.tensor(torch.nan) if self._last_mean is None else self._last_mean.grad_norm
+
+    @property
+    def inertia_mean(self) -> Tensor:
+        """Global mean of the bias-corrected second moment in the last step; 0-dim float64, NaN before any step."""
+        return torch.tensor(torch.nan) if self._last_mean is None else self._last_mean.inertia_mean
+
+    @property
+    def num_skipped_steps(self) -> Tensor:
+        """Steps skipped because of a non-finite gradient since this object was made; 0-dim int64."""
+        return self._skips.num_skipped_steps
+
+    # -- sharding --------------------------------------------------------------------------------------------------
+
+    def configure_sharding(self, process_group: ProcessGroup | None = None, num_replicas: NumReplicas = None) -> None:
+        """Say what the tensors cannot: which ranks share the mean, and how many of them hold a copy.
+
+        DTensor parameters and DDP need no call. Without arguments, go back to what the tensors say.
+
+        Args:
+            process_group: all ranks that share the mean; by default all ranks of the job.
+            num_replicas: how many of these ranks hold the same local elements of a plain parameter: a number, a
+                function of the parameter, or None where all of them do. A function is asked about DTensors too;
+                where it returns None the placements decide, and ranks beyond the mesh are taken to hold copies.
+
+        Raises:
+            TypeError: an argument is none of these.
+            ValueError: this rank is no member of ``process_group``; in the next step: ``num_replicas`` is out of range.
+            RuntimeError: torch.distributed is not initialised.
+
+        Collective: none here; all ranks of ``process_group`` must step together afterwards.
+        """
+        automatic = process_group is None and num_replicas is None
+        self._sharding = None if automatic else Sharding.checked(process_group, num_replicas)
+        self._reset_derived()
+
+    def _params(self) -> list[Tensor]:
+        return [param for param_group in self.param_groups for param in param_group["params"]]
+
+    def _device(self) -> torch.device:
+        for param in self._params():
+            return param.device
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+    # -- torch.optim -----------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with their own hyperparameters where given; also during training.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
+        if isinstance(param_group, dict):  # pyright: ignore[reportUnnecessaryIsInstance] torch refuses the others
+            Hyper.from_param_group({**self._hyper.as_defaults(), **param_group})
+            param_group.setdefault("betas", self._hyper.betas)
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this optimizer, or of the authors' Adai and AdaiV2; states keep float32 at least."""
+        loaded: dict[str, Any] = {}
+        hook = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        restore_states(self.state, self.param_groups, loaded)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "_hyper": self._hyper,
+            "max_grad_norm": self.max_grad_norm,
+            "_sharding": self._sharding,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_skips", SkipCounter())
+        for param_group in self.param_groups:
+            for name, value in self._hyper.as_defaults().items():
+                param_group.setdefault(name, value)
+            for param in param_group["params"]:
+                if "step" in self.state.get(param, {}):
+                    self.state[param]["step"] = step_tensor(self.state[param]["step"], param)
+        self._reset_derived()

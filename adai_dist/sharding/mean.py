@@ -1,0 +1,146 @@
+"""The only collective of a step: the sums behind the global mean, added up over the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from adai_dist.equations import StepScalars, scalar_tensor
+from adai_dist.hyper import Hyper
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+CLIP_EPS = 1e-6
+"""Added to the norm in the clip coefficient, as :func:`torch.nn.utils.clip_grad_norm_` does."""
+
+
+class Sums(NamedTuple):
+    """What travels: 8 float64 (64 bytes), each 0-dim, weighted so that every element of the model counts once.
+
+    The middle four are sums over all shards of :class:`adai_dist.equations.MeanTerms`.
+    """
+
+    grad_squared: Tensor
+    """Squared norm of the gradients as they are: neither unscaled nor clipped."""
+    carried: Tensor
+    quadratic: Tensor
+    linear: Tensor
+    constant: Tensor
+    num_elements: Tensor
+    """Number of real elements with a gradient in this step."""
+    num_overflows: Tensor
+    """> 0 where a gradient scaler found a non-finite gradient."""
+    lr: Tensor
+    """Sum of the learning rates: 0 means that this step cannot move a parameter."""
+
+
+@dataclass(frozen=True)
+class GlobalMean:
+    """What every rank knows after the collective; 0-dim float64 tensors unless said otherwise."""
+
+    sums: Sums
+    coefficient: Tensor
+    """Factor of every gradient: the clip coefficient over the loss scale."""
+    grad_norm: Tensor
+    """Global norm of the gradients, unscaled and not clipped."""
+    inertia_mean: Tensor
+    """vbar: mean over all elements of the bias-corrected second moment, this step's gradient included."""
+    is_finite: Tensor
+    """bool: no gradient on any rank is non-finite."""
+    is_live: Tensor
+    """bool: finite, and the mean is > 0; otherwise the step does not count."""
+
+    def to(self, device: torch.device) -> GlobalMean:
+        """The same on another device, for models that span several."""
+        if self.inertia_mean.device == device:
+            return self
+        return GlobalMean(
+            Sums(*(x.to(device) for x in self.sums)),
+            self.coefficient.to(device),
+            self.grad_norm.to(device),
+            self.inertia_mean.to(device),
+            self.is_finite.to(device),
+            self.is_live.to(device),
+        )
+
+    def step_scalars(self, hyper: Hyper, correction: Tensor, dtype: torch.dtype) -> StepScalars:
+        """The scalars of a step for one parameter group, in the dtype of its arithmetic.
+
+        Args:
+            correction: ``1 - beta2^t``, float64, one per shard.
+        """
+        inverse_means = torch.where(self.is_live, 1.0 / (correction * self.inertia_mean), 0.0)
+        # A mean that only float64 can hold would make the factor infinite, and 0 * inf is NaN.
+        inverse_means = inverse_means.clamp(max=torch.finfo(dtype).max).to(dtype)
+        coefficient = (hyper.sign * self.coefficient).to(dtype)
+        return StepScalars(
+            coefficient=coefficient,
+            lr=scalar_tensor(hyper.lr, coefficient),
+            is_finite=self.is_finite,
+            is_live=self.is_live,
+            inverse_means=list(inverse_means.unbind()),
+        )
+
+
+def global_mean(
+    local_sums: Sums,
+    process_groups: tuple[ProcessGroup, ...],
+    *,
+    max_norm: float | None = None,
+    grad_scale: Tensor | None = None,
+) -> GlobalMean:
+    """Add up the sums of all ranks and evaluate clip coefficient and mean from them, alike on every rank.
+
+    Args:
+        local_sums: of this rank; where it holds nothing, zeros, and it still takes part.
+        process_groups: see :class:`adai_dist.sharding.ownership.ShardingPlan`.
+        max_norm: bound of the global gradient norm.
+        grad_scale: loss scale by which the gradients are still multiplied; 0-dim.
+
+    Collective: all ranks of each process group, in order; one all-reduce of 64 bytes per process group.
+
+    Numerics: float64.
+    """
+    packed = torch.stack(local_sums)
+    for process_group in process_groups:
+        packed = _all_reduce(packed, process_group)
+    sums = Sums(*packed.unbind())
+    scale = torch.ones_like(sums.grad_squared) if grad_scale is None else grad_scale.to(packed.device, torch.float64)
+    if max_norm is None:
+        clip_coefficient = torch.ones_like(scale)
+    else:
+        clip_coefficient = (max_norm / (sums.grad_squared.sqrt() / scale + CLIP_EPS)).clamp(max=1.0)
+    return _evaluate(sums, clip_coefficient, scale)
+
+
+def _evaluate(sums: Sums, clip_coefficient: Tensor, scale: Tensor) -> GlobalMean:
+    scale = scale.reshape(())
+    c = clip_coefficient / scale
+    # No gradient so far and no learning rate: nobody trains, somebody wants the states created.
+    is_idle = (sums.grad_squared == 0) & (sums.carried == 0) & (sums.lr == 0)
+    constant = torch.where(is_idle, 0.0, sums.constant)
+    total = sums.carried + c * c * sums.quadratic + c * sums.linear + constant
+    mean = total / sums.num_elements.clamp(min=1.0)
+    is_finite = torch.isfinite(sums.grad_squared) & torch.isfinite(total) & (sums.num_overflows == 0)
+    return GlobalMean(
+        sums=sums,
+        coefficient=c,
+        grad_norm=sums.grad_squared.sqrt() / scale,
+        inertia_mean=mean,
+        is_finite=is_finite,
+        is_live=is_finite & (mean > 0),
+    )
+
+
+def _all_reduce(packed: Tensor, process_group: ProcessGroup) -> Tensor:
+    # With CPU-offloaded parameters the sums are on the CPU, and the process group may serve the GPU only.
+    device_types = [device.type for device in process_group._device_types]
+    device = packed.device if packed.device.type in device_types else process_group._device_types[0]
+    travelling = packed.to(device)
+    dist.all_reduce(travelling, group=process_group)
+    return travelling.to(packed.device)
