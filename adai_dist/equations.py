@@ -42,7 +42,7 @@ Differences from the authors' code:
    the states created, and with coupled decay it would otherwise leave a trace.
 2. Arithmetic is float32 at least, and so are the states: in bfloat16 0.999 rounds to 1 and ``1 - P`` to 0.
 3. The gradient is never written to. The authors' code adds the coupled decay into it.
-4. A non-finite gradient anywhere skips the step everywhere.
+4. A non-finite gradient anywhere skips the step everywhere; so does one whose square float32 cannot hold.
 
 All functions take lists of tensors on one device; a trailing underscore changes the first argument in place. Nothing
 here reads a device tensor on the host.

@@ -128,7 +128,7 @@ def _number(name: str, value: Any) -> float:
 
 def _learning_rate(lr: Any) -> float | Tensor:
     if isinstance(lr, Tensor):
-        _check(lr.numel() == 1, "a tensor lr must have one element", tuple(lr.shape))
+        _check(lr.numel() == 1, "Tensor lr must be 1-element", tuple(lr.shape))
         if lr.device.type != "cpu":
             return lr  # reading it would wait for the device
     value = _number("lr", lr)

@@ -22,6 +22,8 @@ from adai_dist.sharding.shards import OwnedShards
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_UNKNOWN = torch.tensor(torch.nan, dtype=torch.float64)
+
 
 class PendingMean(NamedTuple):
     """What :meth:`AdaptiveInertia.clip_grad_norm_` found out, and the gradients that it looked at."""
@@ -81,6 +83,7 @@ class AdaptiveInertia(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a collective and host code: nothing to trace
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of every parameter that has a gradient.
@@ -97,7 +100,8 @@ class AdaptiveInertia(torch.optim.Optimizer):
         Raises:
             TypeError: a gradient is sparse, or not held like its parameter.
             ValueError: a hyperparameter is out of range; a loaded state does not have its parameter's shape.
-            RuntimeError: gradients changed since :meth:`clip_grad_norm_`; parameters are sharded by FSDP1.
+            RuntimeError: gradients changed since :meth:`clip_grad_norm_`, or a closure would change them; parameters
+                are sharded by FSDP1.
 
         Collective: all ranks that share the model's DTensor parameters, or all of the configured process group, also
         those that hold no element or no gradient: one all-reduce of 64 bytes per distinct mesh dimension (one for
@@ -106,6 +110,11 @@ class AdaptiveInertia(torch.optim.Optimizer):
         """
         loss = None
         if closure is not None:
+            if self._pending_mean is not None:
+                raise RuntimeError(
+                    "step(closure) must not follow clip_grad_norm_(), got a closure, which computes other gradients; "
+                    "set max_grad_norm to clip those"
+                )
             with torch.enable_grad():
                 loss = closure()
         shards = self.owned_shards()
@@ -159,7 +168,8 @@ class AdaptiveInertia(torch.optim.Optimizer):
             local_mean = mean.to(owned.layout.weights.device)
             if owned.pieces.param:
                 self._advance(owned, local_mean)
-            torch._foreach_add_(owned.steps, local_mean.is_live.to(owned.steps[0].dtype))
+            # With alpha torch takes the tensor as a tensor; without, it reads it on the host as a number.
+            torch._foreach_add_(owned.steps, local_mean.is_live.to(owned.steps[0].dtype), alpha=1.0)
 
     def _advance(self, owned: OwnedShards, mean: GlobalMean) -> None:
         correction = equations.bias_correction(owned.hyper.beta2, owned.next_steps())
@@ -230,12 +240,12 @@ class AdaptiveInertia(torch.optim.Optimizer):
     @property
     def grad_norm(self) -> Tensor:
         """Global norm of the last step's gradients, unscaled, before clipping; 0-dim float64, NaN before any step."""
-        return torch.tensor(torch.nan) if self._last_mean is None else self._last_mean.grad_norm
+        return _UNKNOWN.clone() if self._last_mean is None else self._last_mean.grad_norm
 
     @property
     def inertia_mean(self) -> Tensor:
         """Global mean of the bias-corrected second moment in the last step; 0-dim float64, NaN before any step."""
-        return torch.tensor(torch.nan) if self._last_mean is None else self._last_mean.inertia_mean
+        return _UNKNOWN.clone() if self._last_mean is None else self._last_mean.inertia_mean
 
     @property
     def num_skipped_steps(self) -> Tensor:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 CLIP_EPS = 1e-6
 """Added to the norm in the clip coefficient, as :func:`torch.nn.utils.clip_grad_norm_` does."""
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
 
 class Sums(NamedTuple):
     """What travels: 8 float64 (64 bytes), each 0-dim, weighted so that every element of the model counts once.
@@ -51,7 +53,7 @@ class GlobalMean:
     inertia_mean: Tensor
     """vbar: mean over all elements of the bias-corrected second moment, this step's gradient included."""
     is_finite: Tensor
-    """bool: no gradient on any rank is non-finite."""
+    """bool: no gradient on any rank is non-finite, nor so large that the second moment would overflow float32."""
     is_live: Tensor
     """bool: finite, and the mean is > 0; otherwise the step does not count."""
 
@@ -126,7 +128,8 @@ def _evaluate(sums: Sums, clip_coefficient: Tensor, scale: Tensor) -> GlobalMean
     constant = torch.where(is_idle, 0.0, sums.constant)
     total = sums.carried + c * c * sums.quadratic + c * sums.linear + constant
     mean = total / sums.num_elements.clamp(min=1.0)
-    is_finite = torch.isfinite(sums.grad_squared) & torch.isfinite(total) & (sums.num_overflows == 0)
+    # A second moment beyond float32 would be inf for ever. An inf or NaN in any sum fails the comparisons, too.
+    is_finite = (sums.grad_squared < torch.inf) & (total <= FLOAT32_MAX) & (sums.num_overflows == 0)
     return GlobalMean(
         sums=sums,
         coefficient=c,

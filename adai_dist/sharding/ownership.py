@@ -39,7 +39,7 @@ class Sharding:
     num_replicas: NumReplicas
 
     @classmethod
-    def checked(cls, process_group: ProcessGroup | None, num_replicas: NumReplicas) -> Sharding:
+    def checked(cls, process_group: object, num_replicas: NumReplicas) -> Sharding:
         """The record, after a check of what was passed; by default all ranks of the job. Collective: none."""
         if not (num_replicas is None or callable(num_replicas) or type(num_replicas) is int):
             raise TypeError(f"num_replicas must be an int, a function of the parameter or None, got {num_replicas!r}")
