@@ -1,0 +1,175 @@
+"""Prescribed optimization problems: parameters with given starts and gradients that are a function of step and name.
+
+Because the gradients do not depend on the parameters, every layout of the same problem must take the same steps, and
+the oracle needs no gathered gradients.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.oracle import Array, Observation, Oracle, OracleGroup
+
+DEFAULTS: dict[str, Any] = {
+    "betas": (0.1, 0.99),
+    "eps": 1e-3,
+    "weight_decay": 0.0,
+    "dampening": 1.0,
+    "decoupled": False,
+    "maximize": False,
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One parameter: its name "block.leaf", its shape, the size of its gradients and when it has any."""
+
+    name: str
+    shape: tuple[int, ...]
+    scale: float = 1.0
+    first_step: int = 0
+    """No gradient before this step."""
+    missing_every: int | None = None
+    """No gradient in every so-manieth step."""
+    zeros: int = 0
+    """Gradients before this step are zero."""
+    strided: bool = False
+    """A transposed view, not contiguous."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Parameter groups, each (hyperparameters, parameters), and the number of steps."""
+
+    groups: tuple[tuple[dict[str, Any], tuple[Spec, ...]], ...]
+    steps: int = 60
+    max_grad_norm: float | None = None
+    dtype: torch.dtype = torch.float64
+    grad_dtype: torch.dtype | None = None
+    """The dtype of the gradients where it is not the parameters'."""
+
+    def specs(self) -> Iterator[Spec]:
+        for _, specs in self.groups:
+            yield from specs
+
+    def hyperparameters(self, index: int) -> dict[str, Any]:
+        """All hyperparameters of a group."""
+        return DEFAULTS | self.groups[index][0]
+
+    def with_all(self, **hyperparameters: Any) -> Problem:
+        """The same problem with some hyperparameters the same in all groups."""
+        return replace(self, groups=tuple((hyper | hyperparameters, specs) for hyper, specs in self.groups))
+
+    def initial(self, spec: Spec) -> Tensor:
+        """The start of a parameter, in the dtype of the problem."""
+        return self._tensor(spec, "start", 1.0, self.dtype)
+
+    def gradient(self, spec: Spec, step: int) -> Tensor | None:
+        """The gradient of a parameter in a step, or None where it has none."""
+        if step < spec.first_step or (spec.missing_every and step % spec.missing_every == spec.missing_every - 1):
+            return None
+        scale = 0.0 if step < spec.zeros else spec.scale
+        return self._tensor(spec, str(step), scale, self.grad_dtype or self.dtype)
+
+    def _tensor(self, spec: Spec, key: str, scale: float, dtype: torch.dtype) -> Tensor:
+        generator = np.random.default_rng(zlib.crc32(f"{spec.name}/{key}".encode()))
+        values = scale * (generator.standard_normal(spec.shape) + 0.3)
+        if dtype.is_complex:
+            values = values + 1j * scale * generator.standard_normal(spec.shape)
+        tensor = torch.from_numpy(np.array(values)).to(dtype)
+        return tensor.mT.contiguous().mT if spec.strided else tensor
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {spec.name: torch.nn.Parameter(self.initial(spec)) for spec in self.specs()}
+
+    def param_groups(self, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+        """Groups as an optimizer takes them, with every hyperparameter in them."""
+        return [
+            self.hyperparameters(k) | {"params": [parameters[spec.name] for spec in specs]}
+            for k, (_, specs) in enumerate(self.groups)
+        ]
+
+    def set_gradients(self, parameters: dict[str, torch.nn.Parameter], step: int) -> None:
+        for spec in self.specs():
+            gradient = self.gradient(spec, step)
+            parameters[spec.name].grad = None if gradient is None else gradient.to(parameters[spec.name].dtype)
+
+    def oracle(self) -> Oracle:
+        groups = [
+            OracleGroup(tuple(spec.name for spec in specs), **self.hyperparameters(k))
+            for k, (_, specs) in enumerate(self.groups)
+        ]
+        starts = {spec.name: to_numpy(self.initial(spec)) for spec in self.specs()}
+        return Oracle(starts, groups, self.max_grad_norm)
+
+    def oracle_gradients(self, step: int) -> dict[str, np.ndarray[Any, Any] | None]:
+        gradients = {spec.name: self.gradient(spec, step) for spec in self.specs()}
+        return {name: None if value is None else to_numpy(value) for name, value in gradients.items()}
+
+    def solve(self) -> tuple[Oracle, list[Observation]]:
+        """Run the oracle over all steps."""
+        oracle = self.oracle()
+        return oracle, [oracle.step(self.oracle_gradients(step)) for step in range(self.steps)]
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """A float64 or complex128 copy."""
+    return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64).numpy().copy()
+
+
+def as_pairs(array: np.ndarray[Any, Any]) -> Array:
+    """Complex numbers as pairs of real ones, as the oracle holds them."""
+    return np.stack([array.real, array.imag], axis=-1) if np.iscomplexobj(array) else array
+
+
+def relative_error(parameters: dict[str, Any], oracle: Oracle, problem: Problem) -> float:
+    """The distance of all parameters together from the oracle's, over the distance that the oracle has travelled."""
+    error, travelled = 0.0, 0.0
+    for spec in problem.specs():
+        value, expected = parameters[spec.name], oracle.parameters[spec.name]
+        value = to_numpy(value) if isinstance(value, Tensor) else value
+        error += float(np.sum((as_pairs(value) - expected) ** 2))
+        travelled += float(np.sum((as_pairs(to_numpy(problem.initial(spec))) - expected) ** 2))
+    return float(np.sqrt(error / travelled))
+
+
+def worst_relative_error(parameters: dict[str, Any], oracle: Oracle, problem: Problem) -> float:
+    """Like `relative_error`, of the worst parameter that has travelled at all."""
+    errors = [0.0]
+    for spec in problem.specs():
+        value, expected = parameters[spec.name], oracle.parameters[spec.name]
+        value = as_pairs(to_numpy(value) if isinstance(value, Tensor) else value)
+        travelled = np.linalg.norm(as_pairs(to_numpy(problem.initial(spec))) - expected)
+        if travelled > 0:
+            errors.append(float(np.linalg.norm(value - expected) / travelled))
+    return max(errors)
+
+
+# Every shape a kernel may stumble over, gradients over four decades, late, missing and zero ones.
+THREE_GROUPS = Problem(
+    groups=(
+        (
+            {"lr": 0.5},
+            (Spec("a.scalar", ()), Spec("a.vector", (7,), scale=3.0), Spec("a.matrix", (5, 3), scale=0.1)),
+        ),
+        (
+            {"lr": 0.05, "betas": (0.2, 0.97), "eps": 0.01, "weight_decay": 0.02},
+            (Spec("b.one", (1,), missing_every=3), Spec("b.large", (2**16 + 1,)), Spec("b.none", (0,))),
+        ),
+        (
+            {"lr": 0.2, "betas": (0.05, 0.999), "eps": 1e-4, "weight_decay": 0.1},
+            (
+                Spec("c.strided", (4, 3), strided=True, scale=0.01),
+                Spec("c.late", (2, 3, 2), first_step=20),
+                Spec("c.cube", (3, 1, 5), missing_every=7, zeros=5),
+            ),
+        ),
+    )
+)

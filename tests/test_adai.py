@@ -1,0 +1,381 @@
+"""The optimizer in one process against the float64 oracle, and against plain PyTorch for its rounding errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import Parameter
+
+from adai_dist import Adai, AdaiV2, AdaiW
+from tests.plain import PlainAdai
+from tests.problems import (
+    THREE_GROUPS,
+    Problem,
+    Spec,
+    as_pairs,
+    relative_error,
+    to_numpy,
+)
+from tests.trajectories import TRAJECTORIES, Trajectory
+
+# Float64 is compared with the oracle directly: relative to the distance travelled, measured at most 4e-15.
+FLOAT64_TOLERANCE = 2e-14
+
+VARIANTS: dict[str, Problem] = {
+    "l2": THREE_GROUPS,
+    "decoupled": THREE_GROUPS.with_all(decoupled=True),
+    "dampening-0.5": THREE_GROUPS.with_all(decoupled=True, dampening=0.5),
+    "dampening-0": THREE_GROUPS.with_all(decoupled=True, dampening=0.0),
+    "l2-dampening-0.25": THREE_GROUPS.with_all(dampening=0.25),
+    "no-decay": THREE_GROUPS.with_all(weight_decay=0.0),
+    "maximize": THREE_GROUPS.with_all(maximize=True),
+    "maximize-decoupled": THREE_GROUPS.with_all(maximize=True, decoupled=True, dampening=0.5),
+    "clipping": replace(THREE_GROUPS, max_grad_norm=30.0),
+    "clipping-l2-strong": replace(THREE_GROUPS.with_all(weight_decay=0.3, dampening=0.0), max_grad_norm=1.0),
+    "clipping-decoupled-maximize": replace(THREE_GROUPS.with_all(decoupled=True, maximize=True), max_grad_norm=30.0),
+    "no-clipping-needed": replace(THREE_GROUPS, max_grad_norm=1e6),
+    "mixed-groups": replace(
+        THREE_GROUPS,
+        groups=tuple(
+            (hyper | extra, specs)
+            for (hyper, specs), extra in zip(
+                THREE_GROUPS.groups,
+                ({"dampening": 0.0, "decoupled": True, "weight_decay": 0.01}, {"maximize": True}, {"dampening": 0.5}),
+                strict=True,
+            )
+        ),
+    ),
+    "beta2-zero": THREE_GROUPS.with_all(betas=(0.1, 0.0)),
+    "beta0-large": THREE_GROUPS.with_all(betas=(2.0, 0.9), dampening=0.5),
+    "beta0-zero": THREE_GROUPS.with_all(betas=(0.0, 0.9)),
+    "all-zero-at-first": replace(
+        THREE_GROUPS,
+        groups=tuple(
+            (hyper | {"decoupled": True}, tuple(replace(spec, zeros=4) for spec in specs))
+            for hyper, specs in THREE_GROUPS.groups
+        ),
+    ),
+}
+
+
+def solve(problem: Problem, foreach: bool | None = None, optimizer_class: Any = AdaiV2) -> dict[str, Parameter]:
+    """Run the package's optimizer over all steps of a problem."""
+    parameters = problem.parameters()
+    optimizer = optimizer_class(
+        problem.param_groups(parameters), lr=1.0, foreach=foreach, max_grad_norm=problem.max_grad_norm
+    )
+    for step in range(problem.steps):
+        problem.set_gradients(parameters, step)
+        optimizer.step()
+    return parameters
+
+
+def solve_plainly(problem: Problem) -> dict[str, Parameter]:
+    parameters = problem.parameters()
+    plain = PlainAdai(problem.param_groups(parameters), problem.max_grad_norm)
+    for step in range(problem.steps):
+        problem.set_gradients(parameters, step)
+        plain.step()
+    return parameters
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_sixty_float64_steps_follow_the_oracle_to_rounding(name: str) -> None:
+    problem = VARIANTS[name]
+    parameters = problem.parameters()
+    optimizer = AdaiV2(problem.param_groups(parameters), lr=1.0, max_grad_norm=problem.max_grad_norm)
+    oracle = problem.oracle()
+    for step in range(problem.steps):
+        problem.set_gradients(parameters, step)
+        optimizer.step()
+        seen = oracle.step(problem.oracle_gradients(step))
+        assert optimizer.inertia_mean.item() == pytest.approx(seen.mean, rel=1e-13)
+        assert optimizer.grad_norm.item() == pytest.approx(seen.grad_norm, rel=1e-13)
+    assert relative_error(parameters, oracle, problem) < FLOAT64_TOLERANCE
+    for spec in problem.specs():
+        state, expected = optimizer.state[parameters[spec.name]], oracle.states[spec.name]
+        assert state["step"].item() == expected.step
+        for part in ("exp_avg", "exp_avg_sq", "beta1_prod"):
+            np.testing.assert_allclose(to_numpy(state[part]), getattr(expected, part), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rounding_errors_are_at_most_twice_those_of_plain_pytorch(name: str, dtype: torch.dtype) -> None:
+    problem = replace(VARIANTS[name], dtype=dtype)
+    oracle, _ = problem.solve()
+    error = relative_error(solve(problem), oracle, problem)
+    plain_error = relative_error(solve_plainly(problem), oracle, problem)
+    assert error <= 2 * plain_error
+    assert 0 < plain_error < (1e-5 if dtype == torch.float32 else 1.0)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_foreach_and_loop_agree_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+    problem = replace(VARIANTS[name], dtype=dtype, steps=25)
+    together, one_by_one = solve(problem, foreach=True), solve(problem, foreach=False)
+    default = solve(problem)
+    for spec in problem.specs():
+        assert torch.equal(together[spec.name], one_by_one[spec.name]), spec.name
+        assert torch.equal(together[spec.name], default[spec.name]), spec.name
+
+
+@pytest.mark.parametrize("name", ["l2", "dampening-0", "clipping"])
+def test_low_precision_gradients_of_float32_parameters_are_stepped_in_float32(name: str) -> None:
+    """torch refuses a gradient of another dtype than its parameter's by assignment; engines set grad_dtype."""
+    problem = replace(VARIANTS[name], dtype=torch.float32, grad_dtype=torch.bfloat16)
+    oracle, _ = problem.solve()
+    parameters = problem.parameters()
+    for parameter in parameters.values():
+        parameter.grad_dtype = torch.bfloat16
+    optimizer = AdaiV2(problem.param_groups(parameters), lr=1.0, max_grad_norm=problem.max_grad_norm)
+    for step in range(problem.steps):
+        for spec in problem.specs():
+            parameters[spec.name].grad = problem.gradient(spec, step)
+        optimizer.step()
+    assert relative_error(parameters, oracle, problem) <= 2 * relative_error(solve_plainly(problem), oracle, problem)
+
+
+@pytest.mark.parametrize("name", ["l2", "dampening-0", "clipping", "mixed-groups", "maximize"])
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.complex64], ids=str)
+def test_complex_parameters_are_stepped_as_pairs_of_real_ones(name: str, dtype: torch.dtype) -> None:
+    problem = replace(VARIANTS[name], dtype=dtype, steps=30)
+    oracle, _ = problem.solve()
+    error = relative_error(solve(problem), oracle, problem)
+    if dtype == torch.complex128:
+        assert error < FLOAT64_TOLERANCE
+    else:
+        assert error <= 2 * relative_error(solve_plainly(problem), oracle, problem)
+
+
+def test_parameters_of_several_dtypes_share_one_mean() -> None:
+    dtypes = {"a": torch.float64, "b": torch.float32, "c": torch.bfloat16, "d": torch.complex64}
+    starts = {name: torch.linspace(0.5, 1.5, 6).to(dtype) for name, dtype in dtypes.items()}
+    problem = Problem((({"lr": 0.1, "dampening": 0.5}, tuple(Spec(name, (6,)) for name in dtypes)),))
+    parameters = {name: Parameter(start.clone()) for name, start in starts.items()}
+    optimizer = AdaiV2(problem.param_groups(parameters), lr=1.0)
+    oracle = replace_starts(problem, starts)
+    for step in range(30):
+        gradients = {
+            spec.name: replace(problem, dtype=dtypes[spec.name]).gradient(spec, step) for spec in problem.specs()
+        }
+        for name, parameter in parameters.items():
+            parameter.grad = gradients[name]
+        optimizer.step()
+        seen = oracle.step({name: to_numpy(g) for name, g in gradients.items() if g is not None})
+        assert optimizer.inertia_mean.item() == pytest.approx(seen.mean, rel=1e-6)
+    for name, dtype in dtypes.items():
+        tolerance = {torch.float64: 1e-7, torch.float32: 1e-6, torch.complex64: 1e-6, torch.bfloat16: 3e-2}[dtype]
+        expected = oracle.parameters[name]
+        np.testing.assert_allclose(as_pairs(to_numpy(parameters[name])), expected, rtol=tolerance, atol=tolerance)
+
+
+def replace_starts(problem: Problem, starts: dict[str, torch.Tensor]) -> Any:
+    oracle = problem.oracle()
+    return type(oracle)({name: to_numpy(start) for name, start in starts.items()}, oracle.groups)
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "expected"),
+    [
+        (Adai, {"dampening": 1.0, "decoupled": False}),
+        (AdaiW, {"dampening": 1.0, "decoupled": True}),
+        (AdaiV2, {"dampening": 1.0, "decoupled": True}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_each_class_is_the_algorithm_with_its_own_defaults(optimizer_class: Any, expected: dict[str, Any]) -> None:
+    problem = Problem((({"lr": 0.3, "weight_decay": 0.05, **expected}, (Spec("a", (7,)), Spec("b", (3, 2)))),))
+    parameters = problem.parameters()
+    optimizer = optimizer_class(list(parameters.values()), 0.3, weight_decay=0.05)
+    for step in range(problem.steps):
+        problem.set_gradients(parameters, step)
+        optimizer.step()
+    oracle, _ = problem.solve()
+    assert relative_error(parameters, oracle, problem) < FLOAT64_TOLERANCE
+
+
+def test_positional_arguments_are_in_the_order_of_the_reference() -> None:
+    parameter = [Parameter(torch.ones(2))]
+    keys = ("lr", "betas", "eps", "weight_decay", "decoupled")
+    for optimizer_class in (Adai, AdaiW):
+        group = optimizer_class(parameter, 0.5, (0.2, 0.9), 1e-2, 0.1, optimizer_class is not AdaiW).param_groups[0]
+        assert tuple(group[key] for key in keys) == (0.5, (0.2, 0.9), 1e-2, 0.1, optimizer_class is not AdaiW)
+    group = AdaiV2(parameter, 0.5, (0.2, 0.9), 1e-2, 0.1, 0.25, False).param_groups[0]
+    keys = ("lr", "betas", "eps", "weight_decay", "dampening", "decoupled")
+    assert tuple(group[key] for key in keys) == (0.5, (0.2, 0.9), 1e-2, 0.1, 0.25, False)
+
+
+@pytest.mark.parametrize("trajectory", TRAJECTORIES, ids=lambda case: case.name)
+def test_float64_follows_the_recorded_reference_to_rounding(trajectory: Trajectory) -> None:
+    parameters = {name: Parameter(torch.tensor(value)) for name, value in trajectory.init.items()}
+    groups = [
+        trajectory.hyperparameters(k) | {"params": [parameters[name] for name in trajectory.names_of(k)]}
+        for k in range(len(trajectory.groups))
+    ]
+    optimizer = {"Adai": Adai, "AdaiV2": AdaiV2}[trajectory.settings["optimizer"]](groups, lr=1.0)
+    for gradients, expected in zip(trajectory.gradients, trajectory.parameters, strict=True):
+        for name, parameter in parameters.items():
+            parameter.grad = torch.tensor(gradients[name]) if name in gradients else None
+        optimizer.step()
+        for name, value in expected.items():
+            # Measured: 2e-17 at worst, on parameters that move by 0.02.
+            np.testing.assert_allclose(to_numpy(parameters[name]), value, rtol=0, atol=1e-16)
+    for name, parameter in parameters.items():
+        assert optimizer.state[parameter]["step"].item() == trajectory.final["step"][name]
+        for part in ("exp_avg", "exp_avg_sq", "beta1_prod"):
+            state = to_numpy(optimizer.state[parameter][part])
+            np.testing.assert_allclose(state, trajectory.final[part][name], rtol=1e-11, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", ["l2", "clipping", "maximize-decoupled"])
+def test_gradients_are_never_written_to(name: str, dtype: torch.dtype) -> None:
+    problem = replace(VARIANTS[name], dtype=dtype)
+    parameters = problem.parameters()
+    optimizer = AdaiV2(problem.param_groups(parameters), lr=1.0, max_grad_norm=problem.max_grad_norm)
+    for step in range(3):
+        problem.set_gradients(parameters, step)
+        before = {k: (p.grad, p.grad.clone(), p.grad._version) for k, p in parameters.items() if p.grad is not None}
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        for key, (grad, copy, version) in before.items():
+            assert parameters[key].grad is grad
+            assert grad._version == version
+            assert torch.equal(grad, copy)
+
+
+@pytest.mark.parametrize("zeros", [1, 3])
+@pytest.mark.parametrize("dampening", [1.0, 0.5, 0.0])
+def test_training_goes_on_after_zero_gradients_as_if_they_had_not_been(zeros: int, dampening: float) -> None:
+    problem = Problem((({"lr": 0.3, "dampening": dampening}, (Spec("a", (7,)), Spec("b", ()))),), steps=10)
+    expected = solve(problem)
+    parameters = problem.parameters()
+    optimizer = AdaiV2(problem.param_groups(parameters), lr=1.0)
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(zeros):
+        optimizer.step()
+        assert optimizer.inertia_mean.item() == 0.0
+    for step in range(problem.steps):
+        problem.set_gradients(parameters, step)
+        optimizer.step()
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter, expected[name])
+        assert optimizer.state[parameter]["step"].item() == problem.steps
+
+
+def test_a_step_of_zero_gradients_decays_where_the_decay_is_decoupled() -> None:
+    parameter = Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = AdaiW([parameter], lr=0.5, weight_decay=0.1)
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.equal(parameter.detach(), torch.full((3,), 0.95, dtype=torch.float64))
+    assert optimizer.state[parameter]["step"].item() == 0
+    assert torch.equal(optimizer.state[parameter]["beta1_prod"], torch.ones(3, dtype=torch.float64))
+
+
+def test_a_step_without_any_gradient_changes_nothing() -> None:
+    parameters = [Parameter(torch.ones(3)), Parameter(torch.ones(()))]
+    optimizer = AdaiW(parameters, lr=0.5, weight_decay=0.1)
+    for _ in range(2):
+        optimizer.step()
+    assert all(torch.equal(p.detach(), torch.ones(p.shape)) for p in parameters)
+    assert optimizer.num_skipped_steps.item() == 0
+    for parameter in parameters:
+        assert optimizer.state[parameter]["step"].item() == 0
+        assert not optimizer.state[parameter]["exp_avg_sq"].any()
+
+
+def test_states_are_made_for_every_parameter_that_requires_a_gradient() -> None:
+    used, unused, frozen = Parameter(torch.ones(2)), Parameter(torch.ones(3)), Parameter(torch.ones(4), False)
+    optimizer = Adai([used, unused, frozen], lr=0.1)
+    assert not optimizer.state
+    used.grad = torch.ones(2)
+    optimizer.step()
+    assert set(optimizer.state) == {used, unused}
+    assert set(optimizer.state[unused]) == {"step", "exp_avg", "exp_avg_sq", "beta1_prod"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_states_are_never_below_float32(dtype: torch.dtype) -> None:
+    parameter = Parameter(torch.ones(4, dtype=dtype))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = AdaiV2([parameter], lr=0.1)
+    for _ in range(3):
+        optimizer.step()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {optimizer.state[parameter][k].dtype for k in ("exp_avg", "exp_avg_sq", "beta1_prod")} == {wide}
+    assert optimizer.state[parameter]["step"].dtype == torch.float32
+    assert torch.isfinite(parameter).all()
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-3, 1e3])
+def test_the_trajectory_follows_the_scale_of_the_gradients(scale: float) -> None:
+    """Inertia is a ratio: bites on a floor under the mean, which the gradients of real models fall below."""
+    base = Problem((({"lr": 0.1}, (Spec("a", (31,)), Spec("b", (4, 5), scale=0.1))),), steps=20)
+    scaled = Problem(
+        (({"lr": 0.1 / scale}, (Spec("a", (31,), scale=scale), Spec("b", (4, 5), scale=0.1 * scale))),), steps=20
+    )
+    expected, parameters = solve(base), solve(scaled)
+    for name, value in expected.items():
+        torch.testing.assert_close(parameters[name], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-18, 1e12])
+def test_very_small_and_very_large_gradients_give_finite_steps(size: float) -> None:
+    parameter = Parameter(torch.ones(5))
+    optimizer = AdaiV2([parameter], lr=1e-3, dampening=0.5)
+    for step in range(4):
+        parameter.grad = torch.arange(5.0) * size * (-1) ** step
+        optimizer.step()
+        assert torch.isfinite(parameter).all()
+        assert all(torch.isfinite(value).all() for value in optimizer.state[parameter].values())
+
+
+def test_a_large_gradient_is_clipped_before_its_square_can_overflow() -> None:
+    """1e25 squared does not exist in float32."""
+    gradient = torch.tensor([1e25, -2e25, 3e24])
+    parameter = Parameter(torch.ones(3))
+    optimizer = Adai([parameter], lr=0.1, max_grad_norm=1.0)
+    parameter.grad = gradient
+    optimizer.step()
+    assert optimizer.num_skipped_steps.item() == 0
+    assert optimizer.grad_norm.item() == pytest.approx(np.linalg.norm(gradient.double().numpy()), rel=1e-6)
+    unit = (gradient.double() / gradient.double().norm()).float()
+    reference = Parameter(torch.ones(3))
+    reference.grad = unit
+    Adai([reference], lr=0.1).step()
+    torch.testing.assert_close(parameter, reference, rtol=1e-6, atol=1e-6)
+
+
+def test_a_gradient_whose_square_overflows_does_not_poison_later_steps() -> None:
+    parameter = Parameter(torch.ones(3))
+    optimizer = Adai([parameter], lr=1e-3)
+    for size in (1.0, 1e25, 1.0, 1.0):
+        parameter.grad = torch.tensor([1.0, -0.5, 2.0]) * size
+        before = parameter.detach().clone()
+        optimizer.step()
+        assert all(torch.isfinite(value).all() for value in optimizer.state[parameter].values())
+    assert torch.isfinite(parameter).all()
+    assert not torch.equal(parameter.detach(), before)
+
+
+def test_nothing_is_read_back_to_the_host_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A meta tensor has no values to read: whatever asked for one would raise."""
+    problem = replace(VARIANTS["clipping"], dtype=torch.float32)
+    parameters = {
+        name: Parameter(torch.empty_like(value, device="meta")) for name, value in problem.parameters().items()
+    }
+    optimizer = AdaiV2(problem.param_groups(parameters), lr=1.0, max_grad_norm=1.0)
+    monkeypatch.setattr(optimizer._skips, "record", lambda *_: None)
+    for _ in range(2):
+        for parameter in parameters.values():
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+    assert optimizer.inertia_mean.device.type == "meta"

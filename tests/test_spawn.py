@@ -1,0 +1,44 @@
+"""The harness itself: results come back by rank, and failures and hangs are told, not swallowed."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.spawn import run_ranks
+
+
+def sum_of_ranks(offset: int) -> tuple[int, float]:
+    total = torch.tensor(float(dist.get_rank() + offset))
+    dist.all_reduce(total)
+    return dist.get_rank(), total.item()
+
+
+def fail_on_rank_one() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("rank one is unhappy")
+    dist.barrier()
+
+
+def hang_on_rank_zero() -> None:
+    if dist.get_rank() == 0:
+        time.sleep(60)
+
+
+def test_every_rank_answers_in_order() -> None:
+    assert run_ranks(sum_of_ranks, 4, 10) == [(rank, 46.0) for rank in range(4)]
+
+
+def test_the_traceback_of_a_failed_rank_is_reported() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)ranks \[.*1.*\] of 2.*rank one is unhappy"):
+        run_ranks(fail_on_rank_one, 2)
+
+
+def test_a_rank_that_hangs_is_killed_and_its_place_reported() -> None:
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match=r"(?s)failed on ranks \[0\] of 2.*hang_on_rank_zero"):
+        run_ranks(hang_on_rank_zero, 2, timeout=6)
+    assert time.monotonic() - start < 20
