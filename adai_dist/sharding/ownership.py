@@ -195,10 +195,11 @@ def local_tensor(tensor: Tensor) -> Tensor:
     """
     if is_dtensor(tensor):
         with torch.no_grad():
-            tensor = tensor.to_local()
-    if hasattr(tensor, "wait"):  # an AsyncCollectiveTensor, whose communication may still be under way
-        tensor = tensor.wait()  # pyright: ignore
-    tensor = tensor.detach()
+            local: Any = tensor.to_local()
+        # An AsyncCollectiveTensor's communication may still be under way.
+        tensor = local.wait() if hasattr(local, "wait") else local
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 

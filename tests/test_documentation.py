@@ -1,0 +1,65 @@
+"""The examples in the documentation run, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "configs/README.md",
+]
+EXAMPLES = [
+    pytest.param(block, id=f"{page.name}-{k}")
+    for page in PAGES
+    for k, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
+    if "process_group=process_group" not in block  # this one needs several ranks
+]
+
+
+class Model(torch.nn.Module):
+    """Stands for the reader's: called with a batch, it returns something with a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 1)
+
+    def forward(self, batch: torch.Tensor) -> Any:
+        return SimpleNamespace(loss=self.layer(batch).square().mean())
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_every_example_runs_and_takes_a_step(example: str) -> None:
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"model": Model(), "data": [torch.randn(4, 8)]}
+    exec(compile(example, "example", "exec"), names)
+    parameter = next(names["model"].parameters())
+    assert names["optimizer"].state[parameter]["step"].item() == 1
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_leads_to_a_file(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_every_path_in_the_file_map_exists() -> None:
+    table = (ROOT / "README.md").read_text().partition("## Where things are")[2].partition("\n## ")[0]
+    paths = [
+        path for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for path in re.findall(r"`([^`]+)`", row)
+    ]
+    assert len(paths) > 5
+    assert [path for path in paths if not (ROOT / path).exists()] == []

@@ -1,0 +1,147 @@
+"""Files import in one direction only, and the core needs torch alone. Read from the sources, without importing them."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "adai_dist"
+
+# From left to right; a file imports from its own layer and from those to its left.
+LAYERS = (
+    ("hyper", "equations"),
+    ("kernels",),
+    ("sharding",),
+    ("optimizer",),
+    ("integrations", "tools", "recipes"),
+    ("cli", "__main__"),
+)
+CORE = {name for layer in LAYERS[:4] for name in layer} | {"__init__"}
+# The package itself (adai_dist/__init__.py) gathers the optimizers: it lies to the right of them.
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer} | {"__init__": 3.5}
+
+# Distributions whose modules have another name.
+MODULE_NAMES = {"pyyaml": "yaml"}
+
+
+class Import(NamedTuple):
+    line: int
+    module: str
+    is_top_level: bool
+
+
+def sources() -> list[Path]:
+    return sorted((ROOT / PACKAGE).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
+
+
+def component_of(module: str) -> str:
+    """The first name below the package: `sharding` for adai_dist.sharding.mean; `__init__` for the package itself."""
+    return [*module.split("."), "__init__"][1]
+
+
+def imports_of(path: Path, modules: set[str]) -> Iterator[Import]:
+    """Every import statement of a file, wherever it stands, by the full name of the module it loads."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    top_level = set(map(id, tree.body))
+    package = module_of(path).split(".")
+    if path.name != "__init__.py":
+        package.pop()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            prefix = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*prefix, *([node.module] if node.module else [])])
+            # `from package import name` loads a module where the name is one, and the package where it is not
+            names = [full if (full := f"{origin}.{alias.name}") in modules else origin for alias in node.names]
+        else:
+            continue
+        for name in names:
+            yield Import(node.lineno, name, id(node) in top_level)
+
+
+def modules() -> set[str]:
+    return {module_of(path) for path in sources()}
+
+
+def declared_modules() -> set[str]:
+    """Modules of the distributions named in pyproject.toml, read as text: tomllib is younger than Python 3.10."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    dependencies = re.search(r"^dependencies = .*?(?=^\[project\.scripts\])", text, re.MULTILINE | re.DOTALL)
+    assert dependencies
+    names = set(re.findall(r'"([A-Za-z0-9_-]+)(?:\[[a-z,]+\])?[><=]', dependencies.group()))
+    assert {"torch", "omegaconf", "pyyaml"} <= names
+    return {MODULE_NAMES.get(name, name.replace("-", "_")) for name in names}
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(ROOT).as_posix())
+class TestEachFile:
+    def test_belongs_to_a_layer(self, path: Path) -> None:
+        component = component_of(module_of(path))
+        assert component in RANK, f"{component} has no place in LAYERS of {__file__}; say where it belongs"
+
+    def test_imports_only_from_its_own_layer_and_those_to_its_left(self, path: Path) -> None:
+        here = component_of(module_of(path))
+        wrong = [
+            f"line {item.line}: {item.module}"
+            for item in imports_of(path, modules())
+            if item.module.split(".")[0] == PACKAGE and RANK.get(component_of(item.module), 0) > RANK[here]
+        ]
+        assert not wrong
+
+    def test_imports_torch_alone_if_it_is_core_and_else_what_pyproject_names(self, path: Path) -> None:
+        allowed = {"torch"} if component_of(module_of(path)) in CORE else declared_modules()
+        allowed |= set(sys.stdlib_module_names) | {PACKAGE}
+        wrong = [
+            f"line {item.line}: {item.module}"
+            for item in imports_of(path, modules())
+            if item.module.split(".")[0] not in allowed
+        ]
+        assert not wrong
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    graph = {
+        module_of(path): {item.module for item in imports_of(path, modules()) if item.is_top_level} & modules()
+        for path in sources()
+    }
+    for module in graph:
+        # a package is loaded before what lies in it, so `from package.module import x` within the package is no cycle
+        graph[module] = {other for other in graph[module] if not module.startswith(f"{other}.")}
+    while free := {module for module in graph if not graph[module] & graph.keys()}:
+        for module in free:
+            del graph[module]
+    assert not graph, "these files import each other in a circle"
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        ("import torch.nn", "torch.nn"),
+        ("from ..recipes import text", "adai_dist.recipes"),
+        ("from . import mean", "adai_dist.sharding.mean"),
+        ("from adai_dist.optimizer import Adai", "adai_dist.optimizer"),
+        ("def f():\n    from adai_dist import cli", "adai_dist.cli"),
+        ("if TYPE_CHECKING:\n    import transformers", "transformers"),
+    ],
+)
+def test_the_reader_sees_every_form_of_import(
+    statement: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / PACKAGE / "sharding" / "ownership.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(statement, encoding="utf-8")
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    assert [item.module for item in imports_of(path, {"adai_dist.sharding.mean", "adai_dist.cli"})] == [expected]
