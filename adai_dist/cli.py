@@ -1,0 +1,136 @@
+"""The command line: `adai-dist train | compare | bench`.
+
+What the user got wrong is one line on stderr and exit code 2, on every rank. Ctrl-C exits with 130, a failure with
+its traceback and 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import adai_dist
+
+EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line and ends the process."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no positional argument after an option; key=value may stand anywhere.
+    stray = [word for word in rest if word.startswith("-") or "=" not in word]
+    if stray or (rest and options.command != "train"):
+        parser.error(f"unrecognized arguments: {' '.join(stray or rest)}")
+    if options.command == "train":
+        options.overrides = [*options.overrides, *rest]
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        code = options.run(options)
+    except KeyboardInterrupt as error:
+        _complain(str(error) or "interrupted")
+        code = EXIT_INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_FAILURE
+    _leave(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="adai-dist", description="Adaptive Inertia for distributed training with PyTorch."
+    )
+    parser.add_argument("--version", action="version", version=f"adai-dist {adai_dist.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a language model from a recipe, alone or under torchrun")
+    train.add_argument(
+        "--config", required=True, metavar="FILE", help="the recipe, such as configs/recipes/lm_tiny.yaml"
+    )
+    train.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint; the same as run.resume=true"
+    )
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")
+    train.set_defaults(run=_train)
+
+    compare = commands.add_parser("compare", help="draw finished runs on one picture and list them")
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders such as runs/lm_tiny")
+    compare.add_argument("--out", type=Path, default=Path("compare.png"), metavar="FILE", help="default: compare.png")
+    compare.set_defaults(run=_compare)
+
+    bench = commands.add_parser("bench", help="measure the optimizer's step on this machine")
+    bench.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    bench.add_argument("--numel", type=int, default=2**24, help="number of parameters; default: %(default)s")
+    bench.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float64"), help="of parameters; default: float32"
+    )
+    bench.add_argument(
+        "--repetitions", type=int, default=15, help="times every case is run, taking turns; default: %(default)s"
+    )
+    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    try:
+        from adai_dist.recipes.config import RecipeError, load_recipe
+        from adai_dist.recipes.summary import summary_table
+        from adai_dist.recipes.train import train
+        from adai_dist.recipes.world import join_world
+    except ModuleNotFoundError as error:
+        return _complain(f"training needs the package {error.name}; got none; run: pip install 'adai-dist[train]'")
+    try:
+        recipe = load_recipe(options.config, [*options.overrides, *(["run.resume=true"] if options.resume else [])])
+        with join_world(recipe.device) as world:
+            logging.getLogger("adai_dist").setLevel(logging.WARNING if world.is_main else logging.ERROR)
+            summary = train(recipe, world)
+            if world.is_main:
+                print(f"\n{summary_table(summary)}", flush=True)
+    except RecipeError as error:
+        return _complain(str(error))
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from adai_dist.tools.plots import comparison_table, plot_comparison
+
+    try:
+        summaries = plot_comparison(options.runs, options.out)
+    except (ValueError, OSError) as error:
+        return _complain(str(error))
+    print(f"{comparison_table(summaries)}\n\n{options.out}")
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from adai_dist.tools.bench import bench_table, measure
+
+    try:
+        report = measure(options.device, options.numel, options.dtype, options.repetitions)
+    except ValueError as error:
+        return _complain(str(error))
+    print(json.dumps(report, indent=2) if options.json else bench_table(report))
+    return 0
+
+
+def _complain(message: str) -> int:
+    print(f"adai-dist: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return EXIT_USAGE
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process; after a distributed run without destructors: gloo's abort now and then, after all went well."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    world = sys.modules.get("adai_dist.recipes.world")
+    if world is not None and world.is_launched(os.environ):
+        os._exit(code)
+    sys.exit(code)

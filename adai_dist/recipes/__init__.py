@@ -1,0 +1,1 @@
+"""The training programs that `adai-dist train` and configs/recipes/ run."""

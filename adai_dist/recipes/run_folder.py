@@ -1,0 +1,178 @@
+"""The folder of a run: which one it is, and what is written into it while the run goes on.
+
+    config.yaml       the resolved recipe; `adai-dist train --config NAME/config.yaml --resume` continues from it
+    metrics.jsonl     one line per log step and per evaluation
+    inertia.jsonl     the distribution of inertia per layer, one line per evaluation
+    events.out.*      the same scalars for TensorBoard
+    checkpoints/      see checkpoint.py
+    summary.json, loss.png, inertia.png   written at the end
+
+Only the main rank writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils.tensorboard.writer import SummaryWriter
+from tqdm import tqdm
+
+from adai_dist.recipes.config import Recipe, RecipeError, load_recipe
+from adai_dist.recipes.world import World
+from adai_dist.tools.plots import read_records
+
+logger = logging.getLogger("adai_dist")
+
+_BAR_SECONDS = 15.0  # between two updates of the bar where no person watches
+
+
+def open_run_folder(recipe: Recipe, world: World) -> Path:
+    """Chooses and makes the folder of the run; writes the recipe into it and its final name into the recipe.
+
+    A name that is taken gets a number, unless the recipe says resume or overwrite.
+
+    Raises:
+        RecipeError: the run cannot be continued with this recipe, or is not one that may be deleted.
+
+    Collective: all ranks of the job.
+    """
+    outcome: list[Path | RecipeError] = []
+    if world.is_main:
+        try:
+            outcome = [_make(recipe)]
+        except RecipeError as error:
+            outcome = [error]
+        except OSError as error:
+            advice = f"{error.strerror}; set run.out to a folder that can be written"
+            outcome = [RecipeError(f"the folder of the run must be writable; got {recipe.run.out!r}; {advice}")]
+    outcome = outcome or [RecipeError()]  # broadcast fills in what the main rank found
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], RecipeError):
+        raise outcome[0]
+    recipe.run.name = outcome[0].name
+    return outcome[0]
+
+
+def _make(recipe: Recipe) -> Path:
+    folder = _choose(recipe)
+    if recipe.run.resume and not folder.exists():
+        logger.warning("there is no run to resume in %s; it starts at step 0", folder)
+    recipe.run.name = folder.name
+    folder.mkdir(parents=True, exist_ok=True)
+    # What is asked for once is not a property of the run, which is to be resumed from this file.
+    once = dataclasses.replace(recipe.run, resume=False, overwrite=False)
+    dataclasses.replace(recipe, run=once).save(folder / "config.yaml")
+    return folder
+
+
+def _choose(recipe: Recipe) -> Path:
+    wanted = Path(recipe.run.out) / recipe.run.name
+    if not wanted.exists():
+        return wanted
+    is_run = (wanted / "config.yaml").exists()
+    if recipe.run.resume and is_run:
+        _refuse_other_run(recipe, wanted)
+        return wanted
+    if recipe.run.overwrite:
+        if not is_run:
+            raise RecipeError(
+                f"run.overwrite deletes runs only; got {str(wanted)!r}, which has no config.yaml; change run.name"
+            )
+        shutil.rmtree(wanted)
+        return wanted
+    number = 2
+    while (taken := wanted.with_name(f"{wanted.name}-{number}")).exists():
+        number += 1
+    return taken
+
+
+def _refuse_other_run(recipe: Recipe, folder: Path) -> None:
+    """A checkpoint continues the run that wrote it: same model, same data, same kind of optimizer."""
+    before = load_recipe(folder / "config.yaml")
+    for key in ("model", "data", "optimizer"):
+        old, new = getattr(before, key), getattr(recipe, key)
+        if old != new:
+            raise RecipeError(
+                f"a resumed run must keep its {key}; got {new!r}, and {str(folder)!r} has {old!r}; change run.name"
+            )
+    if before.run.seed != recipe.run.seed:
+        raise RecipeError(f"a resumed run must keep run.seed={before.run.seed}; got {recipe.run.seed}; change run.name")
+
+
+class Journal:
+    """Writes metrics as they come and shows the progress; on ranks other than the main one it does nothing.
+
+    Everything is flushed line by line, so that an interrupted run has left all it knew.
+    """
+
+    def __init__(self, folder: Path, first_step: int, num_steps: int, world: World) -> None:
+        self._folder = folder
+        self._is_main = world.is_main
+        self._last: dict[str, str] = {}
+        if not self._is_main:
+            return
+        (folder / "summary.json").unlink(missing_ok=True)  # a run that goes on has not finished
+        for name in ("metrics.jsonl", "inertia.jsonl"):
+            _keep_until(folder / name, first_step)
+        self._events = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        watched = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            desc=folder.name,
+            unit="step",
+            dynamic_ncols=watched,
+            mininterval=0.1 if watched else _BAR_SECONDS,
+        )
+
+    def close(self) -> None:
+        """Ends the bar and the event file."""
+        if self._is_main:
+            self._bar.close()
+            self._events.close()
+
+    def advance(self) -> None:
+        """Moves the bar by one step."""
+        if self._is_main:
+            self._bar.update()
+
+    def record(self, step: int, **scalars: float | None) -> None:
+        """Appends scalars to metrics.jsonl and TensorBoard; None means that nobody knows the value."""
+        if not self._is_main:
+            return
+        _append(self._folder / "metrics.jsonl", {"step": step, **scalars})
+        for name, value in scalars.items():
+            if value is not None:
+                self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+    def record_inertia(self, step: int, shares: dict[str, list[float]]) -> None:
+        """Appends the histogram of every layer to inertia.jsonl."""
+        if self._is_main:
+            rounded = {layer: [float(f"{share:.4g}") for share in row] for layer, row in shares.items()}
+            _append(self._folder / "inertia.jsonl", {"step": step, "layers": rounded})
+
+    def show(self, **texts: str) -> None:
+        """Updates what stands beside the bar."""
+        if self._is_main:
+            self._last.update(texts)
+            self._bar.set_postfix(self._last, refresh=False)
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drops what a resumed run is about to write again, and what a killed one left half written."""
+    if path.exists():
+        kept = [record for record in read_records(path) if record["step"] <= step]
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept))

@@ -1,0 +1,1 @@
+"""Instruments beside the optimizer: what it does (telemetry, plots) and how fast (bench)."""

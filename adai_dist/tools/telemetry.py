@@ -1,0 +1,94 @@
+"""The distribution of inertia (beta1) in a model, read from the optimizer's states.
+
+Inertia is counted on a logarithmic scale of its horizon, 1 / (1 - beta1): the number of steps over which an element's
+gradients are averaged, from 1 (no memory) to 1 / eps.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from adai_dist import equations
+from adai_dist.equations import StepScalars
+from adai_dist.hyper import Hyper
+from adai_dist.optimizer import AdaptiveInertia
+from adai_dist.sharding.ownership import is_distributed, local_tensor, plan_sharding
+
+BINS_PER_DECADE = 20
+
+_BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def layer_of(name: str) -> str:
+    """The layer of a parameter: "block 3" for "model.layers.3.mlp.up_proj.weight", "norm" for "model.norm.weight"."""
+    block = _BLOCK.search(name)
+    if block:
+        return f"block {block[1]}"
+    parts = name.split(".")
+    return parts[-2] if len(parts) > 1 else parts[0]
+
+
+def horizon_edges(num_bins: int) -> list[float]:
+    """Edges of the bins of `inertia_histogram`, in steps; one more than there are bins."""
+    return [10.0 ** (i / BINS_PER_DECADE) for i in range(num_bins + 1)]
+
+
+@torch.no_grad()
+def inertia_histogram(
+    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]]
+) -> dict[str, list[float]] | None:
+    """Shares of the elements of every layer by the horizon of their inertia.
+
+    Waits for the device; meant for evaluations, not for every step.
+
+    Args:
+        optimizer: of any kind.
+        named_parameters: the model's, on every rank the same names in the same order.
+
+    Returns:
+        For every layer, in order of appearance, the share of its elements in each bin of `horizon_edges`; the same on
+        every rank and for every layout. None if the optimizer has no adaptive inertia or has not stepped yet.
+
+    Collective: all ranks of the job; one all-reduce of 8 bytes per layer and bin.
+    """
+    if not isinstance(optimizer, AdaptiveInertia) or not math.isfinite(mean := float(optimizer.inertia_mean)):
+        return None
+    hypers = {
+        p: Hyper.from_param_group(param_group) for param_group in optimizer.param_groups for p in param_group["params"]
+    }
+    named = [(layer_of(name), param) for name, param in named_parameters if param in hypers]
+    layers = list(dict.fromkeys(layer for layer, _ in named))
+    decades = math.log10(max(1.0 / hyper.eps for hyper in hypers.values()))
+    num_bins = max(1, math.ceil(decades * BINS_PER_DECADE - 1e-6))
+    weights = plan_sharding(hypers, None).weights
+    counts = torch.zeros(len(layers), num_bins, dtype=torch.float64, device=local_tensor(named[0][1]).device)
+    for layer, param in named:
+        beta1 = _inertia(optimizer.state[param], hypers[param], mean)
+        if beta1 is not None:
+            bins = ((1.0 - beta1).log10() * -BINS_PER_DECADE).floor().clamp(0, num_bins - 1).long()
+            counted = torch.bincount(bins.flatten(), minlength=num_bins)
+            counts[layers.index(layer)] += counted.to(counts) * weights[param]
+    if is_distributed():
+        dist.all_reduce(counts)
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1e-300)
+    return dict(zip(layers, shares.tolist(), strict=True))
+
+
+def _inertia(state: dict[str, Any], hyper: Hyper, mean: float) -> Tensor | None:
+    """beta1 of this rank's elements in the last step; None without elements or before the first step that counted."""
+    if "exp_avg_sq" not in state or float(state["step"]) == 0 or mean == 0:
+        return None
+    v = local_tensor(state["exp_avg_sq"])
+    if v.numel() == 0:
+        return None
+    one, true = torch.ones((), dtype=v.dtype, device=v.device), torch.ones((), dtype=torch.bool, device=v.device)
+    correction = equations.bias_correction(hyper.beta2, state["step"])
+    scalars = StepScalars(one, one, true, true, [(1.0 / (correction * mean)).to(v)])
+    return equations.inertia([v], hyper, scalars)[0]

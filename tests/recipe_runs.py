@@ -1,0 +1,93 @@
+"""What the tests of the training program share: a small recipe, generated text, and real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+WORDS = (
+    "adapt",
+    "inertia",
+    "saddle",
+    "minimum",
+    "gradient",
+    "momentum",
+    "shard",
+    "mesh",
+    "rank",
+    "step",
+    "layer",
+    "token",
+)
+
+LLAMA = "architecture: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 2"
+GPT2 = "architecture: gpt2, n_embd: 16, n_layer: 2, n_head: 2, n_positions: 16"  # tied weights, dropout
+TINY_RECIPE = """
+run: {{seed: 3, out: {out}, steps: 6, log_every: 1, eval_every: 2, checkpoint_every: 2, keep_checkpoints: 5}}
+model: {{{model}}}
+data: {{source: path, path: {text}, seq_len: 16, batch: 8, val_fraction: 0.2, val_windows: 13}}
+engine: fsdp2
+device: cpu
+optimizer: adaiv2
+optimizers:
+  adaiv2: {{lr: 2.0, dampening: 0.0}}
+  adai: {{lr: 1.0}}
+  adaiw: {{lr: 1.0, weight_decay: 1.0e-3}}
+  adamw: {{lr: 1.0e-2}}
+  sgd: {{lr: 0.3, momentum: 0.9}}
+schedule: {{warmup: 2}}
+"""
+
+
+def write_text(folder: Path, num_files: int = 12, num_words: int = 300) -> Path:
+    """Makes a folder of text files that are the same on every call."""
+    numbers = random.Random(0)
+    folder.mkdir(parents=True)
+    for index in range(num_files):
+        words = (numbers.choice(WORDS) for _ in range(num_words))
+        (folder / f"text{index:02}.txt").write_text(" ".join(words))
+    return folder
+
+
+def write_recipe(folder: Path, model: str = LLAMA) -> Path:
+    """Makes a text folder and a recipe that reads it, and returns the recipe's path; its runs go to FOLDER/runs."""
+    path = folder / "tiny.yaml"
+    path.write_text(TINY_RECIPE.format(out=folder / "runs", text=write_text(folder / "text"), model=model))
+    return path
+
+
+def run_cli(*arguments: str | Path, num_ranks: int = 1, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in a process of its own, or in several under torchrun."""
+    return subprocess.run(
+        cli_command(*arguments, num_ranks=num_ranks),
+        env=cli_environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def cli_command(*arguments: str | Path, num_ranks: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"] if num_ranks > 1 else []
+    return [sys.executable, *launcher, "-m", "adai_dist", *map(str, arguments)]
+
+
+def cli_environment() -> dict[str, str]:
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return {**os.environ, **threads, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(run: Path, key: str = "loss") -> dict[int, float]:
+    """The logged values of a run by step."""
+    return {line["step"]: line[key] for line in read_lines(run / "metrics.jsonl") if key in line}

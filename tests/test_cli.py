@@ -1,0 +1,124 @@
+"""The command line: what users get wrong is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import adai_dist
+from adai_dist.cli import main
+from tests.recipe_runs import run_cli, write_recipe
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    handlers = logging.root.handlers[:]
+    yield
+    logging.root.handlers[:] = handlers
+
+
+def end_of(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return int(end.value.code or 0)
+
+
+def test_the_module_is_the_command_and_tells_its_version() -> None:
+    result = run_cli("--version")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.strip() == f"adai-dist {adai_dist.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run.stesp=3"], "adai-dist: unknown key 'run.stesp' in the command line; valid keys are run.name, "),
+        (["--resume", "run.overwrite=true"], "adai-dist: run.resume and run.overwrite exclude each other; "),
+        (["data.batch=8", "grad_accumulation=3"], "adai-dist: data.batch must be a multiple of 3; got 8; "),
+        (["model.width=3"], "adai-dist: unknown key 'model.width' for llama; valid keys are "),
+        (["data.path=nowhere"], "adai-dist: data.path must name a file, a folder or a glob pattern; got 'nowhere'; "),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert end_of("train", "--config", write_recipe(tmp_path), *arguments) == 2
+    stdout, stderr = capfd.readouterr()
+    assert stdout == ""
+    assert stderr.startswith(message)
+    assert stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists(), "a run that cannot start leaves no folder"
+
+
+@pytest.mark.distributed
+def test_every_rank_tells_the_same_mistake_and_none_waits_for_the_others(tmp_path: Path) -> None:
+    result = run_cli("train", "--config", write_recipe(tmp_path), "data.batch=9", num_ranks=2)
+    assert result.returncode != 0
+    assert result.stderr.count("adai-dist: data.batch must be a multiple of 2; got 9; ") == 2
+    assert "exitcode  : 2" in result.stderr
+    assert 'File "' not in result.stderr.split("adai-dist: ")[1]
+
+
+def test_key_value_pairs_may_stand_on_either_side_of_options(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path)
+    assert end_of("train", "run.steps=0", "--config", recipe) == 2
+    assert "run.steps must be at least 1; got 0" in capfd.readouterr().err
+    assert end_of("train", "--config", recipe, "optimizer=adai", "--resume", "run.seed=-1") == 2
+    assert "run.seed must be at least 0; got -1" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["trains"], ["train"], ["train", "--config", "x", "--fast"], ["bench", "a=b"]]
+)
+def test_arguments_that_no_command_knows_are_refused(capfd: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert end_of(*arguments) == 2
+    assert "usage: adai-dist" in capfd.readouterr().err
+
+
+def test_runs_with_one_name_get_numbers_and_overwriting_has_to_be_asked_for(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path)
+    short = ("train", "--config", recipe, "run.steps=1", "run.checkpoint_every=0", "optimizer=sgd")
+    runs = tmp_path / "runs"
+    for expected in (["tiny"], ["tiny", "tiny-2"]):
+        assert end_of(*short) == 0
+        assert sorted(path.name for path in runs.iterdir()) == expected
+        stdout, _ = capfd.readouterr()
+        assert f"folder                          {runs / expected[-1]}" in stdout
+    (runs / "tiny-2" / "mark").touch()
+    assert end_of(*short, "run.name=tiny-2", "run.overwrite=true", "run.checkpoint_every=1") == 0
+    assert sorted(path.name for path in runs.iterdir()) == ["tiny", "tiny-2"]
+    assert not (runs / "tiny-2" / "mark").exists()
+    capfd.readouterr()
+    assert end_of("train", "--config", runs / "tiny-2" / "config.yaml", "--resume") == 0, "it asks to be overwritten"
+    assert "held-out loss" in capfd.readouterr().out
+    (runs / "precious").mkdir()
+    assert end_of(*short, "run.name=precious", "run.overwrite=true") == 2
+    assert "run.overwrite deletes runs only; got " in capfd.readouterr().err
+    (tmp_path / "file").touch()
+    assert end_of(*short, f"run.out={tmp_path / 'file'}") == 2
+    assert "the folder of the run must be writable; got " in capfd.readouterr().err
+    assert end_of(*short, "run.name=tiny", "run.seed=4", "--resume") == 2
+    assert "a resumed run must keep run.seed=3; got 4" in capfd.readouterr().err
+    summary = json.loads((runs / "tiny-2" / "summary.json").read_text())
+    assert summary["tokens_per_second"] is None, "the only step of a run is not timed"
+    assert not (runs / "tiny-2" / "inertia.png").exists(), "SGD has no inertia"
+
+
+def test_compare_refuses_a_folder_that_is_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert end_of("compare", tmp_path, "--out", tmp_path / "out.png") == 2
+    assert capfd.readouterr().err.startswith("adai-dist: a run must have a readable summary.json; got ")
+
+
+def test_bench_prints_a_table_or_json(capfd: pytest.CaptureFixture[str]) -> None:
+    small = ("bench", "--numel", "1000", "--repetitions", "1")
+    assert end_of(*small) == 0
+    assert "AdamW fused, clipped" in capfd.readouterr().out
+    assert end_of(*small, "--json", "--dtype", "float64") == 0
+    report = json.loads(capfd.readouterr().out)
+    assert (report["numel"], report["dtype"]) == (1000, "float64")

@@ -1,0 +1,102 @@
+"""Engines, checkpoints and run folders inside one process per rank, where many short runs cost little."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.recipe_runs import GPT2, losses, write_recipe
+from tests.spawn import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def run(recipe: str, *overrides: str, **settings: Any) -> dict[int, float]:
+    """Trains on the ranks of the process group that is there; returns the training loss by step."""
+    from adai_dist.recipes.config import load_recipe
+    from adai_dist.recipes.train import train
+    from adai_dist.recipes.world import join_world
+
+    loaded = load_recipe(recipe, overrides)
+    loaded.run = dataclasses.replace(loaded.run, **settings)
+    with join_world(loaded.device) as world, contextlib.redirect_stderr(io.StringIO()):
+        summary = train(loaded, world)
+    return losses(Path(summary["folder"]))
+
+
+def try_every_way(recipe: str) -> dict[str, dict[int, float]]:
+    """Losses of short runs of every optimizer, engine and precision, and with accumulation."""
+    short = {"steps": 3, "eval_every": 3, "checkpoint_every": 0}
+    ways = {name: (f"optimizer={name}", "engine=ddp") for name in ("adai", "adaiw", "sgd")}
+    for engine in ("ddp", "fsdp2"):
+        for name in ("adaiv2", "adamw"):
+            ways[f"{engine}-{name}"] = (f"engine={engine}", f"optimizer={name}")
+            ways[f"{engine}-{name}-accumulated"] = (*ways[f"{engine}-{name}"], "grad_accumulation=2")
+        ways[f"{engine}-bf16"] = (f"engine={engine}", "precision=bf16")
+    return {way: run(recipe, *overrides, name=way, **short) for way, overrides in ways.items()}
+
+
+def stop_and_continue(recipe: str) -> dict[str, dict[int, float]]:
+    """A model with tied weights and dropout: trained in one go, and stopped, then continued by the other engine."""
+    constant = "schedule.shape=constant"  # so that the number of steps does not shape the learning rate
+    results = {"whole": run(recipe, constant, "engine=ddp", name="whole", steps=4, eval_every=1, keep_checkpoints=1)}
+    for first, second in (("ddp", "ddp"), ("fsdp2", "fsdp2"), ("ddp", "fsdp2"), ("fsdp2", "ddp")):
+        name = f"{first}-{second}"
+        run(recipe, constant, f"engine={first}", name=name, steps=2)
+        results[name] = run(recipe, constant, f"engine={second}", name=name, steps=4, resume=True)
+    results["once more"] = run(recipe, constant, "engine=ddp", name="whole", steps=4, resume=True)
+    return results
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_recipe(tmp_path_factory.mktemp("engines")))
+
+
+@pytest.fixture(scope="module")
+def ways(recipe: str) -> dict[str, dict[int, float]]:
+    results, on_rank_one = run_ranks(try_every_way, 2, recipe)
+    assert results == on_rank_one
+    return results
+
+
+def test_changing_one_word_changes_the_optimizer_and_it_learns(ways: dict[str, dict[int, float]]) -> None:
+    curves = [ways[way] for way in ("adai", "adaiw", "sgd", "ddp-adamw", "ddp-adaiv2")]
+    for curve in curves:
+        assert list(curve) == [1, 2, 3]
+        assert curve[3] < curve[1] - 0.003
+    assert len({curve[3] for curve in curves}) == len(curves), "two optimizers gave the same losses"
+
+
+@pytest.mark.parametrize("name", ["adaiv2", "adamw"])
+def test_accumulation_and_engine_change_nothing_but_rounding(ways: dict[str, dict[int, float]], name: str) -> None:
+    for way in (f"ddp-{name}-accumulated", f"fsdp2-{name}", f"fsdp2-{name}-accumulated"):
+        assert ways[way] == pytest.approx(ways[f"ddp-{name}"], rel=1e-5), way
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_bf16_stays_close_to_fp32(ways: dict[str, dict[int, float]], engine: str) -> None:
+    exact, rounded = ways[f"{engine}-adaiv2"], ways[f"{engine}-bf16"]
+    assert rounded != exact, "bf16 had no effect"
+    assert rounded == pytest.approx(exact, rel=2e-3)
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened_also_on_the_other_engine(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, GPT2)
+    results, _ = run_ranks(stop_and_continue, 2, str(recipe))
+    whole = results.pop("whole")
+    assert list(whole) == [1, 2, 3, 4]
+    for way, curve in results.items():
+        assert curve == pytest.approx(whole, rel=1e-5), way
+    assert results["ddp-ddp"] == results["once more"] == whole
+    kept = {
+        run.name: sorted(path.name for path in run.glob("checkpoints/*")) for run in (recipe.parent / "runs").iterdir()
+    }
+    assert kept["whole"] == ["step_00000004"], "keep_checkpoints=1"
+    assert kept["ddp-ddp"] == ["step_00000002", "step_00000004"]
+    assert len(kept) == 5, "no run got a second folder"

@@ -1,0 +1,31 @@
+"""Which rank this is, as launchers say it."""
+
+from __future__ import annotations
+
+import pytest
+
+from adai_dist.recipes.config import RecipeError
+from adai_dist.recipes.world import is_launched, read_launcher
+
+MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ],
+)
+def test_the_rank_is_read_from_every_launcher(names: tuple[str, str, str]) -> None:
+    environment = dict(zip(names, ("5", "8", "1"), strict=True))
+    assert is_launched(environment)
+    assert read_launcher({**environment, **MEETING}) == (5, 8, 1)
+    with pytest.raises(RecipeError, match="need MASTER_ADDR to find each other; got none"):
+        read_launcher(environment)
+
+
+def test_without_a_launcher_there_is_one_rank() -> None:
+    assert not is_launched({"HOME": "/", **MEETING})
+    assert read_launcher({"HOME": "/", **MEETING}) is None
