@@ -315,6 +315,52 @@ def test_states_are_never_below_float32(dtype: torch.dtype) -> None:
     assert torch.isfinite(parameter).all()
 
 
+@pytest.mark.parametrize("name", ["l2", "dampening-0", "clipping", "mixed-groups", "clipping-l2-strong"])
+def test_the_mean_is_that_of_the_states_after_the_step(name: str) -> None:
+    """The step knows the mean before it has the second moments; float32 rounds them one by one."""
+    problem = replace(VARIANTS[name], dtype=torch.float32, steps=30)
+    parameters = problem.parameters()
+    optimizer = AdaiV2(problem.param_groups(parameters), lr=1.0, max_grad_norm=problem.max_grad_norm)
+    for step in range(problem.steps):
+        problem.set_gradients(parameters, step)
+        optimizer.step()
+        total, count = 0.0, 0
+        for group in optimizer.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = optimizer.state[p]
+                total += state["exp_avg_sq"].double().sum().item() / (1 - group["betas"][1] ** state["step"].item())
+                count += p.numel()
+        assert optimizer.inertia_mean.item() == pytest.approx(total / count, rel=1e-6)
+
+
+def test_the_mean_survives_the_cancellation_at_a_minimum_with_coupled_decay() -> None:
+    """There the gradient is the negative of the decay, and their sum nothing but rounding."""
+    generator = torch.Generator().manual_seed(0)
+    parameter = Parameter(torch.randn(50, generator=generator))
+    target = torch.randn(50, generator=generator)
+    optimizer = Adai([parameter], lr=0.5, weight_decay=0.1)
+    for step in range(1500):
+        parameter.grad = parameter.detach() - target
+        optimizer.step()
+        exp_avg_sq = optimizer.state[parameter]["exp_avg_sq"].double().sum().item()
+        assert optimizer.inertia_mean.item() == pytest.approx(exp_avg_sq / 50 / (1 - 0.99 ** (step + 1)), rel=1e-3)
+    torch.testing.assert_close(parameter.detach(), target / 1.1, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dampening", [1.0, 0.5, 0.0])
+def test_three_thousand_steps_stay_with_the_oracle(dampening: float) -> None:
+    groups = tuple(
+        (hyper | {"dampening": dampening}, tuple(spec for spec in specs if spec.name != "b.large"))
+        for hyper, specs in THREE_GROUPS.groups
+    )
+    problem = Problem(groups, steps=3000, dtype=torch.float32)
+    oracle, _ = problem.solve()
+    assert relative_error(solve(problem), oracle, problem) <= 2 * relative_error(
+        solve_plainly(problem), oracle, problem
+    )
+
+
 @pytest.mark.parametrize("scale", [1e-5, 1e-3, 1e3])
 def test_the_trajectory_follows_the_scale_of_the_gradients(scale: float) -> None:
     """Inertia is a ratio: bites on a floor under the mean, which the gradients of real models fall below."""

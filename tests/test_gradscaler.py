@@ -137,3 +137,19 @@ def test_a_real_mixed_precision_loop_learns() -> None:
         scaler.update()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_what_the_scaler_found_counts_even_where_the_gradient_was_mended_since() -> None:
+    """torch's own optimizers skip such a step, and the scale is halved on its account."""
+    parameter = Parameter(torch.ones(3))
+    optimizer = Adai([parameter], lr=0.1)
+    scaler = GradScaler("cpu", init_scale=SCALE)
+    scaler.scale(torch.zeros(()))
+    parameter.grad = torch.tensor([1.0, math.inf, 1.0])
+    scaler.unscale_(optimizer)
+    parameter.grad.fill_(1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(parameter.detach(), torch.ones(3))
+    assert optimizer.num_skipped_steps.item() == 1
+    assert scaler.get_scale() == SCALE / 2

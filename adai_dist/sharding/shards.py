@@ -15,10 +15,11 @@ from adai_dist.sharding.ownership import local_tensor
 
 STATE_NAMES = ("exp_avg", "exp_avg_sq", "beta1_prod")
 
-PIECE_ELEMENTS = {"cpu": 2**16}
-"""A shard is stepped in pieces, by device type: on a CPU a piece and its temporaries stay in the cache ..."""
+PIECE_ELEMENTS = {"cpu": 2**15}
+"""A shard is stepped in pieces, by device type. On a CPU a piece and its temporaries stay in the cache, and it is small
+enough for torch to use one thread: a step is many short operations, and each would wait for the slowest thread."""
 DEFAULT_PIECE_ELEMENTS = 2**24
-"""... elsewhere it bounds the temporary memory."""
+"""Elsewhere it bounds the temporary memory."""
 
 
 @dataclass(frozen=True)
