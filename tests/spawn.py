@@ -134,7 +134,7 @@ def _rank_main(
     log = os.open(os.path.join(folder, f"rank{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    faulthandler.dump_traceback_later(max(1.0, timeout - 5), exit=False)
+    faulthandler.dump_traceback_later(timeout - min(5.0, timeout / 4), exit=False)
 
     import torch
     import torch.distributed as dist
