@@ -12,6 +12,7 @@ import copy
 import itertools
 from typing import Any
 
+import pytest
 import torch
 from torch.nn import Parameter
 from torch.testing._internal.common_device_type import instantiate_device_type_tests
@@ -96,8 +97,8 @@ class TestOptimizers(TestCase):
         for error in optim_info.optim_error_inputs_func(device=device, dtype=dtype):
             wrong = error.optimizer_error_input
             params = [Parameter(torch.ones(2))] if wrong.params is None else wrong.params
-            context = self.assertWarnsRegex if error.error_type is UserWarning else self.assertRaisesRegex
-            with context(error.error_type, error.error_regex):
+            context: Any = pytest.warns if error.error_type is UserWarning else pytest.raises
+            with context(error.error_type, match=error.error_regex):
                 optim_info.optim_cls(params, **wrong.kwargs)
 
     @optims(OPTIMIZERS, dtypes=[torch.float32])

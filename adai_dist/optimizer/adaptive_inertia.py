@@ -83,7 +83,6 @@ class AdaptiveInertia(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a collective and host code: nothing to trace
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of every parameter that has a gradient.
@@ -117,12 +116,16 @@ class AdaptiveInertia(torch.optim.Optimizer):
                 )
             with torch.enable_grad():
                 loss = closure()
+        self._step()  # pyright: ignore[reportAttributeAccessIssue] torch types its decorator for functions only
+        return loss
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a collective and host code: nothing to trace
+    def _step(self) -> None:
         shards = self.owned_shards()
         mean = self._clipped_mean() or self._mean(shards, self.max_grad_norm)
         self.advance(shards, mean)
         self._skips.record(mean.is_finite, self._holdings.plan(self.param_groups).is_main_rank)
         self._last_mean = mean
-        return loss
 
     @torch.no_grad()
     def owned_shards(self) -> list[OwnedShards]:
@@ -282,7 +285,8 @@ class AdaptiveInertia(torch.optim.Optimizer):
     def _device(self) -> torch.device:
         for param in self._params():
             return param.device
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
 
     # -- torch.optim -----------------------------------------------------------------------------------------------
 

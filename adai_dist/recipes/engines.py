@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from adai_dist.recipes import optimizers
-from adai_dist.recipes.config import Recipe
+from adai_dist.recipes.config import Recipe, require
 from adai_dist.recipes.model import block_modules, row_losses
 from adai_dist.recipes.world import World
 
@@ -140,6 +140,13 @@ class FSDP2Engine(TorchEngine):
         return losses
 
     def _wrap(self, model: nn.Module) -> nn.Module:
+        on_cpu = self._world.device.type == "cpu"
+        require(
+            not on_cpu or torch.__version__ >= "2.9",
+            "engine=fsdp2 on the CPU needs torch 2.9 (before, gloo adds gradients up where FSDP2 asks for their mean)",
+            torch.__version__,
+            "set engine=ddp",
+        )
         mesh = init_device_mesh(self._world.device.type, (self._world.size,), mesh_dim_names=("fsdp",))
         policy = MixedPrecisionPolicy()
         if self._recipe.precision == "bf16":
