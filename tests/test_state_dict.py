@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
 from adai_dist import Adai, AdaiV2, AdaiW
+from adai_dist.sharding import shards
 from tests.oracle import Oracle, OracleGroup
 
 CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -131,6 +132,21 @@ def test_writing_to_a_state_is_noticed() -> None:
     assert optimizer.inertia_mean.item() == pytest.approx(expected, rel=1e-6)
     train(other, others, 3, 4)
     assert_same_bits(params, others)
+
+
+def test_stepping_in_pieces_changes_nothing_but_the_order_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, others = parameters(torch.float64), parameters(torch.float64)
+    optimizer = make("Adai", params)
+    train(optimizer, params, 0, 6)
+    assert optimizer.owned_shards()[0].num_pieces == [1, 1, 1, 1]
+    monkeypatch.setitem(shards.PIECE_ELEMENTS, "cpu", 1000)
+    other = make("Adai", others)
+    train(other, others, 0, 3)
+    assert other.owned_shards()[0].num_pieces == [1, 1, 1, 66]
+    other.load_state_dict(other.state_dict())  # the sums are rebuilt, piece by piece
+    train(other, others, 3, 6)
+    for parameter, twin in zip(params, others, strict=True):
+        torch.testing.assert_close(parameter, twin, rtol=1e-13, atol=1e-13)
 
 
 def reference_checkpoint(decoupled: bool, steps: int) -> tuple[Oracle, dict[str, Any]]:

@@ -15,11 +15,10 @@ from adai_dist.sharding.ownership import local_tensor
 
 STATE_NAMES = ("exp_avg", "exp_avg_sq", "beta1_prod")
 
-PIECE_ELEMENTS = {"cpu": 2**15}
-"""A shard is stepped in pieces, by device type. On a CPU a piece and its temporaries stay in the cache, and it is small
-enough for torch to use one thread: a step is many short operations, and each would wait for the slowest thread."""
+PIECE_ELEMENTS = {"cpu": 2**18}
+"""A shard is stepped in pieces, by device type: on a CPU a piece and its temporaries stay near the cache ..."""
 DEFAULT_PIECE_ELEMENTS = 2**24
-"""Elsewhere it bounds the temporary memory."""
+"""... and elsewhere it bounds the temporary memory."""
 
 
 @dataclass(frozen=True)
