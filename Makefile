@@ -17,7 +17,7 @@ EXTRAS_docs  := docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow lint format bench docs clean
+.PHONY: help train test test-slow test-gpu lint format bench docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: $(VENV)/.installed-test ## run the tests, less those marked slow or gpu (A
 
 test-slow: $(VENV)/.installed-test ## run the tests marked slow
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600 $(ARGS)
+
+test-gpu: $(VENV)/.installed-test ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 lint: $(VENV)/.installed-lint ## ruff, pyright (strict on adai_dist), codespell
 	$(BIN)/ruff check .

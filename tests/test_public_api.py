@@ -33,7 +33,7 @@ METHODS = {
     "observe": {"shards": REQUIRED},
     "advance": {"shards": REQUIRED, "mean": REQUIRED},
 }
-PROPERTIES = {"grad_norm", "inertia_mean", "num_skipped_steps"}
+PROPERTIES = {"grad_norm", "inertia_mean", "mean_group", "num_skipped_steps"}
 
 PARAM_GROUP_KEYS = {
     *("params", "lr", "betas", "eps", "weight_decay", "dampening", "decoupled", "maximize", "foreach"),

@@ -41,7 +41,12 @@ class AdaptiveInertia(torch.optim.Optimizer):
         global_mean   collective  64 bytes per process group: norm, clip coefficient, mean, non-finite flag
         advance       local       one pass over parameters, gradients and states
 
-    Engines that step a part of the model at a time call the phases themselves.
+    Engines that step a part of the model at a time call the phases themselves, each on the parts that are at hand::
+
+        shards = optimizer.owned_shards()
+        mean = global_mean(optimizer.observe(shards), optimizer.mean_group)   # of adai_dist.sharding
+        for part in shards:
+            optimizer.advance([part], mean)
 
     Args:
         params: parameters, named parameters, or parameter groups.
@@ -185,11 +190,8 @@ class AdaptiveInertia(torch.optim.Optimizer):
         self._holdings.store_sums(owned, self.state, torch.cat(new_sums))
 
     def _mean(self, shards: list[OwnedShards], max_norm: float | None) -> GlobalMean:
-        process_groups = self._holdings.plan(self.param_groups).process_groups
-        return global_mean(self.observe(shards), process_groups, max_norm=max_norm, grad_scale=self._grad_scale())
-
-    def _grad_scale(self) -> Tensor | None:
-        return getattr(self, "grad_scale", None)  # set by torch.amp.GradScaler
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)  # set by torch.amp.GradScaler
+        return global_mean(self.observe(shards), self.mean_group, max_norm=max_norm, grad_scale=grad_scale)
 
     # -- clipping --------------------------------------------------------------------------------------------------
 
@@ -278,6 +280,11 @@ class AdaptiveInertia(torch.optim.Optimizer):
         automatic = process_group is None and num_replicas is None
         self._sharding = None if automatic else Sharding.checked(process_group, num_replicas)
         self._reset_derived()
+
+    @property
+    def mean_group(self) -> tuple[ProcessGroup, ...]:
+        """The process groups over which the sums are added up, in this order; none where nothing is communicated."""
+        return self._holdings.plan(self.param_groups).process_groups
 
     def _params(self) -> list[Tensor]:
         return [param for param_group in self.param_groups for param in param_group["params"]]

@@ -1,1 +1,5 @@
 """What a rank holds of a model, and the one collective of a step."""
+
+from adai_dist.sharding.mean import GlobalMean, global_mean
+
+__all__ = ["GlobalMean", "global_mean"]
