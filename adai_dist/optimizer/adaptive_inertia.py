@@ -157,8 +157,7 @@ class AdaptiveInertia(torch.optim.Optimizer):
             terms = [owned.layout.weights.new_zeros(())] * 5
             if owned.pieces.grad:
                 norms = equations.observe(owned.pieces, owned.hyper)
-                correction = equations.bias_correction(owned.hyper.beta2, owned.next_steps())
-                mean_terms = equations.mean_terms(norms, owned.exp_avg_sq_sums, correction, owned.hyper)
+                mean_terms = equations.mean_terms(norms, owned.exp_avg_sq_sums, owned.correction, owned.hyper)
                 terms = [torch.dot(owned.layout.weights, x) for x in (norms.grad_grad, *mean_terms)]
             overflow = torch.zeros_like(lr)
             total += torch.stack([*terms, owned.layout.num_elements, overflow, lr]).to(device)
@@ -180,8 +179,7 @@ class AdaptiveInertia(torch.optim.Optimizer):
             torch._foreach_add_(owned.steps, local_mean.is_live.to(owned.steps[0].dtype), alpha=1.0)
 
     def _advance(self, owned: OwnedShards, mean: GlobalMean) -> None:
-        correction = equations.bias_correction(owned.hyper.beta2, owned.next_steps())
-        scalars = mean.step_scalars(owned.hyper, correction, owned.pieces.exp_avg_sq[0].dtype)
+        scalars = mean.step_scalars(owned.hyper, owned.correction, owned.pieces.exp_avg_sq[0].dtype)
         new_sums: list[Tensor] = []
         for batch in owned.batches():
             pieces = Shards(*(tensors[batch] for tensors in owned.pieces))

@@ -63,7 +63,7 @@ class Holdings:
 
     def store_sums(self, owned: OwnedShards, states: States, sums: Tensor) -> None:
         """Keep the sums of exp_avg_sq, float64, one per piece, for the next step."""
-        for param, param_sums in zip(owned.params, torch.split(sums, owned.num_pieces), strict=True):
+        for param, param_sums in zip(owned.layout.params, torch.split(sums, owned.layout.num_pieces), strict=True):
             exp_avg_sq = states[param]["exp_avg_sq"]
             self._stored_sums[param] = StoredSums(exp_avg_sq, local_tensor(exp_avg_sq)._version, param_sums)
 
@@ -89,7 +89,8 @@ class Holdings:
             for param, pieces in zip(params, split_params, strict=True)
         ]
         steps = [states[param]["step"] for param in params]
-        return OwnedShards(hyper, params, steps, num_pieces, pieces, layout, exp_avg_sq_sums=torch.cat(sums))
+        correction = equations.bias_correction(hyper.beta2, torch.stack(steps).double()[layout.owners] + 1.0)
+        return OwnedShards(hyper, layout, pieces, steps, correction, exp_avg_sq_sums=torch.cat(sums))
 
     def _sums(self, exp_avg_sq: Tensor, param: Tensor, pieces: list[Tensor]) -> Tensor:
         stored = self._stored_sums.get(param)

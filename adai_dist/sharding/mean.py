@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -41,11 +40,9 @@ class Sums(NamedTuple):
     """Sum of the learning rates: 0 means that this step cannot move a parameter."""
 
 
-@dataclass(frozen=True)
-class GlobalMean:
+class GlobalMean(NamedTuple):
     """What every rank knows after the collective; 0-dim float64 tensors unless said otherwise."""
 
-    sums: Sums
     coefficient: Tensor
     """Factor of every gradient: the clip coefficient over the loss scale."""
     grad_norm: Tensor
@@ -59,16 +56,7 @@ class GlobalMean:
 
     def to(self, device: torch.device) -> GlobalMean:
         """The same on another device, for models that span several."""
-        if self.inertia_mean.device == device:
-            return self
-        return GlobalMean(
-            Sums(*(x.to(device) for x in self.sums)),
-            self.coefficient.to(device),
-            self.grad_norm.to(device),
-            self.inertia_mean.to(device),
-            self.is_finite.to(device),
-            self.is_live.to(device),
-        )
+        return GlobalMean(*(x.to(device) for x in self))
 
     def step_scalars(self, hyper: Hyper, correction: Tensor, dtype: torch.dtype) -> StepScalars:
         """The scalars of a step for one parameter group, in the dtype of its arithmetic.
@@ -113,16 +101,13 @@ def global_mean(
         packed = _all_reduce(packed, process_group)
     sums = Sums(*packed.unbind())
     scale = torch.ones_like(sums.grad_squared) if grad_scale is None else grad_scale.to(packed.device, torch.float64)
-    if max_norm is None:
-        clip_coefficient = torch.ones_like(scale)
-    else:
-        clip_coefficient = (max_norm / (sums.grad_squared.sqrt() / scale + CLIP_EPS)).clamp(max=1.0)
-    return _evaluate(sums, clip_coefficient, scale)
-
-
-def _evaluate(sums: Sums, clip_coefficient: Tensor, scale: Tensor) -> GlobalMean:
     scale = scale.reshape(())
-    c = clip_coefficient / scale
+    grad_norm = sums.grad_squared.sqrt() / scale
+    clip_coefficient = 1.0 if max_norm is None else (max_norm / (grad_norm + CLIP_EPS)).clamp(max=1.0)
+    return _evaluate(sums, grad_norm, clip_coefficient / scale)
+
+
+def _evaluate(sums: Sums, grad_norm: Tensor, c: Tensor) -> GlobalMean:
     # No gradient so far and no learning rate: nobody trains, somebody wants the states created.
     is_idle = (sums.grad_squared == 0) & (sums.carried == 0) & (sums.lr == 0)
     constant = torch.where(is_idle, 0.0, sums.constant)
@@ -131,9 +116,8 @@ def _evaluate(sums: Sums, clip_coefficient: Tensor, scale: Tensor) -> GlobalMean
     # A second moment beyond float32 would be inf for ever. An inf or NaN in any sum fails the comparisons, too.
     is_finite = (sums.grad_squared < torch.inf) & (total <= FLOAT32_MAX) & (sums.num_overflows == 0)
     return GlobalMean(
-        sums=sums,
         coefficient=c,
-        grad_norm=sums.grad_squared.sqrt() / scale,
+        grad_norm=grad_norm,
         inertia_mean=mean,
         is_finite=is_finite,
         is_live=is_finite & (mean > 0),

@@ -26,7 +26,9 @@ class Layout:
     """Constants of a list of parameters, kept on their device between steps."""
 
     params: list[Tensor]
+    """Parameters with a gradient; also those of which this rank holds no element."""
     num_pieces: list[int]
+    """Pieces of each parameter."""
     owners: Tensor
     """int64, one per piece: index of the parameter that the piece belongs to."""
     weights: Tensor
@@ -62,20 +64,14 @@ class OwnedShards:
     """
 
     hyper: Hyper
-    params: list[Tensor]
-    """Parameters with a gradient; also those of which this rank holds no element."""
-    steps: list[Tensor]
-    """Their ``step`` states: 0-dim, float32."""
-    num_pieces: list[int]
-    """Pieces of each parameter."""
-    pieces: Shards
     layout: Layout
+    pieces: Shards
+    steps: list[Tensor]
+    """``step`` of each parameter of the layout: 0-dim, float32."""
+    correction: Tensor
+    """float64, one per piece: ``1 - beta2^t`` of this step, if it counts."""
     exp_avg_sq_sums: Tensor
     """float64, one per piece: sum of exp_avg_sq as it stands."""
-
-    def next_steps(self) -> Tensor:
-        """``t`` of this step for every piece, float64, if the step counts."""
-        return torch.stack(self.steps).double()[self.layout.owners] + 1.0
 
     def batches(self) -> Iterator[slice]:
         """Runs of pieces to be stepped together: as many elements as one piece may have; foreach=False: one by one."""
