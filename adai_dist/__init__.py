@@ -1,7 +1,10 @@
 """Adai, AdaiW and AdaiV2 (Adaptive Inertia, ICML 2022) for distributed training with PyTorch."""
 
+from adai_dist.integrations.deepspeed.registration import register
 from adai_dist.optimizer import Adai, AdaiV2, AdaiW
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["Adai", "AdaiV2", "AdaiW", "__version__"]
+__all__ = ["Adai", "AdaiV2", "AdaiW", "__version__", "register"]
+
+register()

@@ -21,7 +21,13 @@ OPTIONAL = {
     "transformers",
     "yaml",
 }
-NOT_CORE = ("adai_dist.cli", "adai_dist.integrations", "adai_dist.recipes", "adai_dist.tools")
+NOT_CORE = ("adai_dist.cli", "adai_dist.recipes", "adai_dist.tools")
+REGISTRATION = {
+    "adai_dist.integrations",
+    "adai_dist.integrations.after_import",
+    "adai_dist.integrations.deepspeed",
+    "adai_dist.integrations.deepspeed.registration",
+}
 
 PROGRAM = """
 import json, sys
@@ -44,5 +50,6 @@ def test_importing_the_package_loads_nothing_optional_and_starts_no_device() -> 
     assert "adai_dist.optimizer" in found["new"]
     assert not {name for name in found["new"] if name.split(".")[0] in OPTIONAL}
     assert not {name for name in found["new"] if name.startswith(NOT_CORE)}
+    assert {name for name in found["new"] if name.startswith("adai_dist.integrations")} == REGISTRATION
     assert not found["cuda"]
     assert not found["process_group"]

@@ -11,7 +11,7 @@ import adai_dist
 from adai_dist import Adai, AdaiV2, AdaiW
 from adai_dist.optimizer import AdaptiveInertia
 
-NAMES = {"Adai", "AdaiV2", "AdaiW", "__version__"}
+NAMES = {"Adai", "AdaiV2", "AdaiW", "__version__", "register"}
 
 REQUIRED = "required"
 COMMON = {"lr": REQUIRED, "betas": (0.1, 0.99), "eps": 1e-3, "weight_decay": 0.0}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from adai_dist.optimizer.skips import SkipCounter
 from adai_dist.optimizer.state import new_state, restore_states, step_tensor
 from adai_dist.sharding.holdings import Holdings
 from adai_dist.sharding.mean import GlobalMean, Sums, global_mean
-from adai_dist.sharding.ownership import NumReplicas, Sharding, local_tensor
+from adai_dist.sharding.ownership import ModelSharding, NumReplicas, Sharding, local_tensor
 from adai_dist.sharding.shards import OwnedShards
 
 if TYPE_CHECKING:
@@ -30,6 +30,14 @@ class PendingMean(NamedTuple):
 
     mean: GlobalMean
     gradients: list[tuple[Tensor, int]]
+
+
+class Driver(Protocol):
+    """An engine that calls step() for one part of the model after the other, and knows the mean over all of it."""
+
+    def step_part(self) -> None:
+        """Advance the parameters that ``param_groups`` lists at the moment."""
+        ...
 
 
 class AdaptiveInertia(torch.optim.Optimizer):
@@ -62,7 +70,11 @@ class AdaptiveInertia(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves unscaling and skipping to step()
 
-    _sharding: Sharding | None = None
+    _step_within_engine: ClassVar[Callable[[AdaptiveInertia], bool] | None] = None
+    """Set when an engine is imported that steps optimizers it did not bind: takes the step, or says that it did not."""
+
+    _driver: Driver | None = None
+    _sharding: ModelSharding | None = None
     _last_mean: GlobalMean | None = None
     _pending_mean: PendingMean | None = None
 
@@ -126,10 +138,18 @@ class AdaptiveInertia(torch.optim.Optimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a collective and host code: nothing to trace
     def _step(self) -> None:
+        if self._driver is not None:
+            self._driver.step_part()
+            return
+        if self._step_within_engine is not None and self._step_within_engine():
+            return
         shards = self.owned_shards()
         mean = self._clipped_mean() or self._mean(shards, self.max_grad_norm)
         self.advance(shards, mean)
-        self._skips.record(mean.is_finite, self._holdings.plan(self.param_groups).is_main_rank)
+        self._record(mean, self._holdings.plan(self.param_groups).is_main_rank)
+
+    def _record(self, mean: GlobalMean, is_main_rank: bool) -> None:
+        self._skips.record(mean.is_finite, is_main_rank)
         self._last_mean = mean
 
     @torch.no_grad()
@@ -138,11 +158,14 @@ class AdaptiveInertia(torch.optim.Optimizer):
 
         Collective: where a gradient is placed unlike its parameter, all ranks of the parameter's mesh.
         """
-        for param in self._params():
+        self._create_states(self._params())
+        return self._holdings.owned_shards(self.param_groups, self.state)
+
+    def _create_states(self, params: Iterable[Tensor]) -> None:
+        for param in params:
             # Also without a gradient: all ranks must have the same states, or checkpoints hang or lack keys.
             if (param.requires_grad or param.grad is not None) and not self.state[param]:
                 self.state[param] = new_state(param)
-        return self._holdings.owned_shards(self.param_groups, self.state)
 
     @torch.no_grad()
     def observe(self, shards: list[OwnedShards]) -> Sums:
@@ -157,7 +180,8 @@ class AdaptiveInertia(torch.optim.Optimizer):
             terms = [owned.layout.weights.new_zeros(())] * 5
             if owned.pieces.grad:
                 norms = equations.observe(owned.pieces, owned.hyper)
-                mean_terms = equations.mean_terms(norms, owned.exp_avg_sq_sums, owned.correction, owned.hyper)
+                exp_avg_sq_sums = self._holdings.exp_avg_sq_sums(owned, self.state)
+                mean_terms = equations.mean_terms(norms, exp_avg_sq_sums, owned.correction, owned.hyper)
                 terms = [torch.dot(owned.layout.weights, x) for x in (norms.grad_grad, *mean_terms)]
             overflow = torch.zeros_like(lr)
             total += torch.stack([*terms, owned.layout.num_elements, overflow, lr]).to(device)
@@ -184,8 +208,10 @@ class AdaptiveInertia(torch.optim.Optimizer):
         for batch in owned.batches():
             pieces = Shards(*(tensors[batch] for tensors in owned.pieces))
             equations.advance(pieces, owned.hyper, scalars._replace(inverse_means=scalars.inverse_means[batch]))
-            new_sums.append(equations.sums(pieces.exp_avg_sq))
-        self._holdings.store_sums(owned, self.state, torch.cat(new_sums))
+            if self._driver is None:
+                new_sums.append(equations.sums(pieces.exp_avg_sq))
+        if new_sums:
+            self._holdings.store_sums(owned, self.state, torch.cat(new_sums))
 
     def _mean(self, shards: list[OwnedShards], max_norm: float | None) -> GlobalMean:
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)  # set by torch.amp.GradScaler
@@ -209,6 +235,7 @@ class AdaptiveInertia(torch.optim.Optimizer):
 
         Collective: as :meth:`step`, which makes none then.
         """
+        self._check_not_driven("clip_grad_norm_()", "set its own clipping")
         bound = max_grad_norm_in_range("max_norm", max_norm)
         if bound is None:
             raise TypeError("max_norm must be a number, got None; leave the call out to clip nothing")
@@ -271,12 +298,20 @@ class AdaptiveInertia(torch.optim.Optimizer):
         Raises:
             TypeError: an argument is none of these.
             ValueError: this rank is no member of ``process_group``; in the next step: ``num_replicas`` is out of range.
-            RuntimeError: torch.distributed is not initialised.
+            RuntimeError: torch.distributed is not initialised; DeepSpeed's ZeRO drives the optimizer.
 
         Collective: none here; all ranks of ``process_group`` must step together afterwards.
         """
+        self._check_not_driven("configure_sharding()", "leave it out")
         automatic = process_group is None and num_replicas is None
-        self._sharding = None if automatic else Sharding.checked(process_group, num_replicas)
+        self._shard(None if automatic else Sharding.checked(process_group, num_replicas))
+
+    def _check_not_driven(self, call: str, remedy: str) -> None:
+        if self._driver is not None:
+            raise RuntimeError(f"an engine steps this optimizer part by part and has the norm, got {call}; {remedy}")
+
+    def _shard(self, sharding: ModelSharding | None) -> None:
+        self._sharding = sharding
         self._reset_derived()
 
     @property

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adai_dist import Adai, AdaiV2, AdaiW
-from adai_dist.optimizer import AdaptiveInertia
+from adai_dist.optimizer import Adai, AdaiV2, AdaiW, AdaptiveInertia
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adaiv2": AdaiV2,
@@ -43,6 +42,12 @@ def check(name: str, arguments: Mapping[str, Any]) -> None:
         OPTIMIZERS[name]([nn.Parameter(torch.zeros(1))], **_as_arguments(arguments))
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"optimizers.{name}: {error}") from error
+
+
+def all_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The given arguments, and the defaults of those that an optimizer takes but were not given."""
+    defaults = {key: argument.default for key, argument in _signature(name).items() if key not in _SET_ELSEWHERE}
+    return {**defaults, **_as_arguments(arguments)}
 
 
 def build(

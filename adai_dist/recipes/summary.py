@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-import adai_dist
 from adai_dist.recipes.world import World
 
 Summary = dict[str, Any]
@@ -55,8 +54,8 @@ def describe_environment(world: World) -> Summary:
     """Versions, git commit and hardware, as entries of a summary."""
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
-        "versions": {"adai_dist": adai_dist.__version__, "python": platform.python_version(), **versions},
-        "git_commit": _git_commit(Path(adai_dist.__file__).parent),
+        "versions": {"adai_dist": importlib.metadata.version("adai-dist"), "python": platform.python_version(), **versions},
+        "git_commit": _git_commit(Path(__file__).parent),
         "hardware": {
             "device": _device_name(world.device),
             "cpu": _cpu_name(),

@@ -11,7 +11,7 @@ from torch import Tensor
 from adai_dist import equations
 from adai_dist.equations import Shards
 from adai_dist.hyper import Hyper
-from adai_dist.sharding.ownership import Sharding, ShardingPlan, aligned_gradient, local_tensor, plan_sharding
+from adai_dist.sharding.ownership import ModelSharding, ShardingPlan, aligned_gradient, local_tensor, plan_sharding
 from adai_dist.sharding.shards import Layout, OwnedShards, split
 
 States = Mapping[Tensor, dict[str, Any]]
@@ -32,7 +32,7 @@ class Holdings:
     sharding plan when parameters were replaced, the sums of exp_avg_sq when the state was replaced or written to.
     """
 
-    def __init__(self, sharding: Sharding | None = None) -> None:
+    def __init__(self, sharding: ModelSharding | None = None) -> None:
         self.sharding = sharding
         self._plan: ShardingPlan | None = None
         self._layouts: dict[tuple[Any, ...], Layout] = {}
@@ -61,6 +61,16 @@ class Holdings:
         hypers = [Hyper.from_param_group(param_group) for param_group in param_groups]
         return [self._shards_of(key, pairs, hypers[key[0]], states, plan) for key, pairs in found.items()]
 
+    def exp_avg_sq_sums(self, owned: OwnedShards, states: States) -> Tensor:
+        """Sums of exp_avg_sq as it stands, float64, one per piece: the stored ones, or one more read."""
+        pieces = owned.by_param(owned.pieces.exp_avg_sq)
+        return torch.cat(
+            [
+                self._sums(states[param]["exp_avg_sq"], param, of_param)
+                for param, of_param in zip(owned.layout.params, pieces, strict=True)
+            ]
+        )
+
     def store_sums(self, owned: OwnedShards, states: States, sums: Tensor) -> None:
         """Keep the sums of exp_avg_sq, float64, one per piece, for the next step."""
         for param, param_sums in zip(owned.layout.params, torch.split(sums, owned.layout.num_pieces), strict=True):
@@ -84,13 +94,9 @@ class Holdings:
         if layout is None or not layout.fits(params, num_pieces):
             layout = Layout.of(params, num_pieces, pieces.param, plan.weights)
             self._layouts[key] = layout
-        sums = [
-            self._sums(states[param]["exp_avg_sq"], param, [piece.exp_avg_sq for piece in pieces])
-            for param, pieces in zip(params, split_params, strict=True)
-        ]
         steps = [states[param]["step"] for param in params]
         correction = equations.bias_correction(hyper.beta2, torch.stack(steps).double()[layout.owners] + 1.0)
-        return OwnedShards(hyper, layout, pieces, steps, correction, exp_avg_sq_sums=torch.cat(sums))
+        return OwnedShards(hyper, layout, pieces, steps, correction)
 
     def _sums(self, exp_avg_sq: Tensor, param: Tensor, pieces: list[Tensor]) -> Tensor:
         stored = self._stored_sums.get(param)

@@ -96,18 +96,24 @@ def global_mean(
 
     Numerics: float64.
     """
-    packed = torch.stack(local_sums)
-    for process_group in process_groups:
-        packed = _all_reduce(packed, process_group)
+    packed = all_reduce(torch.stack(local_sums), process_groups)
     sums = Sums(*packed.unbind())
     scale = torch.ones_like(sums.grad_squared) if grad_scale is None else grad_scale.to(packed.device, torch.float64)
     scale = scale.reshape(())
     grad_norm = sums.grad_squared.sqrt() / scale
     clip_coefficient = 1.0 if max_norm is None else (max_norm / (grad_norm + CLIP_EPS)).clamp(max=1.0)
-    return _evaluate(sums, grad_norm, clip_coefficient / scale)
+    return evaluate(sums, grad_norm, clip_coefficient / scale)
 
 
-def _evaluate(sums: Sums, grad_norm: Tensor, c: Tensor) -> GlobalMean:
+def evaluate(sums: Sums, grad_norm: Tensor, c: Tensor) -> GlobalMean:
+    """The mean from sums over all ranks.
+
+    Args:
+        grad_norm: global norm to report; 0-dim float64.
+        c: factor of every gradient, clip coefficient over loss scale; 0-dim float64.
+
+    Collective: none.
+    """
     # No gradient so far and no learning rate: nobody trains, somebody wants the states created.
     is_idle = (sums.grad_squared == 0) & (sums.carried == 0) & (sums.lr == 0)
     constant = torch.where(is_idle, 0.0, sums.constant)
@@ -124,10 +130,16 @@ def _evaluate(sums: Sums, grad_norm: Tensor, c: Tensor) -> GlobalMean:
     )
 
 
-def _all_reduce(packed: Tensor, process_group: ProcessGroup) -> Tensor:
-    # With CPU-offloaded parameters the sums are on the CPU, and the process group may serve the GPU only.
-    device_types = [device.type for device in process_group._device_types]
-    device = packed.device if packed.device.type in device_types else process_group._device_types[0]
-    travelling = packed.to(device)
-    dist.all_reduce(travelling, group=process_group)
-    return travelling.to(packed.device)
+def all_reduce(packed: Tensor, process_groups: tuple[ProcessGroup, ...]) -> Tensor:
+    """The sum over the ranks of every process group, one after the other; a new tensor on the device of ``packed``.
+
+    Collective: all ranks of each process group, in order.
+    """
+    for process_group in process_groups:
+        # With CPU-offloaded parameters the sums are on the CPU, and the process group may serve the GPU only.
+        device_types = [device.type for device in process_group._device_types]
+        device = packed.device if packed.device.type in device_types else process_group._device_types[0]
+        travelling = packed.to(device, copy=True)
+        dist.all_reduce(travelling, group=process_group)
+        packed = travelling.to(packed.device)
+    return packed

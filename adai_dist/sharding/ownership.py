@@ -18,7 +18,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 NumReplicas = int | Callable[[Tensor], int | None] | None
+
+
+class ModelSharding(Protocol):
+    """Says which ranks share the mean, and who holds what, where the tensors do not show it."""
+
+    def plan(self, params: tuple[Tensor, ...]) -> ShardingPlan:
+        """Raises: ValueError: the sharding contradicts itself. Collective: none."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,10 @@ class Sharding:
             raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {process_group!r}")
         return cls(process_group, num_replicas)
 
+    def plan(self, params: tuple[Tensor, ...]) -> ShardingPlan:
+        weights = {param: 1.0 / _num_replicas(param, self) for param in params}
+        return ShardingPlan(params, (self.process_group,), weights)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Sharding:
         return self  # a process group cannot be copied, and a copy of the optimizer shares it
 
@@ -76,7 +88,7 @@ class ShardingPlan:
     process_groups: tuple[ProcessGroup, ...]
     """All-reduced one after the other, in this order; the same on all their members. Empty: no collective."""
     weights: dict[Tensor, float]
-    """1 / (number of ranks, over all process groups, that hold the same local elements)."""
+    """Over all ranks of the process groups, the weights of the copies of an element add up to 1."""
 
     def fits(self, params: list[Tensor]) -> bool:
         """Whether the plan was made for exactly these parameters; engines replace them after construction."""
@@ -100,7 +112,7 @@ def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def plan_sharding(params: Iterable[Tensor], sharding: Sharding | None) -> ShardingPlan:
+def plan_sharding(params: Iterable[Tensor], sharding: ModelSharding | None) -> ShardingPlan:
     """Read from the tensors, or from ``sharding`` where it is given, which ranks share the mean and who holds what.
 
     Raises:
@@ -111,8 +123,7 @@ def plan_sharding(params: Iterable[Tensor], sharding: Sharding | None) -> Shardi
     """
     params = tuple(params)
     if sharding is not None:
-        weights = {param: 1.0 / _num_replicas(param, sharding) for param in params}
-        return ShardingPlan(params, (sharding.process_group,), weights)
+        return sharding.plan(params)
     for param in params:
         if getattr(param, "_fsdp_flattened", False):
             raise RuntimeError(

@@ -70,8 +70,13 @@ class OwnedShards:
     """``step`` of each parameter of the layout: 0-dim, float32."""
     correction: Tensor
     """float64, one per piece: ``1 - beta2^t`` of this step, if it counts."""
-    exp_avg_sq_sums: Tensor
-    """float64, one per piece: sum of exp_avg_sq as it stands."""
+
+    def by_param(self, pieces: list[Tensor]) -> Iterator[list[Tensor]]:
+        """The pieces of each parameter of the layout."""
+        start = 0
+        for count in self.layout.num_pieces:
+            yield pieces[start : start + count]
+            start += count
 
     def batches(self) -> Iterator[slice]:
         """Runs of pieces to be stepped together: as many elements as one piece may have; foreach=False: one by one."""

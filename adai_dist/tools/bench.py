@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adai_dist import Adai, AdaiV2
+from adai_dist.optimizer import Adai, AdaiV2
 
 MAX_NORM = 1.0
 TENSOR_ELEMENTS = 2**20  # the parameters are cut into tensors of this size, as in a model

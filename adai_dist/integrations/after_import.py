@@ -1,0 +1,67 @@
+"""Do something right after a module of another project has been imported, without importing it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+Hook = Callable[[ModuleType], None]
+
+
+def after_import(name: str, hook: Hook) -> None:
+    """Call ``hook(module)`` once the module has been imported: now, if it has been already.
+
+    Args:
+        name: full name of the module, such as ``"deepspeed.runtime.engine"``.
+        hook: an exception in it fails the import.
+    """
+    module = sys.modules.get(name)
+    if module is not None:
+        hook(module)
+        return
+    _finder.hooks.setdefault(name, []).append(hook)
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+
+
+class _Finder(MetaPathFinder):
+    """Asks the other finders for the modules that somebody waits for, and puts a loader of its own around theirs."""
+
+    def __init__(self) -> None:
+        self.hooks: dict[str, list[Hook]] = {}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self.hooks:
+            return None
+        for finder in sys.meta_path:
+            spec = finder.find_spec(fullname, path, target) if finder is not self else None
+            if spec is not None and spec.loader is not None:
+                spec.loader = _Loader(spec.loader, self.hooks)
+                return spec
+        return None
+
+
+class _Loader(Loader):
+    def __init__(self, loader: Loader, hooks: dict[str, list[Hook]]) -> None:
+        self._loader = loader
+        self._hooks = hooks
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The module must show the loader that it would have without us: resources and sources are read through it.
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        for hook in self._hooks.pop(module.__name__, []):
+            hook(module)
+
+
+_finder = _Finder()

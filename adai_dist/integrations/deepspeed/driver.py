@@ -1,0 +1,234 @@
+"""The global mean of a step that ZeRO takes part by part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from adai_dist import equations
+from adai_dist.equations import MeanTerms, Shards, SquaredNorms
+from adai_dist.hyper import Hyper
+from adai_dist.integrations.deepspeed.zero import ZeroWrapper
+from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
+from adai_dist.optimizer.state import step_tensor
+from adai_dist.sharding.holdings import Holdings
+from adai_dist.sharding.mean import GlobalMean, Sums, all_reduce, evaluate
+from adai_dist.sharding.shards import piece_elements
+
+
+class ZeroDriver:
+    """Steps an optimizer whose parameters ZeRO hands over part by part, all with the mean over the whole model.
+
+    The sum of exp_avg_sq over all ranks is kept per part and follows the recursion of :mod:`adai_dist.equations` from
+    the norms that ZeRO has all-reduced, so that a step needs no collective of its own::
+
+        begin     before ZeRO's step      states exist; leftovers are cleared
+        settle    once per step           norms and the scale that ZeRO applies give the mean
+        step_part once per part           advance
+        end       after ZeRO's step       the step is counted, or counted as skipped
+
+    Collective: construction, :meth:`load` and :meth:`refresh`: all ranks, a few all-reduces; a step: none, but one of
+    24 bytes per part where decay is coupled, and under BF16_Optimizer where parameter groups differ in beta2.
+    """
+
+    def __init__(self, optimizer: AdaptiveInertia, zero_wrapper: ZeroWrapper) -> None:
+        self.optimizer = optimizer
+        self.zero_wrapper = zero_wrapper
+        self.flats = zero_wrapper.flats()
+        self._runs = _runs(zero_wrapper.group_indices())
+        self.device = self.flats[0].device
+        self.process_groups = zero_wrapper.process_groups()
+        self.num_elements = self._count()
+        self.exp_avg_sq_sums: Tensor | None = None
+        """Sum over all ranks, of every part; float64. None where it has to be found from the states."""
+        self._mean: GlobalMean | None = None
+        self._holdings: dict[int, Holdings] = {}
+        self._knows_parts = True
+
+    def _count(self) -> Tensor:
+        num_elements = [
+            sum(fragment.num_elements for fragment in self.zero_wrapper.fragments(part) if fragment.is_counted)
+            for part in range(len(self.flats))
+        ]
+        return self._total(torch.tensor(num_elements, dtype=torch.float64, device=self.device)).sum()
+
+    def _total(self, local: Tensor) -> Tensor:
+        """What the ranks add up to. Collective: all ranks."""
+        return all_reduce(local, self.process_groups)
+
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Before ZeRO looks at the gradients."""
+        if self.optimizer.max_grad_norm is not None:
+            raise ValueError(
+                "under DeepSpeed, gradients are clipped by DeepSpeed alone, got "
+                f'max_grad_norm={self.optimizer.max_grad_norm!r}; set "gradient_clipping" in its configuration instead'
+            )
+        self._mean = None
+        if self.exp_avg_sq_sums is None and not any(self.optimizer.state.get(flat) for flat in self.flats):
+            self.exp_avg_sq_sums = torch.zeros(len(self.flats), dtype=torch.float64, device=self.device)
+        for part, flat in enumerate(self.flats):
+            if not self.zero_wrapper.is_swapped(part):
+                self.optimizer._create_states([flat])
+                self.zero_wrapper.clear_stale_gradients(part)
+        if self.exp_avg_sq_sums is None:
+            self.refresh()
+
+    def hypers(self) -> list[Hyper]:
+        """The hyperparameters of every parameter group."""
+        return [Hyper.from_param_group(param_group) for param_group in self.optimizer.param_groups]
+
+    def inner_products(self) -> SquaredNorms:
+        """Of gradients and parameters as they are now, over all ranks; float64, one per part. Collective: all ranks."""
+        hypers = self.hypers()
+        rows = torch.zeros(len(self.flats), len(SquaredNorms._fields), dtype=torch.float64, device=self.device)
+        for index, run in self._runs:
+            for part in range(run.start, run.stop):
+                for fragment, gradient in self.zero_wrapper.gradients(part):
+                    if fragment.num_elements:
+                        rows[part] += _inner_products(fragment.of(self.flats[part].detach()), gradient, hypers[index])
+        return SquaredNorms(*self._total(rows).unbind(1))
+
+    def settle(self, norms: SquaredNorms, coefficient: Tensor, grad_norm: Any, *, knows_parts: bool = True) -> None:
+        """Find the mean of this step and advance the sums of exp_avg_sq.
+
+        Args:
+            norms: squared norm of the gradients as they are handed over, and inner products with the parameters; over
+                all ranks, float64, one per part; NaN where a gradient is not finite.
+            coefficient: what the gradients are still to be multiplied by; 0-dim.
+            grad_norm: the norm to report.
+            knows_parts: False where ``norms`` has the total in its first entry.
+
+        Collective: none.
+        """
+        if knows_parts != self._knows_parts:
+            self._knows_parts = knows_parts
+            self.refresh()
+        assert self.exp_avg_sq_sums is not None
+        norms = SquaredNorms(*(x.to(self.device, torch.float64) for x in norms))
+        c = coefficient.to(self.device, torch.float64).reshape(())
+        grad_norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=self.device).reshape(())
+        hypers = self.hypers()
+        terms: list[MeanTerms] = []
+        next_sums: list[Tensor] = []
+        for index, run in self._runs:
+            hyper, old = hypers[index], self.exp_avg_sq_sums[run]
+            norms_of_run = SquaredNorms(*(x[run] for x in norms))
+            correction = equations.bias_correction(hyper.beta2, self._step() + 1.0)
+            terms.append(equations.mean_terms(norms_of_run, old, correction, hyper))
+            without_correction = equations.mean_terms(norms_of_run, old, torch.ones_like(correction), hyper)
+            next_sums.append(_at(without_correction, c))
+        grad_squared = norms.grad_grad.sum()
+        sums = Sums(
+            grad_squared,
+            *(torch.cat(column).sum() for column in zip(*terms, strict=True)),
+            num_elements=self.num_elements,
+            num_overflows=torch.zeros_like(grad_squared),
+            lr=torch.stack([equations.scalar_tensor(hyper.lr, grad_squared) for hyper in hypers]).sum(),
+        )
+        self._mean = evaluate(sums, torch.where(grad_squared.isfinite(), grad_norm, torch.inf), c)
+        self.exp_avg_sq_sums = torch.where(self._mean.is_live, torch.cat(next_sums), self.exp_avg_sq_sums)
+
+    def _step(self) -> Tensor:
+        """Steps that have counted so far; 0-dim. All parts step together."""
+        for flat in self.flats:
+            if self.optimizer.state.get(flat):
+                return self.optimizer.state[flat]["step"].to(self.device)
+        return torch.zeros((), device=self.device)
+
+    def step_part(self) -> None:
+        """Advance what the optimizer's parameter groups list at the moment. Collective: none."""
+        if self._mean is None:
+            raise RuntimeError(
+                "DeepSpeed must find the norm of all gradients before it steps a part of the model, got a step without "
+                "one; step with engine.step()"
+            )
+        params = self.optimizer._params()
+        self.optimizer._create_states(params)
+        # One record per part, so that what is derived from a part is found once and not in every step.
+        holdings = self._holdings.setdefault(id(params[0]), Holdings())
+        self.optimizer.advance(holdings.owned_shards(self.optimizer.param_groups, self.optimizer.state), self._mean)
+
+    @property
+    def is_settled(self) -> bool:
+        return self._mean is not None
+
+    def end(self, grad_norm: Any) -> None:
+        """After ZeRO's step. Where ZeRO has found the gradients not to be finite, nothing was stepped."""
+        mean = self._mean
+        if mean is None:
+            nan = torch.full((), torch.nan, dtype=torch.float64)
+            no = torch.zeros((), dtype=torch.bool)
+            mean = GlobalMean(nan, torch.as_tensor(grad_norm, dtype=torch.float64), nan, is_finite=no, is_live=no)
+        self._mean = None
+        self.optimizer._record(mean, dist.get_rank() == 0)
+        self.zero_wrapper.clear_accumulated_gradients()
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Find the sums of exp_avg_sq from the states; needed after they were written to by hand.
+
+        Collective: all ranks.
+        """
+        sums = torch.zeros(len(self.flats), dtype=torch.float64, device=self.device)
+        for part, flat in enumerate(self.flats):
+            state = self.optimizer.state.get(flat)
+            if not state:
+                continue
+            with self.zero_wrapper.in_memory(part):
+                counted = [
+                    fragment.of(state["exp_avg_sq"])
+                    for fragment in self.zero_wrapper.fragments(part)
+                    if fragment.is_counted and fragment.num_elements
+                ]
+                if counted:
+                    sums[part] = equations.sums(counted).sum()
+        sums = self._total(sums)
+        if not self._knows_parts:
+            sums = torch.cat([sums.sum().reshape(1), torch.zeros_like(sums[1:])])
+        self.exp_avg_sq_sums = sums
+
+    def save(self) -> dict[str, Any] | None:
+        """What a checkpoint needs beside the states, so that the next step is the same to the bit."""
+        if self.exp_avg_sq_sums is None:
+            return None
+        return {"exp_avg_sq_sums": self.exp_avg_sq_sums.cpu(), "knows_parts": self._knows_parts}
+
+    def load(self, saved: dict[str, Any] | None) -> None:
+        """Go on from loaded states. Collective: all ranks, where ``saved`` is None or of another partitioning."""
+        for flat in self.flats:
+            state = self.optimizer.state.get(flat, {})
+            if "step" in state:  # loaders share one tensor among the parts
+                state["step"] = step_tensor(state["step"], flat)
+        self._holdings.clear()
+        if saved is not None and len(saved["exp_avg_sq_sums"]) == len(self.flats):
+            self._knows_parts = saved["knows_parts"]
+            self.exp_avg_sq_sums = saved["exp_avg_sq_sums"].to(self.device)
+        else:
+            self.refresh()
+
+
+def _runs(group_indices: list[int]) -> list[tuple[int, slice]]:
+    """Consecutive parts of the same parameter group: the index of the group, and the parts."""
+    runs: list[tuple[int, slice]] = []
+    for part, index in enumerate(group_indices):
+        if runs and runs[-1][0] == index:
+            runs[-1] = (index, slice(runs[-1][1].start, part + 1))
+        else:
+            runs.append((index, slice(part, part + 1)))
+    return runs
+
+
+def _at(terms: MeanTerms, c: Tensor) -> Tensor:
+    return terms.carried + c * c * terms.quadratic + c * terms.linear + terms.constant
+
+
+def _inner_products(param: Tensor, gradient: Tensor, hyper: Hyper) -> Tensor:
+    size = piece_elements(param)
+    pieces = Shards(list(param.split(size)), list(gradient.split(size)), [], [], [])
+    return torch.stack([x.sum() for x in equations.observe(pieces, hyper)])

@@ -1,0 +1,72 @@
+"""Makes the optimizers known to DeepSpeed, without importing it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from adai_dist.integrations.after_import import after_import
+from adai_dist.optimizer import Adai, AdaiV2, AdaiW
+from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
+
+OPTIMIZERS: dict[str, type[AdaptiveInertia]] = {
+    spelling: cls for cls in (Adai, AdaiW, AdaiV2) for spelling in (cls.__name__, cls.__name__.lower())
+}
+"""Optimizers by what may stand as their type in a DeepSpeed configuration."""
+
+
+def register() -> None:
+    """Make ``Adai``, ``AdaiW`` and ``AdaiV2`` known to DeepSpeed: in its JSON, and as client optimizers.
+
+    ``import adai_dist`` has done it already, before or after DeepSpeed is imported. It may be called again.
+
+    Collective: none.
+    """
+    after_import("deepspeed.runtime.engine", _register_with)
+
+
+def _register_with(engine_module: ModuleType) -> None:
+    engine_class = engine_module.DeepSpeedEngine
+    original = engine_class._configure_optimizer
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def _configure_optimizer(engine: Any, client_optimizer: Any, model_parameters: Any) -> None:
+        from adai_dist.integrations.deepspeed.binding import configure_and_bind
+
+        configure_and_bind(engine, client_optimizer, model_parameters, functools.partial(original, engine))
+
+    engine_class._configure_optimizer = _configure_optimizer
+    for name, cls in OPTIMIZERS.items():
+        setattr(torch.optim, name, cls)  # where DeepSpeed looks up names that it does not know
+    AdaptiveInertia._step_within_engine = _step_within_deepspeed
+
+
+def _step_within_deepspeed(optimizer: AdaptiveInertia) -> bool:
+    """Keep DeepSpeed from stepping an optimizer that is not bound: it would take the mean over a part of the model."""
+    caller = next(name for name in _modules_of_callers() if name.split(".")[0] not in ("adai_dist", "torch"))
+    if not caller.startswith("deepspeed.runtime."):
+        return False
+    params = optimizer._params()
+    if not optimizer.state and not any(param.grad is not None and bool(param.grad.any()) for param in params):
+        optimizer._create_states(params)  # the constructor of a wrapper; the optimizer is bound after it
+        return True
+    raise RuntimeError(
+        f"DeepSpeed must bind {type(optimizer).__name__} before it steps it, or the mean is taken over a part of the "
+        f"model; got a step from {caller} without a binding; pass the optimizer to deepspeed.initialize(), or name it "
+        "in the DeepSpeed configuration"
+    )
+
+
+def _modules_of_callers() -> Iterator[str]:
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        yield frame.f_globals.get("__name__", "")
+    yield ""

@@ -1,0 +1,158 @@
+"""Settings of DeepSpeed under which the algorithm cannot be exact: refused before the first step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+from torch.torch_version import TorchVersion
+
+from adai_dist.hyper import Hyper
+from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
+
+NUM_SWAPPED_TENSORS = 5
+"""What the NVMe swapper holds of a parameter at a time: parameter, gradient and three states."""
+
+FP16_STAGE_0_BROKEN_SINCE = "0.18.3"
+"""Since then the loss is not scaled, but gradients are unscaled: https://github.com/deepspeedai/DeepSpeed/pull/8393."""
+
+MARKS = {"dampening", "decoupled", "maximize", "betas"}
+"""Keys that together only our parameter groups have."""
+
+
+class UnsupportedSetting(ValueError):
+    """A setting of DeepSpeed that these optimizers cannot be exact with."""
+
+
+def check_config(engine: Any) -> None:
+    """Refuse what the configuration alone shows.
+
+    Raises:
+        UnsupportedSetting: names the setting and what to use instead.
+
+    Collective: none; the same on all ranks.
+    """
+    offload = engine.zero_offload_optimizer()
+    if engine.zenflow_config() is not None:
+        _refuse("zero_optimization.zenflow", "steps some columns with an Adam of its own", "remove it")
+    if engine.super_offload():
+        _refuse(
+            "zero_optimization.offload_optimizer.super_offload",
+            "steps parameters with an Adam of its own during the backward pass",
+            'use "offload_optimizer": {"device": "cpu"} without it',
+        )
+    if engine.zero_partial_offload() < 1.0:
+        _refuse(
+            f"zero_optimization.offload_optimizer.ratio = {engine.zero_partial_offload()!r}",
+            "steps the rest of the parameters with an AdamW of its own",
+            "set it to 1.0",
+        )
+    if engine.zero_elastic_checkpoint():
+        _refuse(
+            "zero_optimization.elastic_checkpoint",
+            "saves checkpoints that cannot be loaded",
+            "remove it, and use `adai-dist to-universal` to change the number of ranks",
+        )
+    if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
+        if engine.zero_optimization():
+            _refuse(
+                'torch_autocast.dtype = "float16" with zero_optimization',
+                "updates the loss scale between the parts of one step",
+                'use "bfloat16", or the fp16 section instead of torch_autocast',
+            )
+    elif engine.fp16_enabled() and not engine.zero_optimization() and _fp16_stage_0_is_broken():
+        _refuse(
+            f"fp16 without ZeRO in DeepSpeed {deepspeed.__version__}",
+            "unscales gradients of a loss that was never scaled, so that nothing would train",
+            "use bf16, or ZeRO stage 1 to 3",
+        )
+    if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
+        _check_nvme(offload, engine.zero_optimization_stage())
+    if engine.scheduler_name() == "OneCycle" and (engine.scheduler_params() or {}).get("cycle_momentum", True):
+        _refuse(
+            "scheduler.params.cycle_momentum of OneCycle (true by default)",
+            "would cycle betas[0] as a momentum, which it is not",
+            'set "cycle_momentum": false',
+        )
+
+
+def _fp16_stage_0_is_broken() -> bool:
+    return TorchVersion(deepspeed.__version__) >= FP16_STAGE_0_BROKEN_SINCE
+
+
+def _check_nvme(offload: Any, stage: int) -> None:
+    if stage != 3:
+        return  # DeepSpeed keeps the states in CPU memory then
+    num_tiles = 1 + bool(offload.pipeline_read) + bool(offload.pipeline_write)
+    needed = NUM_SWAPPED_TENSORS * num_tiles
+    if offload.buffer_count < needed:
+        _refuse(
+            f"zero_optimization.offload_optimizer.buffer_count = {offload.buffer_count!r}",
+            f"must hold parameter, gradient and three states of {num_tiles} sub-group(s)",
+            f"set it to {needed} or more",
+        )
+
+
+def check_coupled_decay_in_memory(optimizer: AdaptiveInertia) -> None:
+    """Coupled decay needs the parameters beside the gradients, and NVMe has one sub-group in memory at a time."""
+    for param_group in optimizer.param_groups:
+        if Hyper.from_param_group(param_group).coupled_decay:
+            _refuse(
+                f"weight_decay = {param_group['weight_decay']!r} with decoupled = False under NVMe offload",
+                "needs inner products with parameters that are on disk",
+                'use decoupled decay (AdaiW, or "decoupled": true), or offload to "cpu"',
+            )
+
+
+def check_not_replaced(name: str, basic_optimizer: Any) -> None:
+    """Refuse an optimizer that has taken the place of ours.
+
+    Args:
+        name: ``optimizer.type`` of the configuration, if it is one of ours, else "".
+        basic_optimizer: what DeepSpeed is going to step.
+    """
+    if isinstance(basic_optimizer, AdaptiveInertia):
+        return
+    param_groups: list[dict[str, Any]] = getattr(basic_optimizer, "param_groups", [])
+    if name or any(param_group.keys() >= MARKS for param_group in param_groups):
+        _refuse(
+            f"an Adai optimizer replaced by {type(basic_optimizer).__name__}",
+            "accelerate replaces a client optimizer by DeepSpeedCPUAdam under offload_optimizer",
+            'set "zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration, or name the optimizer there '
+            'and pass accelerate.utils.DummyOptim: "optimizer": {"type": "Adai", "params": {"lr": ...}}',
+        )
+
+
+def check_signatures(wrapper: Any, expected: dict[str, tuple[str, ...]]) -> None:
+    """Refuse a DeepSpeed whose methods are not those that the binding was written for.
+
+    Args:
+        expected: names of the parameters by name of the method.
+
+    Raises:
+        RuntimeError: names the DeepSpeed version and the method.
+    """
+    for name, parameters in expected.items():
+        method: Callable[..., Any] | None = getattr(wrapper, name, None)
+        found = _parameters(method) if callable(method) else None
+        if found is None or found[: len(parameters)] != parameters:
+            raise RuntimeError(
+                f"{type(wrapper).__name__}.{name} must take {parameters}, got "
+                f"{'no such method' if found is None else found} in DeepSpeed {deepspeed.__version__}, which this "
+                "release of adai_dist does not know; use DeepSpeed 0.19.8, or a newer adai_dist"
+            )
+
+
+def _parameters(method: Callable[..., Any]) -> tuple[str, ...]:
+    # DeepSpeed's profiling decorator hides the method in its closure, under this name.
+    hidden = inspect.getclosurevars(inspect.unwrap(getattr(method, "__func__", method))).nonlocals.get("func")
+    if hidden is None:
+        return tuple(inspect.signature(method).parameters)
+    return tuple(inspect.signature(hidden).parameters)[1:]
+
+
+def _refuse(setting: str, reason: str, remedy: str) -> None:
+    raise UnsupportedSetting(f"DeepSpeed must leave every step to Adai, got {setting}, which {reason}; {remedy}")

@@ -1,0 +1,66 @@
+"""DeepSpeed without ZeRO: one call of the optimizer sees whole parameters, the same on every data-parallel rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.utils import is_model_parallel_parameter
+from torch import Tensor
+
+from adai_dist.integrations.deepspeed.zero import tensor_parallel_rank
+from adai_dist.sharding.ownership import ShardingPlan
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class ModelParallel:
+    """Whole parameters on every data-parallel rank, different ones on the model- and expert-parallel ranks."""
+
+    process_groups: tuple[ProcessGroup, ...]
+    weights: dict[Tensor, float]
+
+    def plan(self, params: tuple[Tensor, ...]) -> ShardingPlan:
+        return ShardingPlan(params, self.process_groups, {param: self.weights[param] for param in params})
+
+
+def sharding_of_whole_parameters(engine: Any) -> ModelParallel | None:
+    """Who holds what; None where all ranks hold the same, and nothing needs to be communicated. Collective: none."""
+    mpu, has_experts = engine.mpu, engine.has_moe_layers
+    model_parallel_group: ProcessGroup | None = None
+    if mpu is not None and not hasattr(mpu, "initialize_sequence_parallel"):
+        model_parallel_group = mpu.get_model_parallel_group()
+    if model_parallel_group is None and not has_experts:
+        return None
+    data_parallel_group: ProcessGroup = engine.seq_data_parallel_group
+    weights: dict[Tensor, float] = {}
+    for held, param in _held_and_model_params(engine):
+        is_expert = is_moe_param(param)
+        weight = float(not getattr(param, "ds_pipe_replicated", False))  # tied copies are counted on their first stage
+        if model_parallel_group is not None and not is_expert and not is_model_parallel_parameter(param):
+            weight *= tensor_parallel_rank(mpu) == 0
+        if has_experts:
+            expert: Any = param
+            replicas = engine.expert_data_parallel_group[expert.group_name] if is_expert else data_parallel_group
+            weight /= dist.get_world_size(replicas)
+        weights[held] = weight
+    process_groups = [data_parallel_group] if has_experts else []
+    process_groups += [model_parallel_group] if model_parallel_group is not None else []
+    return ModelParallel(tuple(process_groups), weights)
+
+
+def _held_and_model_params(engine: Any) -> list[tuple[Tensor, Tensor]]:
+    """Every parameter that the optimizer steps, with the parameter of the model that it is a copy of."""
+    wrapper = engine.optimizer
+    if wrapper is engine.basic_optimizer:
+        params = [param for param_group in wrapper.param_groups for param in param_group["params"]]
+        return list(zip(params, params, strict=True))
+    return [
+        pair
+        for masters, params in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True)
+        for pair in zip(masters, params, strict=True)
+    ]

@@ -1,0 +1,301 @@
+"""What ZeRO's wrappers hold of a model, each in its own attributes.
+
+A *part* is what a wrapper hands to the optimizer in one call: this rank's flat float32 partition of a parameter group
+(stages 1 and 2, BF16_Optimizer) or of a sub-group (stage 3). A *fragment* is a run of elements in a flat partition
+that belongs to one parameter of the model, without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Fragment(NamedTuple):
+    """Elements ``start`` to ``start + num_elements`` of a flat partition."""
+
+    start: int
+    num_elements: int
+    param: Tensor
+    """The parameter of the model."""
+    is_counted: bool
+    """False for a copy that another rank counts: ZeRO's own rule for the norm of the gradients."""
+
+    @property
+    def ds_id(self) -> int:
+        return self.param.ds_id  # pyright: ignore[reportAttributeAccessIssue] stage 3 puts it there
+
+    def of(self, flat: Tensor | None) -> Tensor:
+        assert flat is not None  # with CPU offload, gradients are never freed
+        return flat.view(-1).narrow(0, self.start, self.num_elements)
+
+
+class ZeroWrapper:
+    """One of ZeRO's wrappers, as far as the driver has to know it; the base of the classes below."""
+
+    signatures: ClassVar[dict[str, tuple[str, ...]]] = {"step": ("closure",), "state_dict": (), "load_state_dict": ()}
+    """Methods that the binding replaces or calls, with their parameters."""
+
+    def __init__(self, wrapper: Any) -> None:
+        self.wrapper = wrapper
+
+    def flats(self) -> list[Tensor]:
+        """The flat float32 partition of every part."""
+        raise NotImplementedError
+
+    def group_indices(self) -> list[int]:
+        """The parameter group of every part."""
+        raise NotImplementedError
+
+    def fragments(self, part: int) -> list[Fragment]:
+        raise NotImplementedError
+
+    def gradients(self, part: int) -> Iterator[tuple[Fragment, Tensor]]:
+        """The fragments that are counted, each with its gradient, still scaled; before the optimizer is called."""
+        raise NotImplementedError
+
+    def process_groups(self) -> tuple[ProcessGroup, ...]:
+        """Over these, one after the other, what the ranks count adds up to the model."""
+        raise NotImplementedError
+
+    def is_swapped(self, part: int) -> bool:
+        """Whether the part is on disk between its steps."""
+        return False
+
+    @contextmanager
+    def in_memory(self, part: int) -> Generator[None]:
+        """The part, read from disk where it is there."""
+        yield
+
+    def clear_stale_gradients(self, part: int) -> None:
+        """Zero gradients that are left over from an earlier step, of parameters without one in this step."""
+
+    def clear_accumulated_gradients(self) -> None:
+        """After a step: zero the buffers to which the next step's micro-batches add their gradients."""
+
+
+def _linked_fragments(params: list[Tensor], is_counted: Any) -> list[Fragment]:
+    """From the addresses that DeepSpeed keeps at the parameters for its checkpoints."""
+    found: list[Fragment] = []
+    for param in params:
+        mapping: Any = getattr(param, "_hp_mapping", None)
+        if mapping is not None:
+            address = mapping.get_hp_fragment_address()
+            found.append(Fragment(int(address.start), int(address.numel), param, is_counted(param)))
+    return found
+
+
+class Stage1And2(ZeroWrapper):
+    """``DeepSpeedZeroOptimizer``: one part per parameter group."""
+
+    signatures: ClassVar[dict[str, tuple[str, ...]]] = {
+        **ZeroWrapper.signatures,
+        "scaled_global_norm": ("norm_type",),
+        "get_grad_norm_direct": ("gradients", "params", "norm_type"),
+        "complete_grad_norm_calculation_for_cpu_offload": ("params",),
+        "unscale_and_clip_grads": ("grad_groups_flat", "total_norm"),
+        "get_param_id": ("param",),
+    }
+
+    def flats(self) -> list[Tensor]:
+        return self.wrapper.single_partition_of_fp32_groups
+
+    def group_indices(self) -> list[int]:
+        return list(range(len(self.flats())))
+
+    def fragments(self, part: int) -> list[Fragment]:
+        return _linked_fragments(self.wrapper.bit16_groups[part], self._is_counted)
+
+    def _is_counted(self, param: Tensor) -> bool:
+        if getattr(param, "ds_pipe_replicated", False):
+            return False
+        return is_model_parallel_parameter(param) or self.wrapper.model_parallel_rank == 0
+
+    def gradients(self, part: int) -> Iterator[tuple[Fragment, Tensor]]:
+        fragments = {id(fragment.param): fragment for fragment in self.fragments(part) if fragment.is_counted}
+        if self.wrapper.cpu_offload:
+            for fragment in fragments.values():
+                yield fragment, fragment.of(self.flats()[part].grad)
+            return
+        gradients = (g for g in self.wrapper.averaged_gradients[part] if not getattr(g, "_zero_padding", False))
+        for param, gradient in zip(self.wrapper.params_in_partition[part], gradients, strict=False):
+            if id(param) in fragments:
+                yield fragments[id(param)], gradient.view(-1)
+
+    def process_groups(self) -> tuple[ProcessGroup, ...]:
+        return _without_none(self.wrapper.dp_process_group, self.wrapper.model_parallel_group)
+
+    def clear_stale_gradients(self, part: int) -> None:
+        wrapper = self.wrapper
+        if wrapper.cpu_offload:
+            for fragment in self.fragments(part):
+                if wrapper.get_param_id(fragment.param) not in wrapper.norm_for_param_grads:
+                    fragment.of(self.flats()[part].grad).zero_()
+
+    def clear_accumulated_gradients(self) -> None:
+        if self.wrapper.cpu_offload and self.wrapper.gradient_accumulation_steps > 1:
+            for buffer in self.wrapper.accumulated_grads_in_cpu.values():
+                buffer.zero_()
+
+
+class Stage3(ZeroWrapper):
+    """``DeepSpeedZeroOptimizer_Stage3``: one part per sub-group."""
+
+    signatures: ClassVar[dict[str, tuple[str, ...]]] = {
+        **ZeroWrapper.signatures,
+        "_get_norm_groups": (),
+        "unscale_and_clip_grads": ("sub_group_id", "total_norm"),
+        "get_param_id": ("param",),
+        "_get_param_partition_group": ("param",),
+        "_get_param_partition_rank": ("param",),
+        "_grad_norm_counts_every_rank": ("params", "process_group"),
+        "_swappable_optimizer_subgroup": ("sub_group_id",),
+        "_prepare_sub_group": ("sub_group_id", "timer_names"),
+        "_release_sub_group": ("sub_group_id", "timer_names"),
+    }
+
+    def flats(self) -> list[Tensor]:
+        return self.wrapper.fp32_partitioned_groups_flat
+
+    def group_indices(self) -> list[int]:
+        return [self.wrapper.sub_group_to_group_id[part] for part in range(len(self.flats()))]
+
+    def fragments(self, part: int) -> list[Fragment]:
+        params = self.wrapper.fp16_groups[part]
+        counts_all = self.wrapper._grad_norm_counts_every_rank(params, self._partition_group())
+        found: list[Fragment] = []
+        start = 0
+        for param in params:
+            size = int(param.partition_numel())
+            first = size * self.wrapper._get_param_partition_rank(param)
+            num_elements = max(0, min(size, int(param.ds_numel) - first))  # the rest of the partition is padding
+            is_counted = counts_all or is_model_parallel_parameter(param) or self.wrapper.model_parallel_rank == 0
+            found.append(Fragment(start, num_elements, param, is_counted))
+            start += size
+        return found
+
+    def gradients(self, part: int) -> Iterator[tuple[Fragment, Tensor]]:
+        averaged = None if self.wrapper.offload_optimizer else self.wrapper.averaged_gradients[part]
+        for index, fragment in enumerate(self.fragments(part)):
+            if not fragment.is_counted:
+                continue
+            if averaged is None:
+                yield fragment, fragment.of(self.flats()[part].grad)
+            else:
+                yield fragment, averaged[index].view(-1)[: fragment.num_elements]
+
+    def process_groups(self) -> tuple[ProcessGroup, ...]:
+        params = [param for params in self.wrapper.fp16_groups for param in params]
+        partition_group = self._partition_group()
+        if any(self.wrapper._get_param_partition_group(param) is not partition_group for param in params):
+            raise RuntimeError(
+                "under ZeRO stage 3, Adai needs all parameters partitioned over the same ranks, got several process "
+                "groups (AutoEP experts); use ZeRO stage 1 or 2"
+            )
+        if self.wrapper._grad_norm_counts_every_rank(params, partition_group):
+            return (partition_group,)
+        return _without_none(partition_group, self.wrapper.model_parallel_group)
+
+    def _partition_group(self) -> ProcessGroup:
+        return self.wrapper._get_param_partition_group(self.wrapper.fp16_groups[0][0])
+
+    def is_swapped(self, part: int) -> bool:
+        return bool(self.wrapper._swappable_optimizer_subgroup(part))
+
+    @contextmanager
+    def in_memory(self, part: int) -> Generator[None]:
+        if not self.is_swapped(part):
+            yield
+            return
+        timer_names: set[str] = set()
+        self.wrapper._prepare_sub_group(part, timer_names)
+        try:
+            yield
+        finally:
+            self.wrapper._release_sub_group(part, timer_names)
+
+    def clear_stale_gradients(self, part: int) -> None:
+        wrapper = self.wrapper
+        for index, fragment in enumerate(self.fragments(part)):
+            if wrapper.offload_optimizer:
+                if wrapper.get_param_id(fragment.param) not in wrapper.norm_for_param_grads:
+                    fragment.of(self.flats()[part].grad).zero_()
+            elif fragment.num_elements and fragment.ds_id not in wrapper._offload_boundary_param_ids:
+                wrapper.averaged_gradients[part][index].zero_()
+
+    def clear_accumulated_gradients(self) -> None:
+        if self.wrapper.gradient_accumulation_steps > 1:
+            self.wrapper.grad_partitions_flat_buffer.zero_()
+
+
+class BF16(ZeroWrapper):
+    """``BF16_Optimizer``: one call for all parameter groups, after clipping; only the total norm is known."""
+
+    def flats(self) -> list[Tensor]:
+        return self.wrapper.fp32_groups_flat_partition
+
+    def group_indices(self) -> list[int]:
+        return list(range(len(self.flats())))
+
+    def fragments(self, part: int) -> list[Fragment]:
+        return _linked_fragments(self.wrapper.bf16_groups[part], self._is_counted)
+
+    def _is_counted(self, param: Tensor) -> bool:
+        if getattr(param, "ds_pipe_replicated", False):
+            return False
+        mpu = self.wrapper.mpu
+        return is_model_parallel_parameter(param) or is_moe_param(param) or tensor_parallel_rank(mpu) == 0
+
+    def gradients(self, part: int) -> Iterator[tuple[Fragment, Tensor]]:
+        for fragment in self.fragments(part):
+            if fragment.is_counted:
+                yield fragment, fragment.of(self.wrapper.fp32_groups_gradient_flat_partition[part])
+
+    def process_groups(self) -> tuple[ProcessGroup, ...]:
+        mpu = self.wrapper.mpu
+        return _without_none(self.wrapper.dp_process_group, None if mpu is None else mpu.get_model_parallel_group())
+
+
+def tensor_parallel_rank(mpu: Any) -> int:
+    return int(bwc_tensor_model_parallel_rank(mpu))
+
+
+def _without_none(*process_groups: ProcessGroup | None) -> tuple[ProcessGroup, ...]:
+    return tuple(process_group for process_group in process_groups if process_group is not None)
+
+
+ZERO_WRAPPERS: dict[type, type[ZeroWrapper]] = {
+    DeepSpeedZeroOptimizer: Stage1And2,
+    DeepSpeedZeroOptimizer_Stage3: Stage3,
+    BF16_Optimizer: BF16,
+}
+
+
+def wrapper_of(engine: Any) -> ZeroWrapper | None:
+    """What the driver has to know of ``engine.optimizer``; None where one call of the optimizer sees whole parameters.
+
+    Raises:
+        RuntimeError: a wrapper of an unknown class.
+    """
+    wrapper = engine.optimizer
+    if type(wrapper) in ZERO_WRAPPERS:
+        return ZERO_WRAPPERS[type(wrapper)](wrapper)
+    if wrapper is engine.basic_optimizer or type(wrapper) is FP16_UnfusedOptimizer:
+        return None
+    raise RuntimeError(
+        f"DeepSpeed must step Adai through one of {[cls.__name__ for cls in (*ZERO_WRAPPERS, FP16_UnfusedOptimizer)]}, "
+        f"got {type(wrapper).__name__}, which this release of adai_dist does not know; use ZeRO stage 1 to 3"
+    )
