@@ -71,6 +71,7 @@ def bind(engine: Any) -> None:
     Collective: all ranks.
     """
     optimizer: AdaptiveInertia = engine.basic_optimizer
+    support.check_no_clipping_of_its_own(optimizer)
     optimizer._driver = None
     optimizer._step_within_engine = None  # pyright: ignore[reportAttributeAccessIssue] this one may be stepped
     zero_wrapper = zero.wrapper_of(engine)

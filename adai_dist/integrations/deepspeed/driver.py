@@ -11,6 +11,7 @@ from torch import Tensor
 from adai_dist import equations
 from adai_dist.equations import MeanTerms, Shards, SquaredNorms
 from adai_dist.hyper import Hyper
+from adai_dist.integrations.deepspeed.support import check_no_clipping_of_its_own
 from adai_dist.integrations.deepspeed.zero import ZeroWrapper
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.state import step_tensor
@@ -63,11 +64,7 @@ class ZeroDriver:
 
     def begin(self) -> None:
         """Before ZeRO looks at the gradients."""
-        if self.optimizer.max_grad_norm is not None:
-            raise ValueError(
-                "under DeepSpeed, gradients are clipped by DeepSpeed alone, got "
-                f'max_grad_norm={self.optimizer.max_grad_norm!r}; set "gradient_clipping" in its configuration instead'
-            )
+        check_no_clipping_of_its_own(self.optimizer)
         self._mean = None
         if self.exp_avg_sq_sums is None and not any(self.optimizer.state.get(flat) for flat in self.flats):
             self.exp_avg_sq_sums = torch.zeros(len(self.flats), dtype=torch.float64, device=self.device)

@@ -91,8 +91,17 @@ def _check_nvme(offload: Any, stage: int) -> None:
     if offload.buffer_count < needed:
         _refuse(
             f"zero_optimization.offload_optimizer.buffer_count = {offload.buffer_count!r}",
-            f"must hold parameter, gradient and three states of {num_tiles} sub-group(s)",
+            f"is too few for parameter, gradient and three states of {num_tiles} sub-group(s)",
             f"set it to {needed} or more",
+        )
+
+
+def check_no_clipping_of_its_own(optimizer: AdaptiveInertia) -> None:
+    """DeepSpeed clips, with the norm that it reports; nobody would apply a second bound."""
+    if optimizer.max_grad_norm is not None:
+        raise UnsupportedSetting(
+            f"under DeepSpeed, gradients are clipped by DeepSpeed alone, got max_grad_norm={optimizer.max_grad_norm!r}; "
+            'set "gradient_clipping" in its configuration instead'
         )
 
 
@@ -155,4 +164,4 @@ def _parameters(method: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _refuse(setting: str, reason: str, remedy: str) -> None:
-    raise UnsupportedSetting(f"DeepSpeed must leave every step to Adai, got {setting}, which {reason}; {remedy}")
+    raise UnsupportedSetting(f"DeepSpeed's settings must suit Adai, got {setting}, which {reason}; {remedy}")

@@ -1,0 +1,188 @@
+"""What cannot be exact is refused before the first step, alike on all ranks, with a word on what to use instead."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from adai_dist import Adai, AdaiW
+from tests.integrations.deepspeed_engines import needs_deepspeed, set_environment, zero
+from tests.spawn import run_ranks
+
+pytestmark = [pytest.mark.distributed, needs_deepspeed]
+
+CPU = {"device": "cpu"}
+NVME = {"device": "nvme", "nvme_path": "/tmp", "buffer_count": 5}
+ZENFLOW = {"topk_ratio": 0.5, "select_strategy": "step", "select_interval": 2, "update_interval": 2}
+ONE_CYCLE = {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2, "cycle_first_step_size": 10}
+
+# What is refused: configuration, the setting that the message names, and the remedy.
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "zenflow": (zero(2, offload_optimizer=CPU, zenflow=ZENFLOW), "zenflow", "remove it"),
+    "zenflow-3": (zero(3, offload_optimizer=CPU, zenflow=ZENFLOW), "zenflow", "remove it"),
+    "super-offload": (zero(3, offload_optimizer=CPU | {"super_offload": True}), "super_offload", '"device": "cpu"'),
+    "twin-flow": (zero(3, offload_optimizer=CPU | {"ratio": 0.5}), "ratio = 0.5", "set it to 1.0"),
+    "elastic-checkpoint": (zero(1, elastic_checkpoint=True), "elastic_checkpoint", "adai-dist to-universal"),
+    "autocast-fp16": (
+        zero(1) | {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+        'torch_autocast.dtype = "float16"',
+        '"bfloat16"',
+    ),
+    "fp16-without-zero": ({"fp16": {"enabled": True}}, "fp16 without ZeRO in DeepSpeed 0.", "use bf16, or ZeRO"),
+    "nvme-buffers": (zero(3, offload_optimizer=NVME | {"buffer_count": 4}), "buffer_count = 4", "set it to 5 or more"),
+    "nvme-buffers-read": (zero(3, offload_optimizer=NVME | {"pipeline_read": True}), "= 5", "set it to 10 or more"),
+    "nvme-buffers-both": (
+        zero(3, offload_optimizer=NVME | {"pipeline_read": True, "pipeline_write": True, "buffer_count": 14}),
+        "buffer_count = 14",
+        "set it to 15 or more",
+    ),
+    "one-cycle": (
+        zero(1) | {"scheduler": {"type": "OneCycle", "params": ONE_CYCLE}},
+        "cycle_momentum",
+        '"cycle_momentum": false',
+    ),
+}
+
+
+def initialize(config: dict[str, Any], optimizer: Any = None, *, params: dict[str, Any] | None = None) -> Any:
+    """An engine of a small model; the JSON names the optimizer unless one is passed."""
+    set_environment()
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if config.get("fp16"):  # the accelerator of the CPU would refuse, though all operations are there
+        type(get_accelerator()).is_fp16_supported = lambda self: True
+    model = nn.Linear(6, 3, bias=False)
+    named = {} if optimizer else {"optimizer": {"type": "Adai", "params": {"lr": 0.1, **(params or {})}}}
+    client = optimizer(model.parameters()) if optimizer else None
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=client,
+        model_parameters=None if client else model.parameters(),
+        config={"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, **named, **config},
+        dist_init_required=False,
+    )
+    return engine
+
+
+def error_of(function: Any, *args: Any, **kwargs: Any) -> tuple[str, str]:
+    """Name of the type and text of what it raises; empty if nothing."""
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def refused_on_this_rank() -> dict[str, tuple[str, str]]:
+    return {name: error_of(initialize, config) for name, (config, _, _) in REFUSED.items()}
+
+
+@functools.cache
+def refused_on_all_ranks() -> list[dict[str, tuple[str, str]]]:
+    return run_ranks(refused_on_this_rank, 2)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_setting_that_cannot_be_exact_is_refused(name: str) -> None:
+    _, setting, remedy = REFUSED[name]
+    first, second = (errors[name] for errors in refused_on_all_ranks())
+    assert first == second
+    kind, message = first
+    assert kind == "UnsupportedSetting", message
+    assert setting in message
+    assert message.index(setting) < message.index(remedy)
+
+
+# -- where the configuration is good, and the optimizer is not ---------------------------------------------------------
+
+
+def with_a_bound_of_its_own(stage: int) -> tuple[str, str]:
+    return error_of(initialize, zero(stage), lambda params: Adai(params, lr=0.1, max_grad_norm=1.0))
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_bound_of_the_norm_that_nobody_would_apply_is_refused(stage: int) -> None:
+    for kind, message in run_ranks(with_a_bound_of_its_own, 2, stage):
+        assert kind == "UnsupportedSetting"
+        assert "max_grad_norm=1.0" in message
+        assert "gradient_clipping" in message
+
+
+def with_another_optimizer_in_its_place() -> list[tuple[str, str]]:
+    """What accelerate does under offload, with any optimizer that takes parameter groups."""
+
+    def replaced(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(AdaiW(params, lr=0.1).param_groups, lr=0.1)
+
+    def callable_client(params: Any) -> Any:
+        return lambda _: replaced(params)
+
+    return [error_of(initialize, zero(1), replaced), error_of(initialize, zero(1), callable_client)]
+
+
+def test_an_optimizer_that_has_taken_the_place_of_adai_is_refused() -> None:
+    for errors in run_ranks(with_another_optimizer_in_its_place, 2):
+        for kind, message in errors:
+            assert kind == "UnsupportedSetting"
+            assert "replaced by SGD" in message
+            assert '"zero_force_ds_cpu_optimizer": false' in message
+            assert "DummyOptim" in message
+
+
+def stepped_without_binding(stage: int) -> tuple[str, str]:
+    set_environment()
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    DeepSpeedEngine._configure_optimizer = DeepSpeedEngine._configure_optimizer.__wrapped__
+    ZERO_SUPPORTED_OPTIMIZERS.append(Adai)
+    engine = initialize(zero(stage))
+    engine.backward(engine(torch.ones(2, 6)).sum())
+    return error_of(engine.step)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_wrapper_that_was_never_bound_may_not_step(stage: int) -> None:
+    for kind, message in run_ranks(stepped_without_binding, 2, stage):
+        assert kind == "RuntimeError"
+        assert "deepspeed.runtime.zero.stage" in message
+        assert "deepspeed.initialize()" in message
+
+
+def with_an_unknown_method() -> list[tuple[str, str]]:
+    set_environment()
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    DeepSpeedZeroOptimizer.unscale_and_clip_grads = lambda self, gradients, scale: None
+    del DeepSpeedZeroOptimizer_Stage3._get_norm_groups
+    return [error_of(initialize, zero(stage)) for stage in (1, 3)]
+
+
+def test_an_unknown_deepspeed_is_refused_by_method_and_version() -> None:
+    import deepspeed
+
+    for in_stage_1, in_stage_3 in run_ranks(with_an_unknown_method, 2):
+        assert in_stage_1[0] == in_stage_3[0] == "RuntimeError"
+        assert "DeepSpeedZeroOptimizer.unscale_and_clip_grads" in in_stage_1[1]
+        assert "('gradients', 'scale')" in in_stage_1[1]
+        assert "DeepSpeedZeroOptimizer_Stage3._get_norm_groups" in in_stage_3[1]
+        assert deepspeed.__version__ in in_stage_1[1]
+
+
+def own_methods_while_zero_drives() -> list[tuple[str, str]]:
+    optimizer = initialize(zero(1)).basic_optimizer
+    return [error_of(optimizer.clip_grad_norm_, 1.0), error_of(optimizer.configure_sharding), error_of(optimizer.step)]
+
+
+def test_methods_that_would_get_in_the_way_of_zero_raise() -> None:
+    for clip, shard, step in run_ranks(own_methods_while_zero_drives, 2):
+        assert clip[0] == shard[0] == step[0] == "RuntimeError"
+        assert "clip_grad_norm_()" in clip[1]
+        assert "configure_sharding()" in shard[1]
+        assert "engine.step()" in step[1]
