@@ -11,8 +11,8 @@ CONFIG ?= configs/recipes/lm_tiny.yaml
 NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
 EXTRAS_train := train
-EXTRAS_test  := train,test
-EXTRAS_lint  := train,test,dev
+EXTRAS_test  := train,test,deepspeed,mpi
+EXTRAS_lint  := train,test,deepspeed,mpi,dev
 EXTRAS_docs  := docs
 
 .DEFAULT_GOAL := help

@@ -16,7 +16,8 @@ from adai_dist.equations import SquaredNorms
 from adai_dist.integrations.deepspeed import support, zero
 from adai_dist.integrations.deepspeed.driver import ZeroDriver
 from adai_dist.integrations.deepspeed.registration import OPTIMIZERS
-from adai_dist.integrations.deepspeed.whole import sharding_of_whole_parameters
+from adai_dist.integrations.deepspeed.universal_load import wrap_universal_loading
+from adai_dist.integrations.deepspeed.whole import count_skipped_steps, sharding_of_whole_parameters
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 
 CHECKPOINT_KEY = "adai_dist"
@@ -77,6 +78,8 @@ def bind(engine: Any) -> None:
     zero_wrapper = zero.wrapper_of(engine)
     if zero_wrapper is None:
         optimizer._shard(sharding_of_whole_parameters(engine))
+        count_skipped_steps(engine)
+        wrap_universal_loading(engine.optimizer, optimizer)
         return
     support.check_signatures(engine.optimizer, zero_wrapper.signatures)
     if any(zero_wrapper.is_swapped(part) for part in range(len(zero_wrapper.flats()))):
@@ -92,6 +95,7 @@ def bind(engine: Any) -> None:
         _replace_in_stage_3(engine.optimizer, driver)
     else:
         optimizer._driver = _AfterClipping(driver)
+    wrap_universal_loading(engine.optimizer, optimizer)
 
 
 # -- every wrapper of ZeRO --------------------------------------------------------------------------------------------
@@ -118,9 +122,9 @@ def _replace_checkpointing(wrapper: Any, driver: ZeroDriver) -> None:
         return {**original_state_dict(), CHECKPOINT_KEY: driver.save()}
 
     @functools.wraps(original_load)
-    def load_state_dict(state_dict_list: Any, load_optimizer_states: bool = True, *args: Any, **kwargs: Any) -> None:
+    def load_state_dict(state_dict_list: Any, *args: Any, load_optimizer_states: bool = True, **kwargs: Any) -> None:
         saved = next((entry.get(CHECKPOINT_KEY) for entry in state_dict_list or [] if entry is not None), None)
-        original_load(state_dict_list, load_optimizer_states, *args, **kwargs)
+        original_load(state_dict_list, *args, load_optimizer_states=load_optimizer_states, **kwargs)
         if load_optimizer_states:
             driver.load(saved)
 

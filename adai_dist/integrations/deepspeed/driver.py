@@ -42,6 +42,7 @@ class ZeroDriver:
         self._runs = _runs(zero_wrapper.group_indices())
         self.device = self.flats[0].device
         self.process_groups = zero_wrapper.process_groups()
+        self._check_param_groups()
         self.num_elements = self._count()
         self.exp_avg_sq_sums: Tensor | None = None
         """Sum over all ranks, of every part; float64. None where it has to be found from the states."""
@@ -55,6 +56,19 @@ class ZeroDriver:
             for part in range(len(self.flats))
         ]
         return self._total(torch.tensor(num_elements, dtype=torch.float64, device=self.device)).sum()
+
+    def _check_param_groups(self) -> None:
+        """ZeRO adds up the norms of parameter groups by their index, also across pipeline stages."""
+        local = [(hyper.beta2, hyper.coupled_decay) for hyper in self.hypers()]
+        for process_group in self.process_groups:
+            found: list[Any] = [None] * dist.get_world_size(process_group)
+            dist.all_gather_object(found, local, group=process_group)
+            if any(other != found[0] for other in found):
+                raise ValueError(
+                    "all ranks must have the same parameter groups in the same order, with the same beta2 and coupled "
+                    f"weight decay, got {found!r} as (beta2, decay) per group and rank; give every pipeline stage all "
+                    "groups, in one order, or one beta2 and decay to all"
+                )
 
     def _total(self, local: Tensor) -> Tensor:
         """What the ranks add up to. Collective: all ranks."""
@@ -100,12 +114,14 @@ class ZeroDriver:
             grad_norm: the norm to report.
             knows_parts: False where ``norms`` has the total in its first entry.
 
-        Collective: none.
+        Collective: none; all ranks where the parts are known again after steps in which they were not.
         """
-        if knows_parts != self._knows_parts:
-            self._knows_parts = knows_parts
-            self.refresh()
         assert self.exp_avg_sq_sums is not None
+        if knows_parts and not self._knows_parts:
+            self.refresh()
+        elif not knows_parts:
+            self._knows_parts = False
+            self.exp_avg_sq_sums = _in_first_entry(self.exp_avg_sq_sums)
         norms = SquaredNorms(*(x.to(self.device, torch.float64) for x in norms))
         c = coefficient.to(self.device, torch.float64).reshape(())
         grad_norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=self.device).reshape(())
@@ -156,13 +172,8 @@ class ZeroDriver:
 
     def end(self, grad_norm: Any) -> None:
         """After ZeRO's step. Where ZeRO has found the gradients not to be finite, nothing was stepped."""
-        mean = self._mean
-        if mean is None:
-            nan = torch.full((), torch.nan, dtype=torch.float64)
-            no = torch.zeros((), dtype=torch.bool)
-            mean = GlobalMean(nan, torch.as_tensor(grad_norm, dtype=torch.float64), nan, is_finite=no, is_live=no)
-        self._mean = None
-        self.optimizer._record(mean, dist.get_rank() == 0)
+        mean, self._mean = self._mean, None
+        self.optimizer._record(skipped(grad_norm) if mean is None else mean, dist.get_rank() == 0)
         self.zero_wrapper.clear_accumulated_gradients()
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
@@ -185,10 +196,8 @@ class ZeroDriver:
                 ]
                 if counted:
                     sums[part] = equations.sums(counted).sum()
-        sums = self._total(sums)
-        if not self._knows_parts:
-            sums = torch.cat([sums.sum().reshape(1), torch.zeros_like(sums[1:])])
-        self.exp_avg_sq_sums = sums
+        self.exp_avg_sq_sums = self._total(sums)
+        self._knows_parts = True
 
     def save(self) -> dict[str, Any] | None:
         """What a checkpoint needs beside the states, so that the next step is the same to the bit."""
@@ -210,6 +219,12 @@ class ZeroDriver:
             self.refresh()
 
 
+def skipped(grad_norm: Any) -> GlobalMean:
+    """What is known of a step that an engine skips because of a non-finite gradient."""
+    nan, no = torch.full((), torch.nan, dtype=torch.float64), torch.zeros((), dtype=torch.bool)
+    return GlobalMean(nan, torch.as_tensor(grad_norm, dtype=torch.float64), nan, is_finite=no, is_live=no)
+
+
 def _runs(group_indices: list[int]) -> list[tuple[int, slice]]:
     """Consecutive parts of the same parameter group: the index of the group, and the parts."""
     runs: list[tuple[int, slice]] = []
@@ -219,6 +234,10 @@ def _runs(group_indices: list[int]) -> list[tuple[int, slice]]:
         else:
             runs.append((index, slice(part, part + 1)))
     return runs
+
+
+def _in_first_entry(x: Tensor) -> Tensor:
+    return torch.cat([x.sum().reshape(1), torch.zeros_like(x[1:])])
 
 
 def _at(terms: MeanTerms, c: Tensor) -> Tensor:

@@ -71,6 +71,12 @@ def check_config(engine: Any) -> None:
         )
     if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
         _check_nvme(offload, engine.zero_optimization_stage())
+        if engine.load_universal_checkpoint():
+            _refuse(
+                "checkpoint.load_universal with NVMe offload",
+                "loads nothing into tensors that are on disk",
+                'load it once with "device": "cpu" and save an ordinary checkpoint',
+            )
     if engine.scheduler_name() == "OneCycle" and (engine.scheduler_params() or {}).get("cycle_momentum", True):
         _refuse(
             "scheduler.params.cycle_momentum of OneCycle (true by default)",
@@ -100,7 +106,7 @@ def check_no_clipping_of_its_own(optimizer: AdaptiveInertia) -> None:
     """DeepSpeed clips, with the norm that it reports; nobody would apply a second bound."""
     if optimizer.max_grad_norm is not None:
         raise UnsupportedSetting(
-            f"under DeepSpeed, gradients are clipped by DeepSpeed alone, got max_grad_norm={optimizer.max_grad_norm!r}; "
+            f"DeepSpeed alone must clip the gradients, got max_grad_norm={optimizer.max_grad_norm!r} as well; "
             'set "gradient_clipping" in its configuration instead'
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
+from adai_dist.integrations.deepspeed.driver import skipped
 from adai_dist.integrations.deepspeed.zero import tensor_parallel_rank
 from adai_dist.sharding.ownership import ShardingPlan
 
@@ -51,6 +53,23 @@ def sharding_of_whole_parameters(engine: Any) -> ModelParallel | None:
     process_groups = [data_parallel_group] if has_experts else []
     process_groups += [model_parallel_group] if model_parallel_group is not None else []
     return ModelParallel(tuple(process_groups), weights)
+
+
+def count_skipped_steps(engine: Any) -> None:
+    """Let the optimizer count the steps that the wrapper skips without a call. Collective: none."""
+    wrapper, optimizer = engine.optimizer, engine.basic_optimizer
+    if wrapper is optimizer:
+        return
+    original = wrapper.step
+
+    @functools.wraps(original)
+    def step(closure: Any = None) -> Any:
+        result = original(closure)
+        if wrapper.overflow:
+            optimizer._record(skipped(wrapper._global_grad_norm), dist.get_rank() == 0)
+        return result
+
+    wrapper.step = step
 
 
 def _held_and_model_params(engine: Any) -> list[tuple[Tensor, Tensor]]:

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -51,6 +52,7 @@ class ZeroWrapper:
 
     def __init__(self, wrapper: Any) -> None:
         self.wrapper = wrapper
+        self._fragments: dict[int, list[Fragment]] = {}
 
     def flats(self) -> list[Tensor]:
         """The flat float32 partition of every part."""
@@ -61,6 +63,12 @@ class ZeroWrapper:
         raise NotImplementedError
 
     def fragments(self, part: int) -> list[Fragment]:
+        """What this rank has of the parameters of a part, in their order; it never changes."""
+        if part not in self._fragments:
+            self._fragments[part] = self._find_fragments(part)
+        return self._fragments[part]
+
+    def _find_fragments(self, part: int) -> list[Fragment]:
         raise NotImplementedError
 
     def gradients(self, part: int) -> Iterator[tuple[Fragment, Tensor]]:
@@ -87,21 +95,10 @@ class ZeroWrapper:
         """After a step: zero the buffers to which the next step's micro-batches add their gradients."""
 
 
-def _linked_fragments(params: list[Tensor], is_counted: Any) -> list[Fragment]:
-    """From the addresses that DeepSpeed keeps at the parameters for its checkpoints."""
-    found: list[Fragment] = []
-    for param in params:
-        mapping: Any = getattr(param, "_hp_mapping", None)
-        if mapping is not None:
-            address = mapping.get_hp_fragment_address()
-            found.append(Fragment(int(address.start), int(address.numel), param, is_counted(param)))
-    return found
-
-
 class Stage1And2(ZeroWrapper):
     """``DeepSpeedZeroOptimizer``: one part per parameter group."""
 
-    signatures: ClassVar[dict[str, tuple[str, ...]]] = {
+    signatures: ClassVar = {
         **ZeroWrapper.signatures,
         "scaled_global_norm": ("norm_type",),
         "get_grad_norm_direct": ("gradients", "params", "norm_type"),
@@ -116,8 +113,17 @@ class Stage1And2(ZeroWrapper):
     def group_indices(self) -> list[int]:
         return list(range(len(self.flats())))
 
-    def fragments(self, part: int) -> list[Fragment]:
-        return _linked_fragments(self.wrapper.bit16_groups[part], self._is_counted)
+    def _find_fragments(self, part: int) -> list[Fragment]:
+        # DeepSpeed's own links (_hp_mapping) are in another order under round_robin_gradients.
+        params, starts = self.wrapper.round_robin_bit16_groups[part], self.wrapper.round_robin_bit16_offsets[part]
+        size = self.flats()[part].numel()
+        first = size * dist.get_rank(self.wrapper.real_dp_process_group[part])
+        found: list[Fragment] = []
+        for param, meta, start in zip(params, self.wrapper.round_robin_bit16_meta[part], starts, strict=True):
+            begin, end = max(start - first, 0), min(start + meta.numel() - first, size)
+            if begin < end:
+                found.append(Fragment(begin, end - begin, param, self._is_counted(param)))
+        return found
 
     def _is_counted(self, param: Tensor) -> bool:
         if getattr(param, "ds_pipe_replicated", False):
@@ -154,7 +160,7 @@ class Stage1And2(ZeroWrapper):
 class Stage3(ZeroWrapper):
     """``DeepSpeedZeroOptimizer_Stage3``: one part per sub-group."""
 
-    signatures: ClassVar[dict[str, tuple[str, ...]]] = {
+    signatures: ClassVar = {
         **ZeroWrapper.signatures,
         "_get_norm_groups": (),
         "unscale_and_clip_grads": ("sub_group_id", "total_norm"),
@@ -173,7 +179,7 @@ class Stage3(ZeroWrapper):
     def group_indices(self) -> list[int]:
         return [self.wrapper.sub_group_to_group_id[part] for part in range(len(self.flats()))]
 
-    def fragments(self, part: int) -> list[Fragment]:
+    def _find_fragments(self, part: int) -> list[Fragment]:
         params = self.wrapper.fp16_groups[part]
         counts_all = self.wrapper._grad_norm_counts_every_rank(params, self._partition_group())
         found: list[Fragment] = []
@@ -250,8 +256,14 @@ class BF16(ZeroWrapper):
     def group_indices(self) -> list[int]:
         return list(range(len(self.flats())))
 
-    def fragments(self, part: int) -> list[Fragment]:
-        return _linked_fragments(self.wrapper.bf16_groups[part], self._is_counted)
+    def _find_fragments(self, part: int) -> list[Fragment]:
+        found: list[Fragment] = []
+        for param in self.wrapper.bf16_groups[part]:
+            mapping: Any = param._hp_mapping  # where the parameter's states are, for checkpoints
+            if mapping is not None:
+                address = mapping.get_hp_fragment_address()
+                found.append(Fragment(int(address.start), int(address.numel), param, self._is_counted(param)))
+        return found
 
     def _is_counted(self, param: Tensor) -> bool:
         if getattr(param, "ds_pipe_replicated", False):
