@@ -24,7 +24,7 @@ LAYERS = (
     ("cli", "__main__"),
 )
 CORE = {name for layer in LAYERS[:4] for name in layer} | {"__init__"}
-# The package itself (adai_dist/__init__.py) gathers the optimizers and their registration: it lies to the right of both.
+# The package itself (adai_dist/__init__.py) gathers optimizers and registration: it lies to the right of both.
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer} | {"__init__": 4.5}
 
 # Distributions whose modules have another name.

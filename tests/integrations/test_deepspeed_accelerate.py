@@ -13,7 +13,8 @@ from torch import nn
 
 from adai_dist import Adai, AdaiW
 from adai_dist.optimizer import AdaptiveInertia
-from tests.integrations.deepspeed_engines import needs_deepspeed, set_environment, zero
+from tests.integrations.deepspeed_engines import set_environment
+from tests.integrations.deepspeed_setups import needs_deepspeed, zero
 from tests.oracle import Oracle, OracleGroup
 from tests.spawn import run_ranks
 

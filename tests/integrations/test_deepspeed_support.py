@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from adai_dist import Adai, AdaiW
-from tests.integrations.deepspeed_engines import needs_deepspeed, set_environment, zero
+from tests.integrations.deepspeed_engines import set_environment
+from tests.integrations.deepspeed_setups import needs_deepspeed, zero
 from tests.spawn import run_ranks
 
 pytestmark = [pytest.mark.distributed, needs_deepspeed]

@@ -84,18 +84,25 @@ def bind(engine: Any) -> None:
     support.check_signatures(engine.optimizer, zero_wrapper.signatures)
     if any(zero_wrapper.is_swapped(part) for part in range(len(zero_wrapper.flats()))):
         support.check_coupled_decay_in_memory(optimizer)
-    driver = ZeroDriver(optimizer, zero_wrapper)
+    driver = (_AfterClipping if isinstance(zero_wrapper, zero.BF16) else ZeroDriver)(optimizer, zero_wrapper)
+    optimizer._driver = driver
     _replace_step(engine.optimizer, driver)
     _replace_checkpointing(engine.optimizer, driver)
     if isinstance(zero_wrapper, zero.Stage1And2):
-        optimizer._driver = driver
         _replace_in_stage_1_and_2(engine.optimizer, driver)
     elif isinstance(zero_wrapper, zero.Stage3):
-        optimizer._driver = driver
         _replace_in_stage_3(engine.optimizer, driver)
-    else:
-        optimizer._driver = _AfterClipping(driver)
     wrap_universal_loading(engine.optimizer, optimizer)
+
+
+def refresh(engine: Any) -> None:
+    """Take the mean of the next step from ``exp_avg_sq`` as it is; needed after writing to it by hand.
+
+    Collective: all ranks.
+    """
+    driver = engine.basic_optimizer._driver
+    if driver is not None:
+        driver.refresh()
 
 
 # -- every wrapper of ZeRO --------------------------------------------------------------------------------------------
@@ -247,22 +254,18 @@ def _replace_in_stage_3(wrapper: Any, driver: ZeroDriver) -> None:
 # -- BF16_Optimizer ---------------------------------------------------------------------------------------------------
 
 
-class _AfterClipping:
+class _AfterClipping(ZeroDriver):
     """BF16_Optimizer calls the optimizer once, with gradients that it has clipped by their total norm."""
 
-    def __init__(self, driver: ZeroDriver) -> None:
-        self._driver = driver
-
     def step_part(self) -> None:
-        driver, wrapper = self._driver, self._driver.zero_wrapper.wrapper
-        one = torch.ones(1, dtype=torch.float64, device=driver.device)
-        total_norm = torch.as_tensor(wrapper._global_grad_norm, dtype=torch.float64, device=driver.device)
-        hypers = driver.hypers()
-        if _has_coupled_decay(driver) or len({hyper.beta2 for hyper in hypers}) > 1:
-            driver.settle(driver.inner_products(), one, total_norm)
+        wrapper = self.zero_wrapper.wrapper
+        one = torch.ones(1, dtype=torch.float64, device=self.device)
+        total_norm = torch.as_tensor(wrapper._global_grad_norm, dtype=torch.float64, device=self.device)
+        if _has_coupled_decay(self) or len({hyper.beta2 for hyper in self.hypers()}) > 1:
+            self.settle(self.inner_products(), one, total_norm)
         else:
             clip = wrapper.clip_grad / (total_norm + 1e-6) if wrapper.clip_grad > 0 else math.inf
-            applied = one * torch.as_tensor(clip, device=driver.device).clamp(max=1.0)
-            total = torch.cat([(applied * total_norm).square(), one.new_zeros(len(driver.flats) - 1)])
-            driver.settle(_without_products(total), one, total_norm, knows_parts=False)
-        driver.step_part()
+            clipped_norm = total_norm * torch.as_tensor(clip, device=self.device).clamp(max=1.0)
+            total = torch.cat([clipped_norm.square().reshape(1), one.new_zeros(len(self.flats) - 1)])
+            self.settle(_without_products(total), one, total_norm, knows_parts=False)
+        super().step_part()

@@ -14,6 +14,7 @@ from deepspeed import __version__ as deepspeed_version
 from deepspeed.checkpoint.constants import PARAM_GROUPS
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
+from adai_dist.integrations.deepspeed.nvme_checkpoint import wrap_nvme_checkpoints
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.state import new_state
 
@@ -73,6 +74,8 @@ def _wrap_zero(wrapper: Any, optimizer: AdaptiveInertia) -> None:
             optimizer.state[flat_param] = {**new_state(flat_param), **optimizer.state[flat_param]}
 
     setattr(wrapper, name, load_stage_3 if is_stage_3 else load_others)
+    if getattr(wrapper, "swap_optimizer", False):
+        wrap_nvme_checkpoints(wrapper, optimizer)
     if not is_stage_3:
         _link_after(wrapper, "_load_legacy_checkpoint")
         _link_after(wrapper, "reload_states")

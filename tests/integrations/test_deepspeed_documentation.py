@@ -1,0 +1,43 @@
+"""The example of docs/deepspeed.md runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integrations.deepspeed_engines import set_environment
+from tests.integrations.deepspeed_setups import needs_deepspeed
+from tests.spawn import run_ranks
+
+pytestmark = [pytest.mark.distributed, needs_deepspeed]
+
+PAGE = Path(__file__).parents[2] / "docs/deepspeed.md"
+
+
+class Model(torch.nn.Module):
+    """Stands for the reader's: called with a batch, it returns something with a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 1)
+
+    def forward(self, batch: torch.Tensor) -> Any:
+        return SimpleNamespace(loss=self.layer(batch).square().mean())
+
+
+def run(example: str) -> tuple[str, int]:
+    set_environment()
+    names: dict[str, Any] = {"model": Model(), "data": [torch.randn(4, 8)]}
+    exec(compile(example, "example", "exec"), names)
+    optimizer = names["engine"].basic_optimizer
+    return type(optimizer).__name__, int(next(iter(optimizer.state.values()))["step"])
+
+
+def test_the_example_takes_a_step() -> None:
+    (example,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert run_ranks(run, 1, example) == [("AdaiV2", 1)]
