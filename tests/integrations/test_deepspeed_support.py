@@ -176,6 +176,20 @@ def test_an_unknown_deepspeed_is_refused_by_method_and_version() -> None:
         assert deepspeed.__version__ in in_stage_1[1]
 
 
+def with_an_old_version() -> tuple[str, str]:
+    set_environment()
+    import deepspeed
+
+    deepspeed.__version__ = "0.18.9"
+    return error_of(initialize, zero(1))
+
+
+def test_a_deepspeed_older_than_the_binding_is_refused_by_version() -> None:
+    for kind, message in run_ranks(with_an_old_version, 2):
+        assert kind == "RuntimeError"
+        assert message.startswith("Adai needs DeepSpeed 0.19.8 or newer, got 0.18.9;")
+
+
 def own_methods_while_zero_drives() -> list[tuple[str, str]]:
     optimizer = initialize(zero(1)).basic_optimizer
     return [error_of(optimizer.clip_grad_norm_, 1.0), error_of(optimizer.configure_sharding), error_of(optimizer.step)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from adai_dist.equations import SquaredNorms
 from adai_dist.integrations.deepspeed import support, zero
 from adai_dist.integrations.deepspeed.driver import ZeroDriver
+from adai_dist.integrations.deepspeed.nvme_checkpoint import wrap_nvme_checkpoints
 from adai_dist.integrations.deepspeed.registration import OPTIMIZERS
 from adai_dist.integrations.deepspeed.universal_load import wrap_universal_loading
 from adai_dist.integrations.deepspeed.whole import count_skipped_steps, sharding_of_whole_parameters
@@ -45,6 +46,7 @@ def configure_and_bind(
     if client_optimizer is not None:
         support.check_not_replaced("", client_optimizer)
     if cls is not None:
+        support.check_version()
         support.check_config(engine)
         _allow(cls)
         engine.zero_force_ds_cpu_optimizer = lambda: False  # DeepSpeed would insist on an Adam
@@ -92,6 +94,8 @@ def bind(engine: Any) -> None:
         _replace_in_stage_1_and_2(engine.optimizer, driver)
     elif isinstance(zero_wrapper, zero.Stage3):
         _replace_in_stage_3(engine.optimizer, driver)
+        if engine.optimizer.swap_optimizer:
+            wrap_nvme_checkpoints(engine.optimizer, optimizer)
     wrap_universal_loading(engine.optimizer, optimizer)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from deepspeed.checkpoint.constants import FP32_FLAT_GROUPS, OPTIMIZER_STATE_DICT, PARAM_GROUPS
-from torch import Tensor
 
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.state import new_state, step_tensor
@@ -51,8 +50,12 @@ def wrap_nvme_checkpoints(wrapper: Any, optimizer: AdaptiveInertia) -> None:
     @functools.wraps(wrapper.reset_swap_buffers)
     def reset_swap_buffers() -> None:
         """DeepSpeed calls it once its files are back, and nowhere else."""
-        _restore(wrapper, optimizer, in_memory_path)
+        try:
+            _restore(wrapper, optimizer, in_memory_path)
+        finally:
+            in_memory_path.unlink(missing_ok=True)
 
+    in_memory_path.unlink(missing_ok=True)  # of a run that was killed in the middle
     wrapper.state_dict, wrapper.checkpoint_event_epilogue = state_dict, checkpoint_event_epilogue
     wrapper.reset_swap_buffers = reset_swap_buffers
 
@@ -62,8 +65,8 @@ def _restore(wrapper: Any, optimizer: AdaptiveInertia, in_memory_path: Path) -> 
 
     if not in_memory_path.is_file():
         raise FileNotFoundError(
-            f"a checkpoint with states on NVMe must hold {IN_MEMORY_FILE} among its offloaded_tensors, but there is none: "
-            "it was saved without adai_dist. Load the weights only, or continue with the optimizer that saved it"
+            f"a checkpoint with states on NVMe must hold {IN_MEMORY_FILE} in offloaded_tensors, but there is "
+            "none: it was saved without adai_dist. Load the weights only, or continue with the optimizer that saved it"
         )
     saved: dict[str, Any] = torch.load(in_memory_path, map_location="cpu", weights_only=False)
     states, flats = saved[OPTIMIZER_STATE_DICT]["state"], wrapper.fp32_partitioned_groups_flat
@@ -86,10 +89,11 @@ def _restore(wrapper: Any, optimizer: AdaptiveInertia, in_memory_path: Path) -> 
             optimizer.state[flat] = {key: value.to(flat.device) for key, value in states.get(index, {}).items()}
         wrapper._reassign_or_swap_out_partitioned_parameters(index)
         wrapper._release_sub_group(index, timer_names)
-    optimizer._driver.load(saved.get(CHECKPOINT_KEY))
+    driver: Any = optimizer._driver
+    driver.load(saved.get(CHECKPOINT_KEY))
 
 
-def _read_states(wrapper: Any, optimizer: AdaptiveInertia, flat: Tensor, saved: dict[str, Any] | None) -> None:
+def _read_states(wrapper: Any, optimizer: AdaptiveInertia, flat: Any, saved: dict[str, Any] | None) -> None:
     """From the files that were copied back; the sub-group must be in memory. Releasing it writes them again."""
     if not saved:  # saved before the first step
         return
@@ -97,6 +101,12 @@ def _read_states(wrapper: Any, optimizer: AdaptiveInertia, flat: Tensor, saved: 
         optimizer.state[flat] = new_state(flat)
         for name in STATE_NAMES:
             path = Path(wrapper.optimizer_swapper.swap_folder) / f"{name}-{flat.ds_id}.tensor.swp"
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"the checkpoint must hold {path.name!r} in offloaded_tensors, but there is none: DeepSpeed names "
+                    "the files by counting the parameters of all engines of a process; load in a new process, into the "
+                    "first engine"
+                )
             state = optimizer.state[flat][name]
             state.copy_(torch.from_file(str(path), shared=False, size=state.numel(), dtype=state.dtype))
     optimizer.state[flat]["step"] = step_tensor(saved["step"], flat)

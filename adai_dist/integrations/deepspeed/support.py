@@ -16,6 +16,9 @@ from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 NUM_SWAPPED_TENSORS = 5
 """What the NVMe swapper holds of a parameter at a time: parameter, gradient and three states."""
 
+OLDEST_DEEPSPEED = "0.19.8"
+"""The binding replaces methods that have no promise of stability; this release and its tests know them from here on."""
+
 FP16_STAGE_0_BROKEN_SINCE = "0.18.3"
 """Since then the loss is not scaled, but gradients are unscaled: https://github.com/deepspeedai/DeepSpeed/pull/8393."""
 
@@ -25,6 +28,19 @@ MARKS = {"dampening", "decoupled", "maximize", "betas"}
 
 class UnsupportedSetting(ValueError):
     """A setting of DeepSpeed that these optimizers cannot be exact with."""
+
+
+def check_version() -> None:
+    """Refuse a DeepSpeed that is older than what the binding was written for; newer ones show in their methods.
+
+    Raises:
+        RuntimeError: names both versions.
+    """
+    if TorchVersion(deepspeed.__version__) < OLDEST_DEEPSPEED:
+        raise RuntimeError(
+            f"Adai needs DeepSpeed {OLDEST_DEEPSPEED} or newer, got {deepspeed.__version__}; "
+            "run: pip install 'adai-dist[deepspeed]'"
+        )
 
 
 def check_config(engine: Any) -> None:
@@ -157,7 +173,7 @@ def check_signatures(wrapper: Any, expected: dict[str, tuple[str, ...]]) -> None
             raise RuntimeError(
                 f"{type(wrapper).__name__}.{name} must take {parameters}, got "
                 f"{'no such method' if found is None else found} in DeepSpeed {deepspeed.__version__}, which this "
-                "release of adai_dist does not know; use DeepSpeed 0.19.8, or a newer adai_dist"
+                f"release of adai_dist does not know; use DeepSpeed {OLDEST_DEEPSPEED}, or a newer adai_dist"
             )
 
 
