@@ -1,0 +1,280 @@
+"""Prescribed problems under real DeepSpeed engines: whatever the configuration, the trajectory must be the oracle's.
+
+The loss is the product of the parameters with prescribed gradients. Each rank (and each micro-batch) contributes other
+elements of them, scaled by a power of two, so that their average is exact in every dtype and differs from each part.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
+from tests.distributed.layouts import CollectiveCounter
+from tests.integrations.deepspeed_setups import STATE_NAMES, WORLD_SIZE, Setup
+from tests.naive import NaiveAdai
+from tests.problems import to_numpy
+from tests.spawn import run_ranks
+
+
+@dataclass
+class Seen:
+    """What one rank saw on the way; tensors whole."""
+
+    parameters: dict[str, Any] = field(default_factory=dict)
+    states: dict[str, dict[str, Any]] = field(default_factory=dict)
+    means: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    was_skipped: list[bool] = field(default_factory=list)
+    unscaled_by: list[float] = field(default_factory=list)
+    """Loss scale of the gradients over the one that DeepSpeed divides by: 1/2 in a step in which it is doubled."""
+    collectives: list[list[str]] = field(default_factory=list)
+    num_engine_skips: int = 0
+    """Skipped steps as the engine counts them, ..."""
+    num_skipped_steps: int = 0
+    """... and as the optimizer does."""
+
+
+class Product(nn.Module):
+    """One parameter; its product with a gradient."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(start)
+
+    def forward(self, gradient: Tensor) -> Tensor:
+        return (self.weight * gradient).float().sum()
+
+
+class MatrixProduct(nn.Module):
+    """The same through the matrix product of a linear layer, which autocast knows."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.linear = nn.Linear(start.shape[1], start.shape[0], bias=False)
+        self.linear.weight = nn.Parameter(start)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
+    def forward(self, gradient: Tensor) -> Tensor:
+        identity = torch.eye(self.linear.in_features, dtype=self.weight.dtype)
+        return (self.linear(identity).float() * gradient.T).sum()
+
+
+class Prescribed(nn.Module):
+    """A model whose gradients are those of the problem."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__()
+        self.setup = setup
+        self.problem = setup.rounded
+        self.blocks = nn.ModuleDict()
+        for spec in self.problem.specs():
+            start = self.problem.initial(spec).float()
+            self.blocks[spec.name.replace(".", "_")] = (MatrixProduct if start.dim() == 2 else Product)(start)
+
+    def by_name(self) -> dict[str, nn.Parameter]:
+        """The parameters by the names of the problem."""
+        return {spec.name: self.blocks[spec.name.replace(".", "_")].weight for spec in self.problem.specs()}
+
+    def forward(self, step: int, part: int, num_parts: int) -> Tensor:
+        """The loss of one of `num_parts` parts of a step's batch."""
+        total = torch.zeros(())
+        for spec in self.problem.specs():
+            gradient = self.problem.gradient(spec, step)
+            if gradient is None:
+                continue
+            index = torch.arange(gradient.numel()).reshape(gradient.shape)
+            rank, micro_batch = divmod(part, self.setup.num_micro_batches)
+            is_mine = index % num_parts == part
+            if spec.name in self.setup.used_only_in:
+                if self.setup.used_only_in[spec.name] != micro_batch:
+                    continue
+                is_mine = index % WORLD_SIZE == rank
+            gradient = num_parts * gradient.float() * is_mine
+            if step in self.setup.bad_steps and part == num_parts - 1:
+                gradient.view(-1)[-1] = torch.inf
+            total = total + self.blocks[spec.name.replace(".", "_")](gradient)
+        return total
+
+
+def set_environment() -> None:
+    """What DeepSpeed's launcher would set."""
+    os.environ.update(
+        RANK=str(dist.get_rank()),
+        LOCAL_RANK=str(dist.get_rank()),
+        WORLD_SIZE=str(dist.get_world_size()),
+        LOCAL_SIZE=str(dist.get_world_size()),
+        CROSS_RANK="0",
+        CROSS_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="29500",
+        DS_ACCELERATOR="cpu",
+        TORCHDYNAMO_DISABLE="1",  # a torch.compile decorator in DeepSpeed would import the compiler, for seconds
+    )
+
+
+def start(setup: Setup, model: Prescribed) -> Any:
+    """A DeepSpeed engine. Collective: all ranks."""
+    set_environment()
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if setup.dtype == torch.float16:  # the accelerator of the CPU would refuse, though all operations are there
+        type(get_accelerator()).is_fp16_supported = lambda self: True
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": setup.num_micro_batches,
+        "gradient_clipping": setup.problem.max_grad_norm or 0.0,
+        **setup.config,
+    }
+    params = setup.problem.param_groups(model.by_name())
+    client: Any = None
+    if setup.optimizer == "naive":
+        client = NaiveAdai(params)
+    elif setup.optimizer == "torch.AdamW":
+        client = torch.optim.AdamW([{"params": p["params"], "lr": p["lr"]} for p in params])
+    else:
+        config["optimizer"] = {"type": setup.optimizer, "params": {"lr": 1.0}}
+    if client is not None:
+        config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=client,
+        model_parameters=None if client else params,
+        config=config,
+        dist_init_required=False,
+    )
+    return engine
+
+
+def backward(engine: Any, setup: Setup, step: int) -> None:
+    """Forward and backward of all micro-batches, up to the step that counts. Collective: all ranks."""
+    num_parts = WORLD_SIZE * setup.num_micro_batches
+    for micro_batch in range(setup.num_micro_batches):
+        loss = engine(step, dist.get_rank() * setup.num_micro_batches + micro_batch, num_parts)
+        engine.backward(loss)
+        if micro_batch < setup.num_micro_batches - 1:
+            engine.step()
+
+
+def walk(setup: Setup) -> Seen:
+    """Take all steps of a problem. Collective: all ranks."""
+    model = Prescribed(setup)
+    engine = start(setup, model)
+    seen = Seen()
+    for step in range(setup.problem.steps):
+        backward(engine, setup, step)
+        loss_scale = engine.optimizer.loss_scale if setup.dtype == torch.float16 else 1.0
+        with CollectiveCounter() as counter:
+            engine.step()
+        seen.collectives.append([name for name, _ in counter.calls])
+        seen.unscaled_by.append(loss_scale / engine.optimizer.loss_scale if setup.dtype == torch.float16 else 1.0)
+        note_step(engine, seen)
+    gather(engine, model.by_name(), seen, setup.has_linked_masters)
+    engine.destroy()
+    return seen
+
+
+def note_step(engine: Any, seen: Seen) -> None:
+    """What the optimizer says about the step that was just taken."""
+    basic = engine.basic_optimizer
+    skips = (engine.skipped_steps, int(getattr(basic, "num_skipped_steps", 0)))
+    seen.was_skipped.append(skips != (seen.num_engine_skips, seen.num_skipped_steps))
+    seen.num_engine_skips, seen.num_skipped_steps = skips
+    seen.means.append(float(getattr(basic, "inertia_mean", torch.nan)))
+    seen.grad_norms.append(float(getattr(basic, "grad_norm", torch.nan)))
+
+
+def gather(engine: Any, parameters: Mapping[str, nn.Parameter], seen: Seen, has_linked_masters: bool = True) -> None:
+    """Whole master weights and states. Collective: all ranks, also the safe_get functions of DeepSpeed."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    masters = unpartitioned(engine)
+    # DeepSpeed itself links the states of the first group only, whatever the optimizer.
+    state_names = STATE_NAMES if isinstance(engine.basic_optimizer, AdaptiveInertia) else ()
+    for name, parameter in parameters.items():
+        if not has_linked_masters:
+            value, states = parameter, {}
+        elif masters is None:
+            value = safe_get_full_fp32_param(parameter)
+            states = {key: safe_get_full_optimizer_state(parameter, key) for key in state_names}
+        else:
+            value = masters[parameter]
+            states = {key: engine.basic_optimizer.state[value][key] for key in state_names}
+        seen.parameters[name] = to_numpy(value)
+        seen.states[name] = {key: to_numpy(state) for key, state in states.items()}
+
+
+def unpartitioned(engine: Any) -> dict[nn.Parameter, Tensor] | None:
+    """The master weight of each parameter where every rank has it whole; None under ZeRO."""
+    if engine.optimizer is engine.basic_optimizer:
+        return {parameter: parameter for parameter in engine.module.parameters()}
+    if hasattr(engine.optimizer, "fp32_groups"):
+        pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
+        return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+    return None
+
+
+# -- many setups in one start of the processes -------------------------------------------------------------------------
+
+
+def walk_all(setups: dict[str, Setup], walk_one: Callable[[Setup], Any]) -> dict[str, Any]:
+    """Walk through one setup after the other; what fails on any rank comes back as a traceback."""
+    set_environment()
+    import deepspeed  # noqa: F401
+
+    gc.freeze()  # DeepSpeed collects garbage for every engine: in half the time without what imports have left
+    return {name: _walk_or_traceback(setup, walk_one) for name, setup in setups.items()}
+
+
+def _walk_or_traceback(setup: Setup, walk_one: Callable[[Setup], Any]) -> Any:
+    try:
+        return walk_one(setup)
+    except Exception:
+        return traceback.format_exc()
+    finally:
+        gc.collect()
+
+
+class Family:
+    """Setups that share processes: started at the first look at one of them, and reported one by one."""
+
+    def __init__(
+        self, setups: dict[str, Setup], walk_one: Callable[[Setup], Any] = walk, world_size: int = WORLD_SIZE
+    ) -> None:
+        self.setups = setups
+        self._work = (walk_all, world_size, setups, walk_one)
+
+    @functools.cached_property
+    def _outcomes(self) -> list[dict[str, Any]] | AssertionError:
+        try:
+            return run_ranks(*self._work)
+        except AssertionError as error:
+            return error  # of all of them: start them once, not once per test
+
+    def ranks(self, name: str) -> list[Any]:
+        """What each rank saw of one setup.
+
+        Raises:
+            AssertionError: a rank failed.
+        """
+        __tracebackhide__ = True
+        if isinstance(self._outcomes, AssertionError):
+            raise self._outcomes
+        ranks = [outcomes[name] for outcomes in self._outcomes]
+        failures = [f"--- rank {rank}: {seen}" for rank, seen in enumerate(ranks) if isinstance(seen, str)]
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return ranks

@@ -1,0 +1,114 @@
+"""A pipeline of prescribed products over two stages, with one layer tied between the first and the last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.integrations.deepspeed_engines import Seen, gather, note_step, set_environment
+from tests.integrations.deepspeed_setups import Setup
+from tests.problems import Problem, Spec
+
+NUM_STAGES = 2
+TIED = "first.matrix"
+# Both stages have parameters of every group: DeepSpeed adds up the norms of all stages group by group.
+LAYERS = (
+    "second.matrix",
+    "third.matrix",
+    "second.one",
+    "first.vector",
+    "second.three",
+    "third.cube",
+    "third.two",
+)
+
+
+class PipedProduct(nn.Module):
+    """Adds the product of its parameter and a gradient to the loss so far.
+
+    What passes through the pipeline is a tensor of three: the loss so far, the step, the part of the batch.
+    """
+
+    def __init__(self, problem: Problem, spec: Spec, num_parts: int) -> None:
+        super().__init__()
+        self.problem, self.spec, self.num_parts = problem, spec, num_parts
+        self.weight = nn.Parameter(problem.initial(spec).float())
+
+    def forward(self, inputs: Tensor, use: int = 0, num_uses: int = 1) -> Tensor:
+        _, step, part = (int(x) for x in inputs.detach().float().nan_to_num().view(-1))
+        gradient = self.problem.gradient(self.spec, step)
+        assert gradient is not None
+        index = torch.arange(gradient.numel()).reshape(gradient.shape) % (self.num_parts * num_uses)
+        gradient = self.num_parts * gradient.float() * (index == part * num_uses + use)
+        product = (self.weight * gradient).float().sum().to(inputs.dtype)
+        return inputs + torch.stack([product, torch.zeros_like(product), torch.zeros_like(product)])
+
+
+def first_use(module: PipedProduct, inputs: Tensor) -> Tensor:
+    return module(inputs, use=0, num_uses=2)
+
+
+def second_use(module: PipedProduct, inputs: Tensor) -> Tensor:
+    return module(inputs, use=1, num_uses=2)
+
+
+def loss_of(outputs: Tensor, label: Tensor) -> Tensor:
+    return outputs.float()[..., 0].sum()
+
+
+def walk_pipeline(setup: Setup, layers_between: tuple[str, ...] = LAYERS) -> Seen:
+    """Take all steps; the parameters in the result are those of this rank's stage. Collective: all ranks."""
+    set_environment()
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    num_parts = dist.get_world_size() // NUM_STAGES * setup.num_micro_batches
+    problem = setup.rounded
+    specs = {spec.name: spec for spec in problem.specs()}
+    tied = (problem, specs[TIED], num_parts)
+    layers: list[Any] = [
+        TiedLayerSpec("tied", PipedProduct, *tied, forward_fn=first_use, tied_weight_attr="weight"),
+        *(LayerSpec(PipedProduct, problem, specs[name], num_parts) for name in layers_between),
+        TiedLayerSpec("tied", PipedProduct, *tied, forward_fn=second_use, tied_weight_attr="weight"),
+    ]
+    model = PipelineModule(layers, num_stages=NUM_STAGES, loss_fn=loss_of, partition_method="uniform")
+    parameters = {m.spec.name: m.weight for m in model.modules() if isinstance(m, PipedProduct)}
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=local_groups(setup.problem, parameters),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": setup.num_micro_batches,
+            "gradient_clipping": setup.problem.max_grad_norm or 0.0,
+            "optimizer": {"type": setup.optimizer, "params": {"lr": 1.0}},
+            **setup.config,
+        },
+        dist_init_required=False,
+    )
+    seen = Seen()
+    for step in range(problem.steps):
+        engine.train_batch(batches(step, engine.grid.get_data_parallel_rank(), setup))
+        note_step(engine, seen)
+        seen.unscaled_by.append(1.0)
+    gather(engine, parameters, seen)
+    return seen
+
+
+def batches(step: int, data_parallel_rank: int, setup: Setup) -> Iterator[tuple[Tensor, Tensor]]:
+    for micro_batch in range(setup.num_micro_batches):
+        part = data_parallel_rank * setup.num_micro_batches + micro_batch
+        yield torch.tensor([0.0, step, part]).to(setup.dtype), torch.zeros(())
+
+
+def local_groups(problem: Problem, parameters: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """The parameter groups, each with those parameters that this stage has."""
+    groups = []
+    for index, (_, specs) in enumerate(problem.groups):
+        params = [parameters[spec.name] for spec in specs if spec.name in parameters]
+        groups.append(problem.hyperparameters(index) | {"params": params})
+    return [group for group in groups if group["params"]]

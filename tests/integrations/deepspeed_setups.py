@@ -1,0 +1,116 @@
+"""What the tests of DeepSpeed run: prescribed problems, and the configurations that they run under."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+
+from tests.problems import Problem, Spec
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+
+WORLD_SIZE = 2
+STATE_NAMES = ("exp_avg", "exp_avg_sq", "beta1_prod")
+
+# Numbers of elements that no number of ranks divides; different lr, decay and betas in each group.
+PROBLEM = Problem(
+    groups=(
+        (
+            {"lr": 0.4, "weight_decay": 0.02, "decoupled": True},
+            (Spec("first.matrix", (13, 17)), Spec("first.vector", (7,), scale=2.0)),
+        ),
+        (
+            {"lr": 0.1, "betas": (0.2, 0.97), "eps": 0.01, "weight_decay": 0.05, "decoupled": True},
+            (
+                Spec("second.matrix", (11, 5), scale=4.0),
+                Spec("second.one", (1,)),
+                Spec("second.three", (3,), scale=2.0),
+            ),
+        ),
+        (
+            {"lr": 2.0, "betas": (0.1, 0.999), "weight_decay": 0.01, "decoupled": True},
+            (
+                Spec("third.matrix", (9, 4), scale=0.5),
+                Spec("third.cube", (3, 1, 5), scale=0.6),
+                Spec("third.two", (2,)),
+            ),
+        ),
+    ),
+    steps=12,
+    dtype=torch.float32,
+)
+CLIPPED = replace(PROBLEM, max_grad_norm=35.0)  # below the norm of about half of the steps
+# Ten times the decay: through the gradient, it then moves the mean by several percent.
+COUPLED = replace(
+    CLIPPED,
+    groups=tuple(
+        (hyper | {"weight_decay": 10 * hyper["weight_decay"], "decoupled": False}, specs)
+        for hyper, specs in PROBLEM.groups
+    ),
+)
+# A parameter that is not used in every third step, and a whole group that is not in every fourth.
+UNUSED = replace(
+    CLIPPED,
+    groups=(
+        (PROBLEM.groups[0][0], (replace(PROBLEM.groups[0][1][0], missing_every=3), PROBLEM.groups[0][1][1])),
+        (PROBLEM.groups[1][0], tuple(replace(spec, missing_every=4) for spec in PROBLEM.groups[1][1])),
+        PROBLEM.groups[2],
+    ),
+)
+BF16 = {"bf16": {"enabled": True}}
+FP32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}}  # with bf16 and stage 1, makes it BF16_Optimizer
+CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
+def zero(stage: int, **options: Any) -> dict[str, Any]:
+    """The part of a DeepSpeed configuration that is about ZeRO."""
+    return {"zero_optimization": {"stage": stage, **options}}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A problem, and the DeepSpeed configuration that it runs under."""
+
+    config: Mapping[str, Any]
+    problem: Problem = PROBLEM
+    optimizer: str = "AdaiV2"
+    """"type" of the JSON; "naive" and "torch.AdamW" are made here and handed in."""
+    num_micro_batches: int = 1
+    used_only_in: Mapping[str, int] = field(default_factory=dict)
+    """Parameters that a single micro-batch of each step uses, and which."""
+    bad_steps: tuple[int, ...] = ()
+    """Steps in which rank 1 alone has an inf among its gradients."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            if self.config.get(key, {}).get("enabled"):
+                return dtype
+        return torch.bfloat16 if "torch_autocast" in self.config else self.problem.dtype
+
+    @property
+    def has_linked_masters(self) -> bool:
+        """Whether the safe_get functions of DeepSpeed are right: they are not under round_robin_gradients alone."""
+        options = self.config.get("zero_optimization", {})
+        return options.get("parameter_alignment", False) or not options.get("round_robin_gradients", False)
+
+    @property
+    def lost(self) -> set[str]:
+        """Parameters whose gradients DeepSpeed loses: offloading stages 2 and 3 take the last micro-batch's only."""
+        is_lost = self.stage > 1 and "offload_optimizer" in self.config["zero_optimization"]
+        last = self.num_micro_batches - 1
+        return {name for name, micro_batch in self.used_only_in.items() if is_lost and micro_batch != last}
+
+    @property
+    def stage(self) -> int:
+        return self.config["zero_optimization"]["stage"]
+
+    @property
+    def rounded(self) -> Problem:
+        """The problem with starts and gradients that the dtype of the model represents exactly."""
+        return replace(self.problem, dtype=self.dtype)

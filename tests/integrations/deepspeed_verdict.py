@@ -1,0 +1,66 @@
+"""Judges what ranks saw under DeepSpeed by the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tests.integrations.deepspeed_engines import Seen
+from tests.integrations.deepspeed_setups import STATE_NAMES, Setup
+from tests.oracle import Array, Observation, Oracle
+from tests.problems import relative_error, worst_relative_error
+
+
+def solve(setup: Setup, seen: Seen | None = None) -> tuple[Oracle, list[Observation | None]]:
+    """The oracle's trajectory: a step that was skipped is none, a parameter not used has a zero gradient."""
+    problem = setup.rounded
+    oracle, observations = problem.oracle(), list[Observation | None]()
+    for step in range(problem.steps):
+        gradients = {spec.name: np.zeros(spec.shape) for spec in problem.specs()}
+        gradients |= {
+            name: g for name, g in problem.oracle_gradients(step).items() if g is not None and name not in setup.lost
+        }
+        if seen is not None:
+            gradients = {name: g * seen.unscaled_by[step] for name, g in gradients.items()}
+        is_skipped = seen is not None and seen.was_skipped[step]
+        observations.append(None if is_skipped else oracle.step(gradients))
+    return oracle, observations
+
+
+def parameter_error(seen: Seen, setup: Setup) -> float:
+    """Of the worst parameter, relative to the distance that it travelled."""
+    return worst_relative_error(seen.parameters, solve(setup, seen)[0], setup.rounded)
+
+
+def whole_error(seen: Seen, setup: Setup) -> float:
+    """Of all parameters together."""
+    return relative_error(seen.parameters, solve(setup, seen)[0], setup.rounded)
+
+
+def check(seen: Seen, setup: Setup, tolerance: float = 1e-5) -> float:
+    """Assert that parameters, states, means and norms are the oracle's; the largest error of all of them."""
+    oracle, observations = solve(setup, seen)
+    errors = {"parameters": worst_relative_error(seen.parameters, oracle, setup.rounded)}
+    for key in STATE_NAMES if setup.has_linked_masters else ():
+        errors[key] = max(
+            state_error(seen.states[name][key], getattr(state, key)) for name, state in oracle.states.items()
+        )
+    for step, expected in enumerate(observations):
+        if expected is not None:
+            norm = reported_norm(setup, expected.grad_norm, seen.unscaled_by[step])
+            errors[f"mean of step {step}"] = abs(seen.means[step] / expected.mean - 1)
+            errors[f"norm of step {step}"] = abs(seen.grad_norms[step] / norm - 1)
+    wrong = {key: error for key, error in errors.items() if not error < tolerance}
+    assert not wrong, wrong
+    return max(errors.values())
+
+
+def state_error(value: Array, expected: Array) -> float:
+    """Relative to the state's norm; to 1 where inertia of 0 has made all of beta1_prod zero."""
+    return float(np.linalg.norm(value - expected) / (np.linalg.norm(expected) or 1.0))
+
+
+def reported_norm(setup: Setup, norm: float, unscaled_by: float) -> float:
+    """What `grad_norm` must say: without ZeRO, DeepSpeed has clipped already when the optimizer looks."""
+    if setup.stage == 0 and setup.problem.max_grad_norm is not None:
+        return min(norm, setup.problem.max_grad_norm)
+    return norm if setup.stage == 3 else norm / unscaled_by

@@ -1,0 +1,27 @@
+"""How far off the mean of one call of step() is under ZeRO, so that the parity tests are known to bite."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.integrations.deepspeed_engines import Family
+from tests.integrations.deepspeed_setups import Setup, needs_deepspeed, zero
+from tests.integrations.deepspeed_verdict import parameter_error, whole_error
+
+pytestmark = [pytest.mark.distributed, needs_deepspeed]
+
+NAIVE = Family({f"stage-{stage}": Setup(zero(stage), optimizer="naive") for stage in (0, 1, 2, 3)})
+
+
+def test_where_one_call_sees_everything_it_is_exact() -> None:
+    """So that the class and the harness are known to be right."""
+    for seen in NAIVE.ranks("stage-0"):
+        assert parameter_error(seen, NAIVE.setups["stage-0"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["stage-1", "stage-2", "stage-3"])
+def test_the_mean_of_one_partition_is_far_off(name: str) -> None:
+    for rank, seen in enumerate(NAIVE.ranks(name)):
+        error, worst = whole_error(seen, NAIVE.setups[name]), parameter_error(seen, NAIVE.setups[name])
+        print(f"{name} on rank {rank}: {error:.0%} of the distance travelled; the worst parameter {worst:.0%}")
+        assert error > 0.1

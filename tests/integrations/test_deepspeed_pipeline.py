@@ -1,0 +1,63 @@
+"""PipelineEngine: each rank has the layers of its stage only, and a tied layer is in two of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.integrations.deepspeed_engines import Family, Seen
+from tests.integrations.deepspeed_pipeline import LAYERS, walk_pipeline
+from tests.integrations.deepspeed_setups import BF16, CLIPPED, COUPLED, FP32_GRADIENTS, Setup, needs_deepspeed, zero
+from tests.integrations.deepspeed_verdict import check
+from tests.spawn import run_ranks
+
+pytestmark = [pytest.mark.distributed, needs_deepspeed]
+
+SETUPS = {
+    "stage-0": Setup(zero(0), num_micro_batches=2),  # DeepSpeed's own clipping counts the tied layer twice there
+    "stage-0-bf16": Setup(zero(0) | BF16, num_micro_batches=2),
+    "stage-1": Setup(zero(1), CLIPPED, num_micro_batches=2),
+    "stage-1-coupled": Setup(zero(1), COUPLED, num_micro_batches=2),
+    "stage-1-bf16": Setup(zero(1) | BF16, CLIPPED, num_micro_batches=2),
+    "bf16-optimizer": Setup(zero(1) | BF16 | FP32_GRADIENTS, CLIPPED, num_micro_batches=2),
+}
+
+
+DATA_PARALLEL = ("stage-1-coupled", "bf16-optimizer")
+FAMILIES = {
+    2: Family(SETUPS, walk_pipeline, world_size=2),
+    4: Family({name: SETUPS[name] for name in DATA_PARALLEL}, walk_pipeline, world_size=4),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size"), [(name, size) for size, family in FAMILIES.items() for name in family.setups]
+)
+def test_a_pipeline_with_a_tied_layer_follows_the_oracle(name: str, world_size: int) -> None:
+    setup = SETUPS[name]
+    whole = Seen(unscaled_by=[1.0] * setup.problem.steps)
+    for seen in FAMILIES[world_size].ranks(name):
+        for key, parameter in seen.parameters.items():
+            assert np.array_equal(parameter, whole.parameters.get(key, parameter)), f"the copies of {key} drift apart"
+        whole.parameters |= seen.parameters
+        whole.states |= seen.states
+        whole.was_skipped, whole.means, whole.grad_norms = seen.was_skipped, seen.means, seen.grad_norms
+        if len(whole.parameters) == len(list(setup.problem.specs())):
+            print(f"{name} on {world_size} ranks: {check(whole, setup):.1e}")
+    assert len(whole.parameters) == len(list(setup.problem.specs()))
+
+
+UNEVEN_LAYERS = tuple(sorted(LAYERS))  # the first stage has nothing of the third group, the last nothing of the second
+
+
+def error_of_uneven_stages() -> str:
+    with pytest.raises(ValueError, match="same parameter groups") as caught:
+        walk_pipeline(SETUPS["stage-1"], UNEVEN_LAYERS)
+    return str(caught.value)
+
+
+def test_stages_must_have_the_same_groups() -> None:
+    """DeepSpeed adds up their norms by the number of the group, whatever group that is."""
+    first, last = run_ranks(error_of_uneven_stages, 2)
+    print(first)
+    assert first == last
