@@ -100,13 +100,6 @@ class Setup:
         return options.get("parameter_alignment", False) or not options.get("round_robin_gradients", False)
 
     @property
-    def lost(self) -> set[str]:
-        """Parameters whose gradients DeepSpeed loses: offloading stages 2 and 3 take the last micro-batch's only."""
-        is_lost = self.stage > 1 and "offload_optimizer" in self.config["zero_optimization"]
-        last = self.num_micro_batches - 1
-        return {name for name, micro_batch in self.used_only_in.items() if is_lost and micro_batch != last}
-
-    @property
     def stage(self) -> int:
         return self.config["zero_optimization"]["stage"]
 

@@ -16,9 +16,7 @@ def solve(setup: Setup, seen: Seen | None = None) -> tuple[Oracle, list[Observat
     oracle, observations = problem.oracle(), list[Observation | None]()
     for step in range(problem.steps):
         gradients = {spec.name: np.zeros(spec.shape) for spec in problem.specs()}
-        gradients |= {
-            name: g for name, g in problem.oracle_gradients(step).items() if g is not None and name not in setup.lost
-        }
+        gradients |= {name: g for name, g in problem.oracle_gradients(step).items() if g is not None}
         if seen is not None:
             gradients = {name: g * seen.unscaled_by[step] for name, g in gradients.items()}
         is_skipped = seen is not None and seen.was_skipped[step]

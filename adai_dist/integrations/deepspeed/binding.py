@@ -14,15 +14,12 @@ from torch import Tensor
 
 from adai_dist.equations import SquaredNorms
 from adai_dist.integrations.deepspeed import support, zero
-from adai_dist.integrations.deepspeed.driver import ZeroDriver
+from adai_dist.integrations.deepspeed.driver import CHECKPOINT_KEY, ZeroDriver
 from adai_dist.integrations.deepspeed.nvme_checkpoint import wrap_nvme_checkpoints
 from adai_dist.integrations.deepspeed.registration import OPTIMIZERS
 from adai_dist.integrations.deepspeed.universal_load import wrap_universal_loading
 from adai_dist.integrations.deepspeed.whole import count_skipped_steps, sharding_of_whole_parameters
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
-
-CHECKPOINT_KEY = "adai_dist"
-"""Where ZeRO's own state_dict keeps what :meth:`ZeroDriver.save` returns."""
 
 
 def configure_and_bind(
@@ -136,7 +133,8 @@ def _replace_checkpointing(wrapper: Any, driver: ZeroDriver) -> None:
     def load_state_dict(state_dict_list: Any, *args: Any, load_optimizer_states: bool = True, **kwargs: Any) -> None:
         saved = next((entry.get(CHECKPOINT_KEY) for entry in state_dict_list or [] if entry is not None), None)
         original_load(state_dict_list, *args, load_optimizer_states=load_optimizer_states, **kwargs)
-        if load_optimizer_states:
+        # Stages 1 and 2 load the states of a universal checkpoint whatever load_optimizer_states says.
+        if load_optimizer_states or kwargs.get("checkpoint_folder"):
             driver.load(saved)
 
     wrapper.state_dict, wrapper.load_state_dict = state_dict, load_state_dict

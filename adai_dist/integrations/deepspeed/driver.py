@@ -19,6 +19,9 @@ from adai_dist.sharding.holdings import Holdings
 from adai_dist.sharding.mean import GlobalMean, Sums, all_reduce, evaluate
 from adai_dist.sharding.shards import piece_elements
 
+CHECKPOINT_KEY = "adai_dist"
+"""Where ZeRO's own state_dict keeps what :meth:`ZeroDriver.save` returns."""
+
 
 class ZeroDriver:
     """Steps an optimizer whose parameters ZeRO hands over part by part, all with the mean over the whole model.
@@ -82,6 +85,7 @@ class ZeroDriver:
         self._mean = None
         if self.exp_avg_sq_sums is None and not any(self.optimizer.state.get(flat) for flat in self.flats):
             self.exp_avg_sq_sums = torch.zeros(len(self.flats), dtype=torch.float64, device=self.device)
+        self.zero_wrapper.collect_late_gradients()
         for part, flat in enumerate(self.flats):
             if not self.zero_wrapper.is_swapped(part):
                 self.optimizer._create_states([flat])

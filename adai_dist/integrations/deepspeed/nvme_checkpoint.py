@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from deepspeed.checkpoint.constants import FP32_FLAT_GROUPS, OPTIMIZER_STATE_DICT, PARAM_GROUPS
 
+from adai_dist.integrations.deepspeed.driver import CHECKPOINT_KEY
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.state import new_state, step_tensor
 from adai_dist.sharding.shards import STATE_NAMES
@@ -61,8 +62,6 @@ def wrap_nvme_checkpoints(wrapper: Any, optimizer: AdaptiveInertia) -> None:
 
 
 def _restore(wrapper: Any, optimizer: AdaptiveInertia, in_memory_path: Path) -> None:
-    from adai_dist.integrations.deepspeed.binding import CHECKPOINT_KEY
-
     if not in_memory_path.is_file():
         raise FileNotFoundError(
             f"a checkpoint with states on NVMe must hold {IN_MEMORY_FILE} in offloaded_tensors, but there is "

@@ -53,7 +53,8 @@ def to_universal(input_folder: Path, output_folder: Path, num_workers: int = 1) 
     Raises:
         FileNotFoundError: ``input_folder`` is no ZeRO checkpoint.
         FileExistsError: ``output_folder`` is not empty.
-        ValueError: the optimizer of the checkpoint has no ``beta1_prod``, or its states were on NVMe.
+        ValueError: the optimizer of the checkpoint has no ``beta1_prod``, or DeepSpeed's converter would not make of it
+            what it says: states on NVMe, experts, round_robin_gradients.
     """
     source, target = Path(input_folder).absolute(), Path(output_folder).absolute()
     shards = _shards(source)
@@ -98,6 +99,12 @@ def _shards(source: Path) -> list[Path]:
         raise ValueError(
             f"the optimizer states must be in the checkpoint itself, but those of {str(source)!r} were on NVMe, which "
             "DeepSpeed's converter cannot read; offload to the CPU in runs that are to be converted"
+        )
+    if any(source.glob("layer_*_expert_*")):
+        raise ValueError(
+            f"a model that is to be converted must have no experts, but {str(source)!r} has some: each rank calls its "
+            "own by the same names, which DeepSpeed's converter takes for parts of one; as many ranks as have saved it "
+            "can load it as it is"
         )
     for shard in shards:
         _check_states(shard)

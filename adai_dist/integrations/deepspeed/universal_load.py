@@ -14,7 +14,6 @@ from deepspeed import __version__ as deepspeed_version
 from deepspeed.checkpoint.constants import PARAM_GROUPS
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
-from adai_dist.integrations.deepspeed.nvme_checkpoint import wrap_nvme_checkpoints
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.state import new_state
 
@@ -74,8 +73,6 @@ def _wrap_zero(wrapper: Any, optimizer: AdaptiveInertia) -> None:
             optimizer.state[flat_param] = {**new_state(flat_param), **optimizer.state[flat_param]}
 
     setattr(wrapper, name, load_stage_3 if is_stage_3 else load_others)
-    if getattr(wrapper, "swap_optimizer", False):
-        wrap_nvme_checkpoints(wrapper, optimizer)
     if not is_stage_3:
         _link_after(wrapper, "_load_legacy_checkpoint")
         _link_after(wrapper, "reload_states")
@@ -211,5 +208,6 @@ def _refuse_other_states(optimizer: torch.optim.Optimizer, state_dict: dict[str,
         raise ValueError(
             f"the checkpoint must hold beta1_prod for every state of {type(optimizer).__name__}, but there are states "
             f"with {others} alone: it was saved by another optimizer. Load the weights only, with "
-            "engine.load_checkpoint(..., load_module_only=True), or continue with the optimizer that saved it"
+            "engine.load_checkpoint(..., load_module_only=True, load_optimizer_states=False), or continue with the "
+            "optimizer that saved it"
         )

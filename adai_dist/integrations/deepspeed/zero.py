@@ -35,10 +35,6 @@ class Fragment(NamedTuple):
     is_counted: bool
     """False for a copy that another rank counts: ZeRO's own rule for the norm of the gradients."""
 
-    @property
-    def ds_id(self) -> int:
-        return self.param.ds_id  # pyright: ignore[reportAttributeAccessIssue] stage 3 puts it there
-
     def of(self, flat: Tensor | None) -> Tensor:
         assert flat is not None  # with CPU offload, gradients are never freed
         return flat.view(-1).narrow(0, self.start, self.num_elements)
@@ -88,6 +84,9 @@ class ZeroWrapper:
         """The part, read from disk where it is there."""
         yield
 
+    def collect_late_gradients(self) -> None:
+        """Under offload: gradients of parameters that the last micro-batch did not use, which DeepSpeed would drop."""
+
     def clear_stale_gradients(self, part: int) -> None:
         """Zero gradients that are left over from an earlier step, of parameters without one in this step."""
 
@@ -105,6 +104,7 @@ class Stage1And2(ZeroWrapper):
         "complete_grad_norm_calculation_for_cpu_offload": ("params",),
         "unscale_and_clip_grads": ("grad_groups_flat", "total_norm"),
         "get_param_id": ("param",),
+        "_finalize_cpu_offload_gradient_accumulation": (),
     }
 
     def flats(self) -> list[Tensor]:
@@ -144,6 +144,11 @@ class Stage1And2(ZeroWrapper):
     def process_groups(self) -> tuple[ProcessGroup, ...]:
         return _without_none(self.wrapper.dp_process_group, self.wrapper.model_parallel_group)
 
+    def collect_late_gradients(self) -> None:
+        wrapper = self.wrapper
+        if wrapper.cpu_offload and wrapper._offload_accumulated_param_ids - wrapper.norm_for_param_grads.keys():
+            wrapper._finalize_cpu_offload_gradient_accumulation()
+
     def clear_stale_gradients(self, part: int) -> None:
         wrapper = self.wrapper
         if wrapper.cpu_offload:
@@ -163,6 +168,7 @@ class Stage3(ZeroWrapper):
     signatures: ClassVar = {
         **ZeroWrapper.signatures,
         "_get_norm_groups": (),
+        "_finalize_offload_gradient_accumulation": (),
         "unscale_and_clip_grads": ("sub_group_id", "total_norm"),
         "get_param_id": ("param",),
         "_get_param_partition_group": ("param",),
@@ -233,18 +239,30 @@ class Stage3(ZeroWrapper):
         finally:
             self.wrapper._release_sub_group(part, timer_names)
 
+    def collect_late_gradients(self) -> None:
+        wrapper = self.wrapper
+        if wrapper.offload_optimizer:
+            params = [fragment.param for part in range(len(self.flats())) for fragment in self.fragments(part)]
+            accumulated = (p for p in params if _ds_id(p) in wrapper._offload_boundary_param_ids)
+            if any(wrapper.get_param_id(param) not in wrapper.norm_for_param_grads for param in accumulated):
+                wrapper._finalize_offload_gradient_accumulation()
+
     def clear_stale_gradients(self, part: int) -> None:
         wrapper = self.wrapper
         for index, fragment in enumerate(self.fragments(part)):
             if wrapper.offload_optimizer:
                 if wrapper.get_param_id(fragment.param) not in wrapper.norm_for_param_grads:
                     fragment.of(self.flats()[part].grad).zero_()
-            elif fragment.num_elements and fragment.ds_id not in wrapper._offload_boundary_param_ids:
+            elif fragment.num_elements and _ds_id(fragment.param) not in wrapper._offload_boundary_param_ids:
                 wrapper.averaged_gradients[part][index].zero_()
 
     def clear_accumulated_gradients(self) -> None:
         if self.wrapper.gradient_accumulation_steps > 1:
             self.wrapper.grad_partitions_flat_buffer.zero_()
+
+
+def _ds_id(param: Any) -> int:
+    return param.ds_id  # stage 3 puts it there
 
 
 class BF16(ZeroWrapper):
