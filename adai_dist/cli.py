@@ -1,7 +1,7 @@
-"""The command line: `adai-dist train | compare | bench`.
+"""The command line: `adai-dist train | run | compare | bench | to-universal`.
 
 What the user got wrong is one line on stderr and exit code 2, on every rank. Ctrl-C exits with 130, a failure with
-its traceback and 1.
+its traceback and 1; a program under `run` ends as it would have ended by itself.
 """
 
 from __future__ import annotations
@@ -17,14 +17,21 @@ from pathlib import Path
 from typing import NoReturn
 
 import adai_dist
+from adai_dist.integrations.run import NoProgramError, run_program, split_local_rank
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs the command line and ends the process."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and ends the process; returns only where a program under `run` came to its end."""
+    launcher_words, words = split_local_rank(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["run"]:
+        if _names_a_program(words[1:]):
+            _run(words[1:], launcher_words)
+            return
+        words = words[: 2 if {"-h", "--help"}.intersection(words[1:2]) else 1]
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(words)
     # argparse takes no positional argument after an option; key=value may stand anywhere.
     stray = [word for word in rest if word.startswith("-") or "=" not in word]
     if stray or (rest and options.command != "train"):
@@ -43,6 +50,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     _leave(code)
 
 
+def _names_a_program(words: Sequence[str]) -> bool:
+    is_module = words[:1] == ["-m"]
+    return len(words) > is_module and not words[is_module].startswith("-")
+
+
+def _run(words: Sequence[str], launcher_words: Sequence[str]) -> None:
+    """Not left to argparse: whatever stands behind the program's name belongs to the program."""
+    is_module = words[0] == "-m"
+    name, *own = words[is_module:]
+    try:
+        run_program(name, [*launcher_words, *own], is_module=is_module)
+    except NoProgramError as error:
+        sys.exit(_complain(str(error)))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="adai-dist", description="Adaptive Inertia for distributed training with PyTorch."
@@ -50,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"adai-dist {adai_dist.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train a language model from a recipe, alone or under torchrun")
+    train = commands.add_parser("train", help="train a language model from a recipe, alone or under a launcher")
     train.add_argument(
         "--config", required=True, metavar="FILE", help="the recipe, such as configs/recipes/lm_tiny.yaml"
     )
@@ -59,6 +81,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")
     train.set_defaults(run=_train)
+
+    run = commands.add_parser(
+        "run",
+        help="run a script in which DeepSpeed knows Adai, AdaiW and AdaiV2",
+        usage="adai-dist run [-h] (SCRIPT | -m MODULE) [ARGUMENT ...]",
+        description="Run a script or module as Python would run it. The arguments behind its name belong to it.",
+    )
+
+    def complain(_: argparse.Namespace) -> NoReturn:
+        run.error("the script or module to run is missing")
+
+    run.set_defaults(run=complain)
 
     compare = commands.add_parser("compare", help="draw finished runs on one picture and list them")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders such as runs/lm_tiny")
@@ -76,6 +110,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.set_defaults(run=_bench)
+
+    to_universal = commands.add_parser(
+        "to-universal", help="convert a DeepSpeed checkpoint, for another number of ranks or another ZeRO stage"
+    )
+    to_universal.add_argument(
+        "input", type=Path, metavar="IN", help="folder of one checkpoint, such as run/global_step100"
+    )
+    to_universal.add_argument("output", type=Path, metavar="OUT", help="folder to write")
+    to_universal.add_argument(
+        "--num-workers", type=int, default=1, metavar="N", help="processes that convert; default: %(default)s"
+    )
+    to_universal.set_defaults(run=_to_universal)
     return parser
 
 
@@ -118,6 +164,21 @@ def _bench(options: argparse.Namespace) -> int:
     except ValueError as error:
         return _complain(str(error))
     print(json.dumps(report, indent=2) if options.json else bench_table(report))
+    return 0
+
+
+def _to_universal(options: argparse.Namespace) -> int:
+    try:
+        from adai_dist.integrations.deepspeed.universal import to_universal
+    except ModuleNotFoundError as error:
+        return _complain(
+            f"to-universal needs the package {error.name}; got none; run: pip install 'adai-dist[deepspeed]'"
+        )
+    try:
+        to_universal(options.input, options.output, num_workers=options.num_workers)
+    except (ValueError, OSError, RuntimeError) as error:
+        return _complain(str(error))
+    print(options.output)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,13 @@ WORDS = (
     "layer",
     "token",
 )
+
+LAUNCHERS = ("deepspeed", "torchrun", "mpirun", "accelerate")
+_BIN = Path(sys.executable).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+DEEPSPEED = [sys.executable, str(_BIN / "deepspeed")]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+MPIRUN = [str(_BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe"]
 
 LLAMA = "architecture: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 2"
 GPT2 = "architecture: gpt2, n_embd: 16, n_layer: 2, n_head: 2, n_positions: 16"  # tied weights, dropout
@@ -62,11 +70,20 @@ def write_recipe(folder: Path, model: str = LLAMA) -> Path:
     return path
 
 
-def run_cli(*arguments: str | Path, num_ranks: int = 1, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """Runs the command line in a process of its own, or in several under torchrun."""
+def run_cli(
+    *arguments: str | Path, num_ranks: int = 1, launcher: str = "torchrun", timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in a process of its own, or in several under a launcher."""
+    return run_command(cli_command(*arguments, num_ranks=num_ranks, launcher=launcher), timeout)
+
+
+def run_command(
+    command: list[str], timeout: float = 120, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        cli_command(*arguments, num_ranks=num_ranks),
-        env=cli_environment(),
+        command,
+        cwd=cwd,
+        env={**cli_environment(), **environment},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -74,14 +91,38 @@ def run_cli(*arguments: str | Path, num_ranks: int = 1, timeout: float = 120) ->
     )
 
 
-def cli_command(*arguments: str | Path, num_ranks: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"] if num_ranks > 1 else []
-    return [sys.executable, *launcher, "-m", "adai_dist", *map(str, arguments)]
+def cli_command(*arguments: str | Path, num_ranks: int = 1, launcher: str = "torchrun") -> list[str]:
+    before = launch_module(launcher, num_ranks) if num_ranks > 1 else [sys.executable, "-m"]
+    return [*before, "adai_dist", *map(str, arguments)]
+
+
+def launch_module(launcher: str, num_ranks: int) -> list[str]:
+    """The command that starts a module on several ranks, up to the module's name."""
+    port = str(free_port())
+    if launcher == "torchrun":
+        return [*TORCHRUN, "--standalone", f"--nproc-per-node={num_ranks}", "-m"]
+    if launcher == "deepspeed":
+        return [*DEEPSPEED, "--num_gpus", str(num_ranks), "--master_port", port, "--module"]
+    if launcher == "accelerate":
+        count = ["--num_processes", str(num_ranks), "--num_machines", "1", "--main_process_port", port]
+        return [*ACCELERATE, "--multi_gpu", *count, "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    assert launcher == "mpirun"
+    meeting = ["-x", "MASTER_ADDR=127.0.0.1", "-x", f"MASTER_PORT={port}"]
+    return [*MPIRUN, "-np", str(num_ranks), *meeting, sys.executable, "-m"]
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
 
 
 def cli_environment() -> dict[str, str]:
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return {**os.environ, **threads, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
+    # DeepSpeed decorates functions with torch.compile, whose import costs seconds.
+    deepspeed = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1", "PATH": f"{os.environ['PATH']}:{_BIN}"}
+    on_cpu = {"GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **threads, **deepspeed, **on_cpu, "PYTHONPATH": str(ROOT)}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

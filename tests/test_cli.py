@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,3 +123,67 @@ def test_bench_prints_a_table_or_json(capfd: pytest.CaptureFixture[str]) -> None
     assert end_of(*small, "--json", "--dtype", "float64") == 0
     report = json.loads(capfd.readouterr().out)
     assert (report["numel"], report["dtype"]) == (1000, "float64")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "none.py"], "adai-dist: run needs a script; got 'none.py', No such file or directory; "),
+        (["run", "-m", "none.at.all", "x"], "adai-dist: run needs a module with Python code; got 'none.at.all'; "),
+        (["--local_rank=0", "run", "-m", "adai_dist.recipes"], "adai-dist: run needs a module with Python code; got "),
+        (["run", "tests"], "adai-dist: run needs a module with Python code; got 'tests'; put a __main__.py into tests"),
+        (["run"], "usage: adai-dist run [-h] (SCRIPT | -m MODULE) [ARGUMENT ...]\n"),
+        (["run", "-m"], "usage: adai-dist run [-h] (SCRIPT | -m MODULE) [ARGUMENT ...]\n"),
+    ],
+)
+def test_a_program_that_is_not_there_is_told_in_one_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setattr("sys.path", ["", *sys.path])
+    assert end_of(*arguments) == 2
+    assert capfd.readouterr().err.startswith(message)
+
+
+def test_the_help_of_run_is_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    assert end_of("run", "--help") == 0
+    assert "The arguments behind its name belong to it." in " ".join(capfd.readouterr().out.split())
+
+
+def test_converting_what_is_no_checkpoint_is_refused_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert end_of("to-universal", tmp_path / "none", tmp_path / "out") == 2
+    stderr = capfd.readouterr().err
+    assert stderr.startswith("adai-dist: ")
+    assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["engine=deepspeed"], "adai-dist: engine=deepspeed needs deepspeed.config; got ''; "),
+        (["engine=deepspeed", "deepspeed.config=no.json"], "adai-dist: deepspeed.config must be a readable file; got "),
+        (["deepspeed.config=no.json"], "adai-dist: 'deepspeed.config=no.json' has no effect; the engine is 'fsdp2'; "),
+        (["engine=deepspeed", "deepspeed.cfg=x"], "adai-dist: unknown key 'deepspeed.cfg' in the command line; "),
+    ],
+)
+def test_a_mistake_about_deepspeed_is_told_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert end_of("train", "--config", write_recipe(tmp_path), *arguments) == 2
+    stderr = capfd.readouterr().err
+    assert stderr.startswith(message)
+    assert stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_keeps_to_engines_that_read_its_checkpoints(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path)
+    assert end_of("train", "--config", recipe, "run.steps=1", "engine=ddp", "optimizer=sgd") == 0
+    config = tmp_path / "file.json"
+    config.write_text("{}")
+    settings = ("engine=deepspeed", f"deepspeed.config={config}", "optimizer=sgd", "run.steps=2", "--resume")
+    capfd.readouterr()
+    assert end_of("train", "--config", recipe, *settings) == 2
+    assert "by an engine that reads its checkpoints, engine=ddp; got 'deepspeed'; " in capfd.readouterr().err

@@ -47,13 +47,13 @@ def test_a_saved_recipe_reads_back_the_same(path: Path, tmp_path: Path) -> None:
 
 WRONG = {
     "run.stesp=3": r"unknown key 'run.stesp' in the command line; valid keys are run.name, run.out, .*run.steps",
-    "engin=ddp": r"unknown key 'engin' in the command line; valid keys are run, model, data, engine",
+    "engin=ddp": r"unknown key 'engin' in the command line; valid keys are run, model, data, engine, deepspeed",
     "run.steps=0": r"run.steps must be at least 1; got 0; ",
     "run.steps=many": r"run.steps must have the type of its default; .*many",
     "run.name=a/b": r"run.name must be the name of one folder; got 'a/b'; use run.out",
     "run=5": r"run must be a mapping of keys to values; got 5",
-    "engine=horovod": r"engine must be one of ddp, fsdp2; got 'horovod'",
-    "precision=fp8": r"precision must be one of fp32, bf16; got 'fp8'",
+    "engine=horovod": r"engine must be one of ddp, fsdp2, deepspeed; got 'horovod'",
+    "precision=fp8": r"precision must be one of auto, fp32, bf16; got 'fp8'",
     "data.source=web": r"data.source must be one of stdlib, path, dataset; got 'web'",
     "data.source=stdlib": r"data.path has no effect with data.source=stdlib; got 'texts'",
     "data.subset=en": r"data.subset has no effect with data.source=path; got 'en'",
@@ -104,7 +104,7 @@ def test_an_optimizer_without_a_learning_rate_is_refused(path: Path) -> None:
 
 def test_every_setting_has_a_sentence_and_every_engine_a_name() -> None:
     source = Path(config.__file__).read_text()
-    for schema in (Recipe, config.RunConfig, config.DataConfig, ScheduleConfig):
+    for schema in (Recipe, config.RunConfig, config.DataConfig, config.DeepSpeedSettings, ScheduleConfig):
         for field in dataclasses.fields(schema):
             assert f"    {field.name}: " in source
     assert tuple(engines.ENGINES) == config.ENGINES

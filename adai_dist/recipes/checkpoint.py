@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from adai_dist.recipes.engines import Engine
+from adai_dist.recipes.engine import Engine
 from adai_dist.recipes.world import World
 
 _COMPLETE = re.compile(r"step_(\d+)")

@@ -20,9 +20,9 @@ from yaml import YAMLError
 
 from adai_dist.recipes import optimizers
 
-ENGINES = ("ddp", "fsdp2")
+ENGINES = ("ddp", "fsdp2", "deepspeed")
 DEVICES = ("auto", "cpu", "cuda")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16")
 SOURCES = ("stdlib", "path", "dataset")
 SCHEDULES = ("cosine", "constant")
 
@@ -161,6 +161,14 @@ class ScheduleConfig:
 
 
 @dataclass
+class DeepSpeedSettings:
+    """What engine=deepspeed needs; other engines do not look at it."""
+
+    config: str = ""
+    """Its configuration, a JSON file such as configs/deepspeed/zero2.json. It must not contradict the recipe."""
+
+
+@dataclass
 class Recipe:
     """One training run."""
 
@@ -169,11 +177,13 @@ class Recipe:
     """`architecture` (a model_type of transformers) and the settings of that architecture's config."""
     data: DataConfig = field(default_factory=DataConfig)
     engine: str = "fsdp2"
-    """ddp or fsdp2."""
+    """ddp, fsdp2 or deepspeed."""
+    deepspeed: DeepSpeedSettings = field(default_factory=DeepSpeedSettings)
     device: str = "auto"
     """auto: CUDA where there is any, else the CPU."""
-    precision: str = "fp32"
-    """bf16: matrix products and communicated parameters in bfloat16, master weights and optimizer in float32."""
+    precision: str = "auto"
+    """auto: fp32, or what the file of engine=deepspeed says.
+    bf16: matrix products and communicated parameters in bfloat16, master weights and optimizer in float32."""
     grad_accumulation: int = 1
     """Backward passes per optimizer step; the batch is split, not enlarged."""
     max_grad_norm: float | None = 1.0
@@ -188,6 +198,9 @@ class Recipe:
         _require_choice("engine", self.engine, ENGINES)
         _require_choice("device", self.device, DEVICES)
         _require_choice("precision", self.precision, PRECISIONS)
+        has_file = self.engine != "deepspeed" or bool(self.deepspeed.config)
+        advice = "configs/deepspeed/zero2.json, for example"
+        require(has_file, "engine=deepspeed needs deepspeed.config", self.deepspeed.config, advice)
         _require_choice("optimizer", self.optimizer, tuple(optimizers.OPTIMIZERS))
         _require_at_least("grad_accumulation", self.grad_accumulation, 1)
         norm = self.max_grad_norm
@@ -284,6 +297,8 @@ def _refuse_idle_overrides(recipe: Recipe, overrides: Sequence[str]) -> None:
     for override in overrides:
         section, _, rest = override.partition("=")[0].partition(".")
         name = rest.partition(".")[0]
+        if section == "deepspeed" and recipe.engine != "deepspeed":
+            raise RecipeError(f"{override!r} has no effect; the engine is {recipe.engine!r}; add engine=deepspeed")
         if section == "optimizers" and name != recipe.optimizer:
             raise RecipeError(
                 f"{override!r} has no effect; the optimizer is {recipe.optimizer!r}; add optimizer={name} or drop it"

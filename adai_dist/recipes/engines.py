@@ -1,4 +1,4 @@
-"""Engines: ways to spread the training of a model over ranks.
+"""Which engines there are.
 
 The loop sees a small seam (:class:`Engine`). An engine owns the model and its optimizer, because several of them
 replace both.
@@ -6,162 +6,30 @@ replace both.
 
 from __future__ import annotations
 
-import contextlib
-from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any, cast
+from torch import nn
 
-import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
-
-from adai_dist.recipes import optimizers
-from adai_dist.recipes.config import Recipe, require
-from adai_dist.recipes.model import block_modules, row_losses
+from adai_dist.recipes import deepspeed_file
+from adai_dist.recipes.config import Recipe
+from adai_dist.recipes.deepspeed_engine import DeepSpeedEngine
+from adai_dist.recipes.engine import Engine
+from adai_dist.recipes.torch_engines import DDPEngine, FSDP2Engine
 from adai_dist.recipes.world import World
 
+ENGINES: dict[str, type[DDPEngine | FSDP2Engine | DeepSpeedEngine]] = {
+    "ddp": DDPEngine,
+    "fsdp2": FSDP2Engine,
+    "deepspeed": DeepSpeedEngine,
+}
 
-class Engine(ABC):
-    """What the training loop needs of an engine.
 
-    Collective: all methods; all ranks of the job call them alike.
+def check_engine(recipe: Recipe, world: World) -> None:
+    """Refuses what the recipe asks of its engine in vain, before anything is built.
+
+    Raises:
+        RecipeError: the engine cannot run this recipe.
     """
-
-    model: nn.Module
-    """Names its parameters as the model that was given, whatever wraps it."""
-    optimizer: torch.optim.Optimizer
-
-    @abstractmethod
-    def backward(self, rows: Tensor, is_last: bool) -> Tensor:
-        """Adds the gradient of one micro-batch.
-
-        Args:
-            rows: int64, shape (rows of the micro-batch, seq_len + 1), on the engine's device.
-            is_last: True for the last micro-batch before `step`; only then gradients are exchanged.
-
-        Returns:
-            Mean loss of this rank's rows, nats per token; 0-dim, detached.
-        """
-
-    @abstractmethod
-    def step(self, lr: float) -> Tensor | None:
-        """Clips, steps and drops the gradients; returns the global gradient norm if it is known (0-dim)."""
-
-    @abstractmethod
-    def losses(self, rows: Tensor) -> Tensor:
-        """Loss of every row (float32, shape (rows,)), for evaluation: without gradient and dropout."""
-
-    @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Writes model and optimizer state below `folder`."""
-
-    @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote, on any number of ranks."""
-
-
-class TorchEngine(Engine):
-    """What DDP and FSDP2 have in common."""
-
-    def __init__(self, recipe: Recipe, model: nn.Module, world: World) -> None:
-        self.model = model.to(world.device)
-        self._recipe = recipe
-        self._world = world
-        self._wrapped = self._wrap(self.model)
-        self._wrapped.train()
-        named = self.model.named_parameters()
-        self.optimizer = optimizers.build(recipe.optimizer, recipe.optimizer_arguments, named, recipe.max_grad_norm)
-
-    @abstractmethod
-    def _wrap(self, model: nn.Module) -> nn.Module: ...
-
-    @abstractmethod
-    def _accumulation(self, is_last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward pass; holds back the exchange of gradients unless `is_last`."""
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return contextlib.nullcontext()
-
-    def backward(self, rows: Tensor, is_last: bool) -> Tensor:
-        with self._accumulation(is_last):
-            with self._autocast():
-                loss = row_losses(self._wrapped, rows).mean()
-            cast(Any, loss / self._recipe.grad_accumulation).backward()
-        return loss.detach()
-
-    def step(self, lr: float) -> Tensor | None:
-        optimizers.set_learning_rate(self.optimizer, lr)
-        norm = optimizers.clip_and_step(self.optimizer, self._recipe.max_grad_norm)
-        self.optimizer.zero_grad()
-        return norm
-
-    def losses(self, rows: Tensor) -> Tensor:
-        self._wrapped.eval()
-        with torch.no_grad(), self._autocast():
-            losses = row_losses(self._wrapped, rows)
-        self._wrapped.train()
-        return losses
-
-    def save(self, folder: Path) -> None:
-        model, optimizer = get_state_dict(self._wrapped, self.optimizer)
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
-
-    def load(self, folder: Path) -> None:
-        model, optimizer = get_state_dict(self._wrapped, self.optimizer)
-        dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
-        set_state_dict(self._wrapped, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
-
-
-class DDPEngine(TorchEngine):
-    """torch's DistributedDataParallel: the whole model on every rank, gradients averaged."""
-
-    def _wrap(self, model: nn.Module) -> nn.Module:
-        return DistributedDataParallel(model)
-
-    def _accumulation(self, is_last: bool) -> AbstractContextManager[None]:
-        return contextlib.nullcontext() if is_last else cast(DistributedDataParallel, self._wrapped).no_sync()
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self._world.device.type, torch.bfloat16, enabled=self._recipe.precision == "bf16")
-
-
-class FSDP2Engine(TorchEngine):
-    """torch's fully_shard: parameters, gradients and optimizer state are sharded over all ranks."""
-
-    def losses(self, rows: Tensor) -> Tensor:
-        losses = super().losses(rows)
-        # Without a backward pass the root stays gathered, and its parameters are not those of the optimizer.
-        cast(FSDPModule, self._wrapped).reshard()
-        return losses
-
-    def _wrap(self, model: nn.Module) -> nn.Module:
-        on_cpu = self._world.device.type == "cpu"
-        require(
-            not on_cpu or torch.__version__ >= "2.9",
-            "engine=fsdp2 on the CPU needs torch 2.9 (before, gloo adds gradients up where FSDP2 asks for their mean)",
-            torch.__version__,
-            "set engine=ddp",
-        )
-        mesh = init_device_mesh(self._world.device.type, (self._world.size,), mesh_dim_names=("fsdp",))
-        policy = MixedPrecisionPolicy()
-        if self._recipe.precision == "bf16":
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for block in block_modules(model):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)  # in place: the module itself becomes an FSDPModule
-        return model
-
-    def _accumulation(self, is_last: bool) -> AbstractContextManager[None]:
-        cast(FSDPModule, self._wrapped).set_requires_gradient_sync(is_last)
-        return contextlib.nullcontext()
-
-
-ENGINES: dict[str, type[TorchEngine]] = {"ddp": DDPEngine, "fsdp2": FSDP2Engine}
+    if recipe.engine == "deepspeed":
+        deepspeed_file.read(recipe, world)
 
 
 def build_engine(recipe: Recipe, model: nn.Module, world: World) -> Engine:

@@ -102,6 +102,9 @@ def _refuse_other_run(recipe: Recipe, folder: Path) -> None:
             raise RecipeError(
                 f"a resumed run must keep its {key}; got {new!r}, and {str(folder)!r} has {old!r}; change run.name"
             )
+    if before.engine != recipe.engine and "deepspeed" in (before.engine, recipe.engine):
+        must = f"a run must be resumed by an engine that reads its checkpoints, engine={before.engine}"
+        raise RecipeError(f"{must}; got {recipe.engine!r}; change run.name")
     if before.run.seed != recipe.run.seed:
         raise RecipeError(f"a resumed run must keep run.seed={before.run.seed}; got {recipe.run.seed}; change run.name")
 

@@ -54,7 +54,11 @@ def describe_environment(world: World) -> Summary:
     """Versions, git commit and hardware, as entries of a summary."""
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
-        "versions": {"adai_dist": importlib.metadata.version("adai-dist"), "python": platform.python_version(), **versions},
+        "versions": {
+            "adai_dist": importlib.metadata.version("adai-dist"),
+            "python": platform.python_version(),
+            **versions,
+        },
         "git_commit": _git_commit(Path(__file__).parent),
         "hardware": {
             "device": _device_name(world.device),

@@ -13,7 +13,8 @@ from adai_dist.optimizer import AdaptiveInertia
 from adai_dist.recipes.checkpoint import Checkpoints
 from adai_dist.recipes.config import Recipe, require
 from adai_dist.recipes.data import load_tokens, train_rows, val_rows
-from adai_dist.recipes.engines import Engine, build_engine
+from adai_dist.recipes.engine import Engine
+from adai_dist.recipes.engines import build_engine, check_engine
 from adai_dist.recipes.interrupt import interruptible
 from adai_dist.recipes.meter import Meter
 from adai_dist.recipes.model import build_model
@@ -21,7 +22,6 @@ from adai_dist.recipes.run_folder import Journal, open_run_folder
 from adai_dist.recipes.summary import Summary, describe_environment, write_summary
 from adai_dist.recipes.world import World
 from adai_dist.tools.plots import plot_inertia, plot_loss, read_summary
-from adai_dist.tools.telemetry import inertia_histogram
 
 
 def train(recipe: Recipe, world: World) -> Summary:
@@ -44,6 +44,7 @@ def train(recipe: Recipe, world: World) -> Summary:
     num_parts = world.size * recipe.grad_accumulation
     why = f"{world.size} ranks and grad_accumulation={recipe.grad_accumulation} share it"
     require(data.batch % num_parts == 0, f"data.batch must be a multiple of {num_parts}", data.batch, why)
+    check_engine(recipe, world)
 
     tokens = load_tokens(data)
     model = build_model(recipe.model, tokens.vocab_size, data.seq_len, run.seed)
@@ -139,7 +140,7 @@ def evaluate(
     val_loss = float(sums[0] / sums[1])
     journal.record(step, val_loss=val_loss)
     journal.show(val=f"{val_loss:.3f}")
-    shares = inertia_histogram(engine.optimizer, engine.model.named_parameters())
+    shares = engine.inertia()
     if shares is not None:
         journal.record_inertia(step, shares)
     return val_loss
@@ -154,9 +155,9 @@ def summarize(recipe: Recipe, folder: Path, engine: Engine, meter: Meter, val_lo
         "train_loss": meter.total.loss,
         "optimizer": recipe.optimizer,
         "engine": recipe.engine,
-        "precision": recipe.precision,
+        "precision": engine.precision,
         "world_size": world.size,
-        "num_parameters": sum(param.numel() for param in engine.model.parameters()),
+        "num_parameters": engine.num_parameters,
         "steps": recipe.run.steps,
         "tokens": recipe.run.steps * tokens_per_step,
         "seconds": meter.total.seconds,

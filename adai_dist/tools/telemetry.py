@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,18 @@ from adai_dist.sharding.ownership import is_distributed, local_tensor, plan_shar
 BINS_PER_DECADE = 20
 
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+class MomentOfLayer(NamedTuple):
+    """The second moment of a parameter, or of this rank's part of it."""
+
+    layer: str
+    exp_avg_sq: Tensor | None
+    step: Tensor | None
+    """0-dim."""
+    hyper: Hyper
+    weight: float
+    """1 / number of ranks that count the same elements."""
 
 
 def layer_of(name: str) -> str:
@@ -63,32 +75,51 @@ def inertia_histogram(
     hypers = {
         p: Hyper.from_param_group(param_group) for param_group in optimizer.param_groups for p in param_group["params"]
     }
-    named = [(layer_of(name), param) for name, param in named_parameters if param in hypers]
-    layers = list(dict.fromkeys(layer for layer, _ in named))
-    decades = math.log10(max(1.0 / hyper.eps for hyper in hypers.values()))
-    num_bins = max(1, math.ceil(decades * BINS_PER_DECADE - 1e-6))
     weights = plan_sharding(hypers, None).weights
-    counts = torch.zeros(len(layers), num_bins, dtype=torch.float64, device=local_tensor(named[0][1]).device)
-    for layer, param in named:
-        beta1 = _inertia(optimizer.state[param], hypers[param], mean)
+    named = [(layer_of(name), param) for name, param in named_parameters if param in hypers]
+    moments = [
+        MomentOfLayer(layer, state.get("exp_avg_sq"), state.get("step"), hypers[param], weights[param])
+        for layer, param in named
+        for state in (optimizer.state[param],)
+    ]
+    return horizon_shares(moments, mean, local_tensor(named[0][1]).device)
+
+
+@torch.no_grad()
+def horizon_shares(moments: Sequence[MomentOfLayer], mean: float, device: torch.device) -> dict[str, list[float]]:
+    """As :func:`inertia_histogram`, for an engine that keeps the states elsewhere than at the parameters.
+
+    Args:
+        moments: of all parameters, on every rank the same layers in the same order.
+        mean: of the bias-corrected second moment, in the last step.
+        device: where to count and communicate.
+
+    Collective: all ranks of the job; one all-reduce of 8 bytes per layer and bin.
+    """
+    layers = list(dict.fromkeys(moment.layer for moment in moments))
+    decades = math.log10(max(1.0 / moment.hyper.eps for moment in moments))
+    num_bins = max(1, math.ceil(decades * BINS_PER_DECADE - 1e-6))
+    counts = torch.zeros(len(layers), num_bins, dtype=torch.float64, device=device)
+    for moment in moments:
+        beta1 = _inertia(moment, mean)
         if beta1 is not None:
             bins = ((1.0 - beta1).log10() * -BINS_PER_DECADE).floor().clamp(0, num_bins - 1).long()
             counted = torch.bincount(bins.flatten(), minlength=num_bins)
-            counts[layers.index(layer)] += counted.to(counts) * weights[param]
+            counts[layers.index(moment.layer)] += counted.to(counts) * moment.weight
     if is_distributed():
         dist.all_reduce(counts)
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1e-300)
     return dict(zip(layers, shares.tolist(), strict=True))
 
 
-def _inertia(state: dict[str, Any], hyper: Hyper, mean: float) -> Tensor | None:
-    """beta1 of this rank's elements in the last step; None without elements or before the first step that counted."""
-    if "exp_avg_sq" not in state or float(state["step"]) == 0 or mean == 0:
+def _inertia(moment: MomentOfLayer, mean: float) -> Tensor | None:
+    """beta1 of the elements in the last step; None without elements or before the first step that counted."""
+    if moment.exp_avg_sq is None or moment.step is None or float(moment.step) == 0 or mean == 0:
         return None
-    v = local_tensor(state["exp_avg_sq"])
+    v = local_tensor(moment.exp_avg_sq)
     if v.numel() == 0:
         return None
     one, true = torch.ones((), dtype=v.dtype, device=v.device), torch.ones((), dtype=torch.bool, device=v.device)
-    correction = equations.bias_correction(hyper.beta2, state["step"])
+    correction = equations.bias_correction(moment.hyper.beta2, moment.step)
     scalars = StepScalars(one, one, true, true, [(1.0 / (correction * mean)).to(v)])
-    return equations.inertia([v], hyper, scalars)[0]
+    return equations.inertia([v], moment.hyper, scalars)[0]

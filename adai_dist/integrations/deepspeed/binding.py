@@ -173,7 +173,7 @@ def _settle(wrapper: Any, driver: ZeroDriver, seen: _Seen, scale: Tensor) -> Non
             f"ZeRO must find one norm per part of the model ({len(driver.flats)}) in every step, got "
             f"{len(seen.norms)}; this DeepSpeed is not the one that adai_dist was written for"
         )
-    grad_grad = _squared(seen.norms)
+    grad_grad = driver.per_group(_squared(seen.norms))
     norms = _without_products(grad_grad) if seen.products is None else seen.products._replace(grad_grad=grad_grad)
     driver.settle(norms, scale, wrapper._global_grad_norm)
 
@@ -268,6 +268,6 @@ class _AfterClipping(ZeroDriver):
         else:
             clip = wrapper.clip_grad / (total_norm + 1e-6) if wrapper.clip_grad > 0 else math.inf
             clipped_norm = total_norm * torch.as_tensor(clip, device=self.device).clamp(max=1.0)
-            total = torch.cat([clipped_norm.square().reshape(1), one.new_zeros(len(self.flats) - 1)])
-            self.settle(_without_products(total), one, total_norm, knows_parts=False)
+            total = torch.cat([clipped_norm.square().reshape(1), one.new_zeros(len(self.optimizer.param_groups) - 1)])
+            self.settle(_without_products(total), one, total_norm, knows_groups=False)
         super().step_part()

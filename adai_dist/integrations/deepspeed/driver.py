@@ -26,8 +26,8 @@ CHECKPOINT_KEY = "adai_dist"
 class ZeroDriver:
     """Steps an optimizer whose parameters ZeRO hands over part by part, all with the mean over the whole model.
 
-    The sum of exp_avg_sq over all ranks is kept per part and follows the recursion of :mod:`adai_dist.equations` from
-    the norms that ZeRO has all-reduced, so that a step needs no collective of its own::
+    The sum of exp_avg_sq over all ranks is kept per parameter group and follows the recursion of
+    :mod:`adai_dist.equations` from the norms that ZeRO has all-reduced, so that a step needs no collective of its own::
 
         begin     before ZeRO's step      states exist; leftovers are cleared
         settle    once per step           norms and the scale that ZeRO applies give the mean
@@ -35,30 +35,34 @@ class ZeroDriver:
         end       after ZeRO's step       the step is counted, or counted as skipped
 
     Collective: construction, :meth:`load` and :meth:`refresh`: all ranks, a few all-reduces; a step: none, but one of
-    24 bytes per part where decay is coupled, and under BF16_Optimizer where parameter groups differ in beta2.
+    24 bytes per parameter group where decay is coupled, and under BF16_Optimizer where these differ in beta2.
     """
 
     def __init__(self, optimizer: AdaptiveInertia, zero_wrapper: ZeroWrapper) -> None:
         self.optimizer = optimizer
         self.zero_wrapper = zero_wrapper
         self.flats = zero_wrapper.flats()
-        self._runs = _runs(zero_wrapper.group_indices())
         self.device = self.flats[0].device
+        self._group_of_part = torch.tensor(zero_wrapper.group_indices(), device=self.device)
         self.process_groups = zero_wrapper.process_groups()
         self._check_param_groups()
         self.num_elements = self._count()
         self.exp_avg_sq_sums: Tensor | None = None
-        """Sum over all ranks, of every part; float64. None where it has to be found from the states."""
+        """Over all ranks, of every parameter group; float64. None where it has to be found from the states."""
         self._mean: GlobalMean | None = None
         self._holdings: dict[int, Holdings] = {}
-        self._knows_parts = True
+        self._knows_groups = True
 
     def _count(self) -> Tensor:
-        num_elements = [
-            sum(fragment.num_elements for fragment in self.zero_wrapper.fragments(part) if fragment.is_counted)
-            for part in range(len(self.flats))
-        ]
-        return self._total(torch.tensor(num_elements, dtype=torch.float64, device=self.device)).sum()
+        fragments = [fragment for part in range(len(self.flats)) for fragment in self.zero_wrapper.fragments(part)]
+        num_elements = sum(fragment.num_elements for fragment in fragments if fragment.is_counted)
+        return self._total(torch.tensor(num_elements, dtype=torch.float64, device=self.device))
+
+    def per_group(self, of_parts: Tensor) -> Tensor:
+        """Sums over the parts of each parameter group; the first dimension changes its meaning. Float64."""
+        values = of_parts.to(self.device, torch.float64)
+        sums = values.new_zeros(len(self.optimizer.param_groups), *values.shape[1:])
+        return sums.index_add_(0, self._group_of_part, values)
 
     def _check_param_groups(self) -> None:
         """ZeRO adds up the norms of parameter groups by their index, also across pipeline stages."""
@@ -84,7 +88,7 @@ class ZeroDriver:
         check_no_clipping_of_its_own(self.optimizer)
         self._mean = None
         if self.exp_avg_sq_sums is None and not any(self.optimizer.state.get(flat) for flat in self.flats):
-            self.exp_avg_sq_sums = torch.zeros(len(self.flats), dtype=torch.float64, device=self.device)
+            self.exp_avg_sq_sums = self.num_elements.new_zeros(len(self.optimizer.param_groups))
         self.zero_wrapper.collect_late_gradients()
         for part, flat in enumerate(self.flats):
             if not self.zero_wrapper.is_swapped(part):
@@ -98,33 +102,37 @@ class ZeroDriver:
         return [Hyper.from_param_group(param_group) for param_group in self.optimizer.param_groups]
 
     def inner_products(self) -> SquaredNorms:
-        """Of gradients and parameters as they are now, over all ranks; float64, one per part. Collective: all ranks."""
-        hypers = self.hypers()
-        rows = torch.zeros(len(self.flats), len(SquaredNorms._fields), dtype=torch.float64, device=self.device)
-        for index, run in self._runs:
-            for part in range(run.start, run.stop):
-                for fragment, gradient in self.zero_wrapper.gradients(part):
-                    if fragment.num_elements:
-                        rows[part] += _inner_products(fragment.of(self.flats[part].detach()), gradient, hypers[index])
-        return SquaredNorms(*self._total(rows).unbind(1))
+        """Of gradients and parameters as they are, over all ranks; float64, one per parameter group.
 
-    def settle(self, norms: SquaredNorms, coefficient: Tensor, grad_norm: Any, *, knows_parts: bool = True) -> None:
+        Collective: all ranks.
+        """
+        hypers = self.hypers()
+        of_parts: list[Tensor] = []
+        for part, (flat, index) in enumerate(zip(self.flats, self.zero_wrapper.group_indices(), strict=True)):
+            products = torch.zeros(len(SquaredNorms._fields), dtype=torch.float64, device=self.device)
+            for fragment, gradient in self.zero_wrapper.gradients(part):
+                if fragment.num_elements:
+                    products += _inner_products(fragment.of(flat.detach()), gradient, hypers[index])
+            of_parts.append(products)
+        return SquaredNorms(*self._total(self.per_group(torch.stack(of_parts))).unbind(1))
+
+    def settle(self, norms: SquaredNorms, coefficient: Tensor, grad_norm: Any, *, knows_groups: bool = True) -> None:
         """Find the mean of this step and advance the sums of exp_avg_sq.
 
         Args:
             norms: squared norm of the gradients as they are handed over, and inner products with the parameters; over
-                all ranks, float64, one per part; NaN where a gradient is not finite.
+                all ranks, float64, one per parameter group; NaN where a gradient is not finite.
             coefficient: what the gradients are still to be multiplied by; 0-dim.
             grad_norm: the norm to report.
-            knows_parts: False where ``norms`` has the total in its first entry.
+            knows_groups: False where ``norms`` has the total in its first entry.
 
-        Collective: none; all ranks where the parts are known again after steps in which they were not.
+        Collective: none; all ranks where groups are told apart again after steps in which they were not.
         """
         assert self.exp_avg_sq_sums is not None
-        if knows_parts and not self._knows_parts:
+        if knows_groups and not self._knows_groups:
             self.refresh()
-        elif not knows_parts:
-            self._knows_parts = False
+        elif not knows_groups:
+            self._knows_groups = False
             self.exp_avg_sq_sums = _in_first_entry(self.exp_avg_sq_sums)
         norms = SquaredNorms(*(x.to(self.device, torch.float64) for x in norms))
         c = coefficient.to(self.device, torch.float64).reshape(())
@@ -132,23 +140,21 @@ class ZeroDriver:
         hypers = self.hypers()
         terms: list[MeanTerms] = []
         next_sums: list[Tensor] = []
-        for index, run in self._runs:
-            hyper, old = hypers[index], self.exp_avg_sq_sums[run]
-            norms_of_run = SquaredNorms(*(x[run] for x in norms))
+        for hyper, old, *of_group in zip(hypers, self.exp_avg_sq_sums, *norms, strict=True):
             correction = equations.bias_correction(hyper.beta2, self._step() + 1.0)
-            terms.append(equations.mean_terms(norms_of_run, old, correction, hyper))
-            without_correction = equations.mean_terms(norms_of_run, old, torch.ones_like(correction), hyper)
-            next_sums.append(_at(without_correction, c))
+            terms.append(equations.mean_terms(SquaredNorms(*of_group), old, correction, hyper))
+            of_sum = equations.mean_terms(SquaredNorms(*of_group), old, torch.ones_like(correction), hyper)
+            next_sums.append(of_sum.carried + c * c * of_sum.quadratic + c * of_sum.linear + of_sum.constant)
         grad_squared = norms.grad_grad.sum()
         sums = Sums(
             grad_squared,
-            *(torch.cat(column).sum() for column in zip(*terms, strict=True)),
+            *(torch.stack(column).sum() for column in zip(*terms, strict=True)),
             num_elements=self.num_elements,
             num_overflows=torch.zeros_like(grad_squared),
             lr=torch.stack([equations.scalar_tensor(hyper.lr, grad_squared) for hyper in hypers]).sum(),
         )
         self._mean = evaluate(sums, torch.where(grad_squared.isfinite(), grad_norm, torch.inf), c)
-        self.exp_avg_sq_sums = torch.where(self._mean.is_live, torch.cat(next_sums), self.exp_avg_sq_sums)
+        self.exp_avg_sq_sums = torch.where(self._mean.is_live, torch.stack(next_sums), self.exp_avg_sq_sums)
 
     def _step(self) -> Tensor:
         """Steps that have counted so far; 0-dim. All parts step together."""
@@ -187,8 +193,9 @@ class ZeroDriver:
 
         Collective: all ranks.
         """
-        sums = torch.zeros(len(self.flats), dtype=torch.float64, device=self.device)
+        of_parts: list[Tensor] = []
         for part, flat in enumerate(self.flats):
+            of_parts.append(torch.zeros((), dtype=torch.float64, device=self.device))
             state = self.optimizer.state.get(flat)
             if not state:
                 continue
@@ -199,25 +206,25 @@ class ZeroDriver:
                     if fragment.is_counted and fragment.num_elements
                 ]
                 if counted:
-                    sums[part] = equations.sums(counted).sum()
-        self.exp_avg_sq_sums = self._total(sums)
-        self._knows_parts = True
+                    of_parts[part] += equations.sums(counted).sum()
+        self.exp_avg_sq_sums = self._total(self.per_group(torch.stack(of_parts)))
+        self._knows_groups = True
 
     def save(self) -> dict[str, Any] | None:
         """What a checkpoint needs beside the states, so that the next step is the same to the bit."""
         if self.exp_avg_sq_sums is None:
             return None
-        return {"exp_avg_sq_sums": self.exp_avg_sq_sums.cpu(), "knows_parts": self._knows_parts}
+        return {"exp_avg_sq_sums": self.exp_avg_sq_sums.cpu(), "knows_groups": self._knows_groups}
 
     def load(self, saved: dict[str, Any] | None) -> None:
-        """Go on from loaded states. Collective: all ranks, where ``saved`` is None or of another partitioning."""
+        """Go on from loaded states. Collective: all ranks, where ``saved`` is None."""
         for flat in self.flats:
             state = self.optimizer.state.get(flat, {})
             if "step" in state:  # loaders share one tensor among the parts
                 state["step"] = step_tensor(state["step"], flat)
         self._holdings.clear()
-        if saved is not None and len(saved["exp_avg_sq_sums"]) == len(self.flats):
-            self._knows_parts = saved["knows_parts"]
+        if saved is not None:
+            self._knows_groups = saved["knows_groups"]
             self.exp_avg_sq_sums = saved["exp_avg_sq_sums"].to(self.device)
         else:
             self.refresh()
@@ -229,23 +236,8 @@ def skipped(grad_norm: Any) -> GlobalMean:
     return GlobalMean(nan, torch.as_tensor(grad_norm, dtype=torch.float64), nan, is_finite=no, is_live=no)
 
 
-def _runs(group_indices: list[int]) -> list[tuple[int, slice]]:
-    """Consecutive parts of the same parameter group: the index of the group, and the parts."""
-    runs: list[tuple[int, slice]] = []
-    for part, index in enumerate(group_indices):
-        if runs and runs[-1][0] == index:
-            runs[-1] = (index, slice(runs[-1][1].start, part + 1))
-        else:
-            runs.append((index, slice(part, part + 1)))
-    return runs
-
-
 def _in_first_entry(x: Tensor) -> Tensor:
     return torch.cat([x.sum().reshape(1), torch.zeros_like(x[1:])])
-
-
-def _at(terms: MeanTerms, c: Tensor) -> Tensor:
-    return terms.carried + c * c * terms.quadratic + c * terms.linear + terms.constant
 
 
 def _inner_products(param: Tensor, gradient: Tensor, hyper: Hyper) -> Tensor:

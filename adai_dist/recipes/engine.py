@@ -1,0 +1,61 @@
+"""The seam between the training loop and the ways to spread a model over ranks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from adai_dist.tools.telemetry import inertia_histogram
+
+
+class Engine(ABC):
+    """What the training loop needs of an engine.
+
+    Collective: all methods; all ranks of the job call them alike.
+    """
+
+    model: nn.Module
+    """Names its parameters as the model that was given, whatever wraps it."""
+    optimizer: torch.optim.Optimizer
+    precision: str
+    """fp32 or bf16."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model."""
+        return sum(param.numel() for param in self.model.parameters())
+
+    @abstractmethod
+    def backward(self, rows: Tensor, is_last: bool) -> Tensor:
+        """Adds the gradient of one micro-batch.
+
+        Args:
+            rows: int64, shape (rows of the micro-batch, seq_len + 1), on the engine's device.
+            is_last: True for the last micro-batch before `step`; only then gradients are exchanged.
+
+        Returns:
+            Mean loss of this rank's rows, nats per token; 0-dim, detached.
+        """
+
+    @abstractmethod
+    def step(self, lr: float) -> Tensor | None:
+        """Clips, steps and drops the gradients; returns the global gradient norm if it is known (0-dim)."""
+
+    @abstractmethod
+    def losses(self, rows: Tensor) -> Tensor:
+        """Loss of every row (float32, shape (rows,)), for evaluation: without gradient and dropout."""
+
+    def inertia(self) -> dict[str, list[float]] | None:
+        """The distribution of inertia per layer, as :func:`inertia_histogram` returns it."""
+        return inertia_histogram(self.optimizer, self.model.named_parameters())
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes model and optimizer state below `folder`."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote; on any number of ranks, unless the engine refuses with a RecipeError."""
