@@ -15,6 +15,7 @@ FIXED_IN_TORCH = (
         ("fsdp2", "hsdp", "test_recipe_runs", "test_recipe_engines"),
         "gloo adds gradients up where FSDP2 asks for their mean, or has no reduce_scatter at all",
     ),
+    ("2.9", ("test_deepspeed",), "DeepSpeed needs more of gloo than older releases have, and was not tried there"),
     ("2.10", ("tp-fsdp2",), "DTensor.full_tensor() misplaces rows of uneven strided shards"),
     ("2.10", ("low_precision_gradients",), "a gradient must have the dtype of its parameter"),
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,21 +12,11 @@ import torch
 from tests.integrations.deepspeed_engines import set_environment
 from tests.integrations.deepspeed_setups import needs_deepspeed
 from tests.spawn import run_ranks
+from tests.test_documentation import Model
 
 pytestmark = [pytest.mark.distributed, needs_deepspeed]
 
 PAGE = Path(__file__).parents[2] / "docs/deepspeed.md"
-
-
-class Model(torch.nn.Module):
-    """Stands for the reader's: called with a batch, it returns something with a loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(8, 1)
-
-    def forward(self, batch: torch.Tensor) -> Any:
-        return SimpleNamespace(loss=self.layer(batch).square().mean())
 
 
 def run(example: str) -> tuple[str, int]:

@@ -16,41 +16,45 @@ from adai_dist.equations import SquaredNorms
 from adai_dist.integrations.deepspeed import support, zero
 from adai_dist.integrations.deepspeed.driver import CHECKPOINT_KEY, ZeroDriver
 from adai_dist.integrations.deepspeed.nvme_checkpoint import wrap_nvme_checkpoints
-from adai_dist.integrations.deepspeed.registration import OPTIMIZERS
 from adai_dist.integrations.deepspeed.universal_load import wrap_universal_loading
 from adai_dist.integrations.deepspeed.whole import count_skipped_steps, sharding_of_whole_parameters
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 
 
 def configure_and_bind(
-    engine: Any, client_optimizer: Any, model_parameters: Any, configure: Callable[[Any, Any], None]
+    engine: Any,
+    client_optimizer: Any,
+    named: type[AdaptiveInertia] | None,
+    model_parameters: Any,
+    configure: Callable[[Any, Any], None],
 ) -> None:
     """DeepSpeed's ``_configure_optimizer``, with what these optimizers need before and after it.
 
     Args:
-        configure: the original method; takes the optimizer, or None where the configuration names one, and the
-            parameters.
+        client_optimizer: an optimizer, a function that makes one, or None where the configuration names it.
+        named: what it names, if that is one of ours.
+        configure: the original method; takes the client optimizer and the parameters.
 
     Raises:
         UnsupportedSetting: the configuration asks for what cannot be exact.
 
     Collective: all ranks, where the optimizer is one of ours.
     """
-    if client_optimizer is not None and not isinstance(client_optimizer, torch.optim.Optimizer):
-        client_optimizer = client_optimizer(model_parameters)
-    name = engine.optimizer_name() if client_optimizer is None and engine.optimizer_name() in OPTIMIZERS else ""
-    cls = type(client_optimizer) if isinstance(client_optimizer, AdaptiveInertia) else OPTIMIZERS.get(name)
     if client_optimizer is not None:
-        support.check_not_replaced("", client_optimizer)
-    if cls is not None:
-        support.check_version()
-        support.check_config(engine)
-        _allow(cls)
-        engine.zero_force_ds_cpu_optimizer = lambda: False  # DeepSpeed would insist on an Adam
+        if not isinstance(client_optimizer, torch.optim.Optimizer):
+            client_optimizer = client_optimizer(model_parameters)
+        support.check_not_replaced(client_optimizer)
+    cls = type(client_optimizer) if isinstance(client_optimizer, AdaptiveInertia) else named
+    if cls is None:
+        configure(client_optimizer, model_parameters)
+        return
+    support.check_version()
+    support.check_config(engine)
+    _allow(cls)
+    engine.zero_force_ds_cpu_optimizer = lambda: False  # DeepSpeed would insist on an Adam
     configure(client_optimizer, model_parameters)
-    support.check_not_replaced(name, engine.basic_optimizer)
-    if cls is not None:
-        bind(engine)
+    support.check_not_replaced(engine.basic_optimizer, cls)
+    bind(engine)
 
 
 def _allow(cls: type[AdaptiveInertia]) -> None:

@@ -19,6 +19,8 @@ OPTIMIZERS: dict[str, type[AdaptiveInertia]] = {
 }
 """Optimizers by what may stand as their type in a DeepSpeed configuration."""
 
+_MARK = "_is_of_adai_dist"
+
 
 def register() -> None:
     """Make ``Adai``, ``AdaiW`` and ``AdaiV2`` known to DeepSpeed: in its JSON, and as client optimizers.
@@ -33,15 +35,17 @@ def register() -> None:
 def _register_with(engine_module: ModuleType) -> None:
     engine_class = engine_module.DeepSpeedEngine
     original = engine_class._configure_optimizer
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, _MARK):
         return
 
     @functools.wraps(original)
     def _configure_optimizer(engine: Any, client_optimizer: Any, model_parameters: Any) -> None:
         from adai_dist.integrations.deepspeed.binding import configure_and_bind
 
-        configure_and_bind(engine, client_optimizer, model_parameters, functools.partial(original, engine))
+        named = OPTIMIZERS.get(engine.optimizer_name()) if client_optimizer is None else None
+        configure_and_bind(engine, client_optimizer, named, model_parameters, functools.partial(original, engine))
 
+    setattr(_configure_optimizer, _MARK, True)
     engine_class._configure_optimizer = _configure_optimizer
     for name, cls in OPTIMIZERS.items():
         setattr(torch.optim, name, cls)  # where DeepSpeed looks up names that it does not know

@@ -138,20 +138,19 @@ def check_coupled_decay_in_memory(optimizer: AdaptiveInertia) -> None:
             )
 
 
-def check_not_replaced(name: str, basic_optimizer: Any) -> None:
+def check_not_replaced(optimizer: Any, expected: type[AdaptiveInertia] | None = None) -> None:
     """Refuse an optimizer that has taken the place of ours.
 
     Args:
-        name: ``optimizer.type`` of the configuration, if it is one of ours, else "".
-        basic_optimizer: what DeepSpeed is going to step.
+        optimizer: what DeepSpeed was given, or is going to step.
+        expected: what it has to be, where that is known.
     """
-    if isinstance(basic_optimizer, AdaptiveInertia):
-        return
-    param_groups: list[dict[str, Any]] = getattr(basic_optimizer, "param_groups", [])
-    if name or any(param_group.keys() >= MARKS for param_group in param_groups):
+    param_groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])
+    is_marked = any(param_group.keys() >= MARKS for param_group in param_groups)
+    if not isinstance(optimizer, expected or AdaptiveInertia) and (expected or is_marked):
         _refuse(
-            f"an Adai optimizer replaced by {type(basic_optimizer).__name__}",
-            "accelerate replaces a client optimizer by DeepSpeedCPUAdam under offload_optimizer",
+            f"an Adai optimizer replaced by {type(optimizer).__name__}",
+            "accelerate does to a client optimizer under offload_optimizer",
             'set "zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration, or name the optimizer there '
             'and pass accelerate.utils.DummyOptim: "optimizer": {"type": "Adai", "params": {"lr": ...}}',
         )
