@@ -1,4 +1,4 @@
-"""The example of docs/deepspeed.md runs."""
+"""The examples with DeepSpeed in the documentation run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.test_documentation import Model
 
 pytestmark = [pytest.mark.distributed, needs_deepspeed]
 
-PAGE = Path(__file__).parents[2] / "docs/deepspeed.md"
+ROOT = Path(__file__).parents[2]
 
 
 def run(example: str) -> tuple[str, int]:
@@ -27,6 +27,8 @@ def run(example: str) -> tuple[str, int]:
     return type(optimizer).__name__, int(next(iter(optimizer.state.values()))["step"])
 
 
-def test_the_example_takes_a_step() -> None:
-    (example,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/deepspeed.md"])
+def test_the_example_takes_a_step(page: str) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    (example,) = (block for block in blocks if "deepspeed.initialize" in block)
     assert run_ranks(run, 1, example) == [("AdaiV2", 1)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.integrations.deepspeed_engines import Family, Seen, set_environment, walk
+from tests.integrations.deepspeed_engines import Family, Prescribed, Seen, backward, set_environment, start, walk
 from tests.integrations.deepspeed_setups import BF16, PROBLEM, Setup, needs_deepspeed, zero
 from tests.integrations.deepspeed_verdict import check
 from tests.problems import Problem, Spec
@@ -80,3 +80,30 @@ def test_states_on_nvme_follow_the_oracle(family: Family, name: str) -> None:
     for rank, (seen, files) in enumerate(family.ranks(name)):
         assert sum("beta1_prod" in file for file in files) >= 2, files
         print(f"{name} on rank {rank}: {check(seen, family.setups[name]):.1e}, {len(files)} files")
+
+
+def refusals_of_coupled_decay(setup: Setup) -> list[str]:
+    """At the start; and in a step, where coupled decay is switched on in between."""
+    messages: list[str] = []
+    coupled = replace(setup, problem=setup.problem.with_all(decoupled=False))
+    try:
+        start(coupled, Prescribed(coupled))
+    except ValueError as error:
+        messages.append(str(error))
+    engine = start(setup, Prescribed(setup))
+    for param_group in engine.basic_optimizer.param_groups:
+        param_group["decoupled"] = False
+    backward(engine, setup, 0)
+    try:
+        engine.step()
+    except ValueError as error:
+        messages.append(str(error))
+    return messages
+
+
+def test_coupled_decay_is_refused_because_parameters_are_on_disk(setups: dict[str, Setup]) -> None:
+    for messages in run_ranks(refusals_of_coupled_decay, 2, setups["fp32"]):
+        assert len(messages) == 2
+        for message in messages:
+            assert "weight_decay = 0.02 with decoupled = False under NVMe offload" in message
+            assert "AdaiW" in message
