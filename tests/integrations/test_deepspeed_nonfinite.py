@@ -23,6 +23,7 @@ from tests.integrations.deepspeed_verdict import check
 pytestmark = [pytest.mark.distributed, needs_deepspeed]
 
 BAD_STEPS = (0, 3, 4)
+UNCHECKED = {"bf16": {"enabled": True, "check_grad_overflow": False}}  # DeepSpeed itself would go on
 
 INF = Family(
     {
@@ -37,9 +38,10 @@ INF = Family(
             "stage-2-bf16-coupled": Setup(zero(2) | BF16, COUPLED),
             "stage-2-bf16-offload-clipped": Setup(zero(2, **CPU_OFFLOAD) | BF16, CLIPPED),
             "stage-2-no-grad-norm": Setup(zero(2, compute_grad_norm=False) | BF16),
-            "stage-2-bf16-checked-by-deepspeed": Setup(
-                zero(2) | {"bf16": {"enabled": True, "check_grad_overflow": True}}, CLIPPED
-            ),
+            "stage-1-bf16-unchecked": Setup(zero(1) | UNCHECKED),
+            "stage-2-bf16-clipped-unchecked": Setup(zero(2) | UNCHECKED, CLIPPED),
+            "stage-2-bf16-coupled-unchecked": Setup(zero(2) | UNCHECKED, COUPLED),
+            "stage-2-bf16-offload-clipped-unchecked": Setup(zero(2, **CPU_OFFLOAD) | UNCHECKED, CLIPPED),
             "bf16-optimizer": Setup(zero(1) | BF16 | FP32_GRADIENTS, CLIPPED),
             "stage-3": Setup(zero(3)),
             "stage-3-bf16-clipped": Setup(zero(3, sub_group_size=50) | BF16, CLIPPED),
