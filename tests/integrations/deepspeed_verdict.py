@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.integrations.deepspeed_engines import Seen
+from tests.integrations.deepspeed_engines import Family, Seen
 from tests.integrations.deepspeed_setups import STATE_NAMES, Setup
 from tests.oracle import Array, Observation, Oracle
 from tests.problems import relative_error, worst_relative_error
@@ -50,6 +50,13 @@ def check(seen: Seen, setup: Setup, tolerance: float = 1e-5) -> float:
     wrong = {key: error for key, error in errors.items() if not error < tolerance}
     assert not wrong, wrong
     return max(errors.values())
+
+
+def judge(family: Family, name: str) -> None:
+    """Check what every rank saw of one setup, all steps of which count; print the errors."""
+    for rank, seen in enumerate(family.ranks(name)):
+        assert not any(seen.was_skipped)
+        print(f"{name} on rank {rank}: {check(seen, family.setups[name]):.1e}")
 
 
 def state_error(value: Array, expected: Array) -> float:

@@ -19,7 +19,7 @@ from tests.integrations.deepspeed_setups import (
     needs_deepspeed,
     zero,
 )
-from tests.integrations.deepspeed_verdict import check, solve
+from tests.integrations.deepspeed_verdict import judge, solve
 
 pytestmark = [pytest.mark.distributed, needs_deepspeed]
 
@@ -89,12 +89,6 @@ PARTLY_ABSENT = Family(
     }
 )
 AUTOCASTED = Family({f"stage-{stage}": Setup(zero(stage) | AUTOCAST, CLIPPED) for stage in (0, 1, 2, 3)})
-
-
-def judge(family: Family, name: str) -> None:
-    for rank, seen in enumerate(family.ranks(name)):
-        assert not any(seen.was_skipped)
-        print(f"{name} on rank {rank}: {check(seen, family.setups[name]):.1e}")
 
 
 @pytest.mark.parametrize("name", L2.setups)

@@ -85,8 +85,6 @@ def bind(engine: Any) -> None:
         wrap_universal_loading(engine.optimizer, optimizer)
         return
     support.check_signatures(engine.optimizer, zero_wrapper.signatures)
-    if any(zero_wrapper.is_swapped(part) for part in range(len(zero_wrapper.flats()))):
-        support.check_coupled_decay_in_memory(optimizer)
     driver = (_AfterClipping if isinstance(zero_wrapper, zero.BF16) else ZeroDriver)(optimizer, zero_wrapper)
     optimizer._driver = driver
     _replace_step(engine.optimizer, driver)
@@ -238,8 +236,7 @@ def _replace_in_stage_3(wrapper: Any, driver: ZeroDriver) -> None:
     def _get_norm_groups() -> list[Any]:
         seen.products = None
         if _has_coupled_decay(driver):
-            if any(driver.zero_wrapper.is_swapped(part) for part in range(len(driver.flats))):
-                support.check_coupled_decay_in_memory(driver.optimizer)
+            driver.check_coupled_decay()
             seen.products = driver.inner_products()
         seen.norms[:] = original_norm_groups()
         return list(seen.norms)

@@ -11,7 +11,7 @@ from torch import Tensor
 from adai_dist import equations
 from adai_dist.equations import MeanTerms, Shards, SquaredNorms
 from adai_dist.hyper import Hyper
-from adai_dist.integrations.deepspeed.support import check_no_clipping_of_its_own
+from adai_dist.integrations.deepspeed.support import check_coupled_decay_in_memory, check_no_clipping_of_its_own
 from adai_dist.integrations.deepspeed.zero import ZeroWrapper
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.state import step_tensor
@@ -46,6 +46,7 @@ class ZeroDriver:
         self._group_of_part = torch.tensor(zero_wrapper.group_indices(), device=self.device)
         self.process_groups = zero_wrapper.process_groups()
         self._check_param_groups()
+        self.check_coupled_decay()
         self.num_elements = self._count()
         self.exp_avg_sq_sums: Tensor | None = None
         """Over all ranks, of every parameter group; float64. None where it has to be found from the states."""
@@ -76,6 +77,11 @@ class ZeroDriver:
                     f"weight decay, got {found!r} as (beta2, decay) per group and rank; give every pipeline stage all "
                     "groups, in one order, or one beta2 and decay to all"
                 )
+
+    def check_coupled_decay(self) -> None:
+        """Raises: UnsupportedSetting: decay is coupled, and parameters are on disk."""
+        if any(self.zero_wrapper.is_swapped(part) for part in range(len(self.flats))):
+            check_coupled_decay_in_memory(self.optimizer)
 
     def _total(self, local: Tensor) -> Tensor:
         """What the ranks add up to. Collective: all ranks."""
@@ -137,14 +143,15 @@ class ZeroDriver:
         norms = SquaredNorms(*(x.to(self.device, torch.float64) for x in norms))
         c = coefficient.to(self.device, torch.float64).reshape(())
         grad_norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=self.device).reshape(())
-        hypers = self.hypers()
+        hypers, step = self.hypers(), self._step() + 1.0
         terms: list[MeanTerms] = []
         next_sums: list[Tensor] = []
         for hyper, old, *of_group in zip(hypers, self.exp_avg_sq_sums, *norms, strict=True):
-            correction = equations.bias_correction(hyper.beta2, self._step() + 1.0)
-            terms.append(equations.mean_terms(SquaredNorms(*of_group), old, correction, hyper))
-            of_sum = equations.mean_terms(SquaredNorms(*of_group), old, torch.ones_like(correction), hyper)
-            next_sums.append(of_sum.carried + c * c * of_sum.quadratic + c * of_sum.linear + of_sum.constant)
+            correction = equations.bias_correction(hyper.beta2, step)
+            of_mean = equations.mean_terms(SquaredNorms(*of_group), old, correction, hyper)
+            terms.append(of_mean)
+            total = of_mean.carried + c * c * of_mean.quadratic + c * of_mean.linear + of_mean.constant
+            next_sums.append(total * correction)
         grad_squared = norms.grad_grad.sum()
         sums = Sums(
             grad_squared,
