@@ -1,0 +1,246 @@
+"""Compiles the kernels, once per machine, and loads them: `torch.ops.adai_dist` has implementations afterwards.
+
+A library is compiled in a folder of its own and moved to where it is looked for, with a stamp beside it that says what
+it was made from. Where the stamp fits, loading needs neither compiler nor ninja.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from adai_dist.kernels import cache, toolchain
+from adai_dist.kernels.toolchain import BuildError
+
+__all__ = ["CPU", "CUDA", "EXTENSIONS", "BuildError", "Extension", "Library", "find", "load", "set_compiler"]
+
+_logger = logging.getLogger("adai_dist")
+
+CSRC = Path(__file__).parent / "csrc"
+NUM_LINES_OF_OUTPUT = 6
+
+
+@dataclass(frozen=True)
+class Extension:
+    """Sources and flags of one library."""
+
+    name: str
+    """Of the library and of its folder, in the manner of DeepSpeed's operators."""
+    device_type: str
+    sources: tuple[Path, ...]
+    """Absolute; headers beside them count as sources, too."""
+    cxx_flags: tuple[str, ...]
+    nvcc_flags: tuple[str, ...] = ()
+
+
+# No -std: torch passes the one that its headers need. No -march: the instruction set is chosen when the kernels run.
+# Every operation is rounded by itself, so that vector loops, their tails and CUDA agree. Nothing reads errno or
+# floating-point exceptions, and loops with a choice in them vectorise without them.
+_CXX_FLAGS = ("-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+_NVCC_FLAGS = ("-O3", "-ffp-contract=off" if torch.version.hip else "-fmad=false")
+
+CPU = Extension(
+    name="cpu_adai",
+    device_type="cpu",
+    sources=tuple(CSRC / f"adai_cpu{part}.cpp" for part in ("", "_default", "_avx2", "_avx512")),
+    cxx_flags=_CXX_FLAGS,
+)
+CUDA = Extension(
+    name="fused_adai",
+    device_type="cuda",
+    sources=(CSRC / "adai_cuda.cpp", CSRC / "adai_cuda.cu"),
+    cxx_flags=_CXX_FLAGS,
+    nvcc_flags=_NVCC_FLAGS,
+)
+
+EXTENSIONS = {extension.device_type: extension for extension in (CPU, CUDA)}
+
+Compiler = Callable[[Extension, Path], None]
+"""Compiles and loads an extension, and leaves one library in the given folder, which exists and is empty."""
+
+
+def compile_with_torch(extension: Extension, folder: Path) -> None:
+    """Compile with ``torch.utils.cpp_extension``."""
+    from torch.utils.cpp_extension import load as torch_load
+
+    torch_load(
+        extension.name,
+        [str(source) for source in extension.sources],
+        extra_cflags=list(extension.cxx_flags),
+        extra_cuda_cflags=list(extension.nvcc_flags),
+        build_directory=str(folder),
+        is_python_module=False,
+    )
+
+
+_compiler: Compiler = compile_with_torch
+
+
+def set_compiler(compiler: Compiler) -> None:
+    """Let others compile: DeepSpeed, where it is used."""
+    global _compiler
+    _compiler = compiler
+
+
+class Library(NamedTuple):
+    """A compiled extension."""
+
+    path: Path
+    seconds: float | None
+    """How long it took to compile; None if it was there."""
+
+
+_loaded: dict[Extension, Library] = {}
+_failed: dict[str, str] = {}
+"""Messages by fingerprint."""
+
+
+def load(extension: Extension, compiler: Compiler | None = None) -> Library:
+    """Give ``torch.ops.adai_dist`` its implementations for the extension's device; compile them if need be.
+
+    Of several processes that call it together one compiles, and the others wait for it. A compilation that failed is
+    not tried again by the same process, nor by those that waited.
+
+    Args:
+        extension: :data:`CPU` or :data:`CUDA`.
+        compiler: see :func:`set_compiler`.
+
+    Raises:
+        BuildError: it cannot be compiled or loaded here.
+
+    Collective: none.
+    """
+    if extension not in _loaded:
+        library = find(extension) or _build(extension, compiler or _compiler)
+        if library.seconds is None:
+            _load(library.path)
+        _loaded[extension] = library
+    return _loaded[extension]
+
+
+def _load(path: Path) -> None:
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise BuildError(
+            f"the compiled library must load; got {error}; delete the folder {path.parent} to have it compiled anew"
+        ) from error
+
+
+def find(extension: Extension) -> Library | None:
+    """The library of these sources and flags, for this torch and the GPUs of this machine, if it has been compiled."""
+    path = cache.library_path(extension.name)
+    stamp = cache.read(cache.stamp_path(path))
+    fits = (
+        stamp.get("fingerprint") == fingerprint(extension)
+        and toolchain.chosen_cxx_path() in ("", stamp.get("compiler"))
+        and (extension.device_type == "cpu" or toolchain.run_here(stamp.get("architectures", "")))
+        and path.exists()
+    )
+    return Library(path, None) if fits else None
+
+
+def fingerprint(extension: Extension) -> str:
+    """A hash of everything that makes a library another one, but for the compiler and the GPUs it is for."""
+    headers = {header for source in extension.sources for header in source.parent.glob("*.h")}
+    files = {path.name: _text(path) for path in (*extension.sources, *sorted(headers))}
+    versions = (torch.__version__, torch.version.git_version, torch.version.cuda, torch.version.hip)
+    python = (sys.implementation.cache_tag, sys.platform, platform.machine())
+    inputs = [extension.name, files, extension.cxx_flags, extension.nvcc_flags, versions, python]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BuildError(
+            f"the sources of the kernels must be readable; got {error}; install the package anew"
+        ) from error
+
+
+def _build(extension: Extension, compiler: Compiler) -> Library:
+    toolchain.check_toolchain(extension.device_type)
+    attempt = f"{fingerprint(extension)} {toolchain.cxx_path()}"
+    if attempt in _failed:
+        raise BuildError(_failed[attempt])
+    path = cache.library_path(extension.name)
+    failure_path = cache.failure_path(path)
+    earlier = cache.read(failure_path)
+    try:
+        with cache.locked(path.parent):
+            if found := find(extension):
+                return found
+            failure = cache.read(failure_path)
+            if failure != earlier and failure.get("attempt") == attempt:
+                raise BuildError(failure["message"])  # of a process that this one has waited for
+            _logger.info("compiling %s into %s, once for all processes", extension.name, path)
+            try:
+                return _compile(extension, compiler, path)
+            except BuildError as error:
+                failure = {"attempt": attempt, "message": str(error), "time": str(time.time_ns())}
+                cache.write(failure_path, failure)
+                raise
+    except OSError as error:
+        raise BuildError(
+            f"the folder for compiled extensions must be writable, on a file system with file locks; got {error}; set "
+            "the environment variable TORCH_EXTENSIONS_DIR to a folder on a local disk"
+        ) from error
+    except BuildError as error:
+        _failed[attempt] = str(error)
+        raise
+
+
+def _compile(extension: Extension, compiler: Compiler, path: Path) -> Library:
+    """Compile in a new folder: processes of a builder that was killed may go on writing into the old one."""
+    for left in path.parent.glob("build-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    architectures = toolchain.wanted_architectures() if extension.device_type == "cuda" else ""
+    stamp = {"fingerprint": fingerprint(extension), "compiler": toolchain.cxx_path(), "architectures": architectures}
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-", ignore_cleanup_errors=True) as build_folder:
+        folder = Path(build_folder) / extension.name
+        folder.mkdir()
+        try:
+            with toolchain.toolchain_environment(architectures):
+                compiler(extension, folder)
+            (built,) = folder.glob("*.so")
+        except Exception as error:
+            raise _failure_of(extension, error, path) from error
+        cache.stamp_path(path).unlink(missing_ok=True)
+        os.replace(built, path)  # whoever has loaded the old one keeps it
+        cache.write(cache.stamp_path(path), stamp)
+    for outdated in (cache.failure_path(path), cache.log_path(path)):
+        outdated.unlink(missing_ok=True)
+    return Library(path, time.perf_counter() - start)
+
+
+def _failure_of(extension: Extension, error: Exception, path: Path) -> BuildError:
+    if isinstance(error, BuildError):
+        return error
+    if isinstance(error, ModuleNotFoundError):
+        return BuildError(f"compiling needs the package {error.name}; got none; run: pip install {error.name}")
+    output = str(error)
+    log = cache.log_path(path)
+    log.write_text(output, encoding="utf-8")
+    lines = [line for line in output.splitlines() if line.strip()]
+    first = next((i for i, line in enumerate(lines) if "error:" in line), len(lines))
+    start = max(0, min(first - 1, len(lines) - NUM_LINES_OF_OUTPUT))
+    telling = lines[start : start + NUM_LINES_OF_OUTPUT]
+    return BuildError(
+        f"{extension.name} must compile with {toolchain.cxx_path()}; got:\n" + "\n".join(telling) + "\n"
+        f"the whole output is in {log}; another compiler can be named in the environment variable CXX"
+    )

@@ -1,0 +1,139 @@
+// What both torch bindings, CPU and CUDA, check of their arguments and read from them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
+#include <c10/util/Exception.h>
+
+#include "adai_math.h"
+
+namespace adai {
+
+// Order of the list `hyper`, as in ops.py: beta0, beta2, 1 - beta2, 1 - eps, coupled_decay, decoupled_decay, dampening,
+// inertia_exponent, lr_factor.
+constexpr size_t NUM_HYPER = 9;
+
+inline Hyper hyper_of(c10::ArrayRef<double> values) {
+  TORCH_CHECK(values.size() == NUM_HYPER, "hyper must have ", NUM_HYPER, " numbers, got ", values.size());
+  const auto rounded = [&](size_t i) { return static_cast<float>(values[i]); };
+  Hyper hyper;
+  hyper.beta0 = rounded(0);
+  hyper.beta2 = rounded(1);
+  hyper.one_minus_beta2 = rounded(2);
+  hyper.max_inertia = rounded(3);
+  hyper.coupled_decay = rounded(4);
+  hyper.decoupled_decay = rounded(5);
+  hyper.dampening = exponent(values[6]);
+  hyper.inertia = exponent(values[7]);
+  hyper.lr_factor = rounded(8);
+  return hyper;
+}
+
+// The memory of both can be walked in one order. Strides of dimensions of size 1 say nothing.
+inline bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+  if (a.sizes() != b.sizes()) return false;
+  if (a.strides() == b.strides() || a.numel() == 0) return true;
+  for (int64_t dim = 0; dim < a.dim(); ++dim) {
+    if (a.size(dim) != 1 && a.stride(dim) != b.stride(dim)) return false;
+  }
+  return true;
+}
+
+inline void check_dtype(const char* name, at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, name,
+                   " must be float32, bfloat16 or float16, got ", dtype);
+}
+
+// The list that the others are compared with: one device, one dtype, no gaps and no overlaps.
+inline void check_leading_list(const char* name, at::TensorList tensors) {
+  if (tensors.empty()) return;
+  check_dtype(name, tensors[0].scalar_type());
+  for (const at::Tensor& tensor : tensors) {
+    TORCH_CHECK(tensor.device() == tensors[0].device(), name, " must be on one device, got ", tensors[0].device(),
+                " and ", tensor.device());
+    TORCH_CHECK_TYPE(tensor.scalar_type() == tensors[0].scalar_type(), name, " must have one dtype, got ",
+                     tensors[0].scalar_type(), " and ", tensor.scalar_type());
+    TORCH_CHECK_VALUE(tensor.is_non_overlapping_and_dense(), name, " must be dense without overlaps, got sizes ",
+                      tensor.sizes(), " with strides ", tensor.strides());
+  }
+}
+
+// A list with a tensor for each one of the leading list, laid out alike.
+inline void check_list(const char* name, at::TensorList tensors, const char* leading_name, at::TensorList leading) {
+  TORCH_CHECK_VALUE(tensors.size() == leading.size(), name, " must have as many tensors as ", leading_name, ", ",
+                    leading.size(), ", got ", tensors.size());
+  if (tensors.empty()) return;
+  check_dtype(name, tensors[0].scalar_type());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const at::Tensor &tensor = tensors[i], &other = leading[i];
+    TORCH_CHECK(tensor.device() == other.device(), name, " must be on the device of ", leading_name, ", ",
+                other.device(), ", got ", tensor.device());
+    TORCH_CHECK_TYPE(tensor.scalar_type() == tensors[0].scalar_type(), name, " must have one dtype, got ",
+                     tensors[0].scalar_type(), " and ", tensor.scalar_type());
+    TORCH_CHECK_VALUE(same_layout(tensor, other), name, " must have sizes and strides of ", leading_name, ", ",
+                      other.sizes(), " and ", other.strides(), ", got ", tensor.sizes(), " and ", tensor.strides());
+  }
+}
+
+inline void check_states(const char* name, at::TensorList tensors, const char* leading_name, at::TensorList leading) {
+  check_list(name, tensors, leading_name, leading);
+  TORCH_CHECK_TYPE(tensors.empty() || tensors[0].scalar_type() == at::kFloat, name, " must be float32, got ",
+                   tensors[0].scalar_type());
+}
+
+// A tensor of scalars that is read on the device of the lists.
+inline void check_scalars(const char* name, const at::Tensor& tensor, at::ScalarType dtype, int64_t num_elements,
+                          at::Device device) {
+  TORCH_CHECK_VALUE(tensor.numel() == num_elements && tensor.is_contiguous(), name, " must be contiguous with ",
+                    num_elements, " elements, got sizes ", tensor.sizes(), " with strides ", tensor.strides());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.scalar_type());
+  TORCH_CHECK(tensor.device() == device, name, " must be on ", device, ", got ", tensor.device());
+}
+
+// The arguments of observe.
+inline void check_observe(at::TensorList grads, at::TensorList params) {
+  check_leading_list("grads", grads);
+  if (!params.empty()) check_list("params", params, "grads", grads);
+}
+
+// The lists of advance; beta1_prods may be empty.
+inline void check_advance(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+                          at::TensorList exp_avg_sqs, at::TensorList beta1_prods) {
+  check_leading_list("params", params);
+  check_list("grads", grads, "params", params);
+  check_states("exp_avgs", exp_avgs, "params", params);
+  check_states("exp_avg_sqs", exp_avg_sqs, "params", params);
+  if (!beta1_prods.empty()) check_states("beta1_prods", beta1_prods, "params", params);
+}
+
+// The scalars of advance.
+inline void check_step(const at::Tensor& inverse_means, const at::Tensor& coefficient, const at::Tensor& lr,
+                       const at::Tensor& is_finite, const at::Tensor& is_live, at::TensorList params) {
+  if (params.empty()) return;
+  const at::Device device = params[0].device();
+  check_scalars("inverse_means", inverse_means, at::kFloat, params.size(), device);
+  check_scalars("coefficient", coefficient, at::kFloat, 1, device);
+  check_scalars("lr", lr, at::kFloat, 1, device);
+  check_scalars("is_finite", is_finite, at::kBool, 1, device);
+  check_scalars("is_live", is_live, at::kBool, 1, device);
+}
+
+// The argument of sums.
+inline void check_sums(at::TensorList exp_avg_sqs) {
+  check_leading_list("exp_avg_sqs", exp_avg_sqs);
+  check_states("exp_avg_sqs", exp_avg_sqs, "exp_avg_sqs", exp_avg_sqs);
+}
+
+inline Dampening dampening_of(const Hyper& hyper) {
+  if (hyper.dampening.whole == 1.0f) return Dampening::one;
+  return hyper.dampening.whole == 0.0f ? Dampening::zero : Dampening::between;
+}
+
+// Tell autograd, and whoever keeps sums of a state, that the tensors were written to.
+inline void bump_versions(at::TensorList tensors) {
+  for (const at::Tensor& tensor : tensors) {
+    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+}  // namespace adai

@@ -1,0 +1,265 @@
+// The loops of the CPU kernels. Each adai_cpu_<instruction set>.cpp includes this once, with its instructions enabled;
+// everything here has internal linkage, so that no linker merges code for one processor with code for another.
+//
+// Sums are kept in LANES float64 accumulators, whatever the width of the vectors: the result depends on the elements
+// alone. Low precision is converted to float32 block by block, within the first-level cache.
+
+#include "adai_cpu.h"
+
+namespace adai {
+namespace cpu {
+namespace {
+
+constexpr int64_t LANES = 32;
+constexpr int64_t BLOCK_ELEMENTS = 1024;
+constexpr int64_t PREFETCH_ELEMENTS = 128;
+constexpr int64_t CACHE_LINE_ELEMENTS = 16;
+static_assert(BLOCK_ELEMENTS % LANES == 0, "a block begins with the first lane");
+
+ADAI_FUNCTION double sum_of(const double (&lanes)[LANES]) {
+  double sums[LANES];
+  for (int64_t j = 0; j < LANES; ++j) sums[j] = lanes[j];
+  for (int64_t width = LANES / 2; width > 0; width /= 2) {
+    for (int64_t j = 0; j < width; ++j) sums[j] += sums[j + width];
+  }
+  return sums[0];
+}
+
+// -- conversions; exact to float32, and rounded to nearest, ties to even, from it ---------------------------------------
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+ADAI_FUNCTION float widen(float x) { return x; }
+
+ADAI_FUNCTION int32_t in_upper_half(uint32_t bits) { return static_cast<int32_t>(bits << 16); }
+
+ADAI_FUNCTION float widen(BFloat16 x) { return float_of(in_upper_half(x.bits)); }
+
+ADAI_FUNCTION float widen(Float16 x) {
+  const int32_t sign = in_upper_half(x.bits & 0x8000);
+  const int32_t magnitude = x.bits & 0x7fff;
+  const float subnormal = static_cast<float>(magnitude) * 5.9604644775390625e-8f;  // 2^-24
+  const int32_t rebias = magnitude >= 0x7c00 ? 224 << 23 : 112 << 23;              // infinity and NaN stay what they are
+  const int32_t normal = magnitude * (1 << 13) + rebias;
+  return float_of((magnitude < 0x400 ? bits_of(subnormal) : normal) | sign);
+}
+
+ADAI_FUNCTION void narrow(float x, float& to) { to = x; }
+
+ADAI_FUNCTION void narrow(float x, BFloat16& to) {
+  const uint32_t bits = static_cast<uint32_t>(bits_of(x));
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to.bits = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+ADAI_FUNCTION void narrow(float x, Float16& to) {
+  const uint32_t bits = static_cast<uint32_t>(bits_of(x));
+  const uint32_t magnitude = bits & 0x7fffffff;
+  const uint32_t normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const float in_place = float_of(static_cast<int32_t>(magnitude)) + 0.5f;  // moves a subnormal's bits to the end
+  const uint32_t subnormal = static_cast<uint32_t>(bits_of(in_place) - bits_of(0.5f));
+  const uint32_t beyond = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;  // 2^-14
+  to.bits = static_cast<uint16_t>((magnitude >= 0x47800000 ? beyond : finite) | ((bits >> 16) & 0x8000));  // 2^16
+}
+
+// -- loops over at most a block of float32 -----------------------------------------------------------------------------
+
+struct ObserveLanes {
+  double grad_grad[LANES] = {}, grad_param[LANES] = {}, param_param[LANES] = {};
+};
+
+template <bool HAS_PARAM>
+ADAI_FUNCTION void observe_lanes(const float* grad, const float* param, int64_t n, ObserveLanes& lanes) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const double g = grad[j];
+    lanes.grad_grad[j] += g * g;
+    if (HAS_PARAM) {
+      const double theta = param[j];
+      lanes.grad_param[j] += g * theta;
+      lanes.param_param[j] += theta * theta;
+    }
+  }
+}
+
+template <bool HAS_PARAM>
+void observe_block(const float* grad, const float* param, int64_t n, ObserveLanes& lanes) {
+  ObserveLanes local = lanes;
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) observe_lanes<HAS_PARAM>(grad + i, HAS_PARAM ? param + i : nullptr, LANES, local);
+  observe_lanes<HAS_PARAM>(grad + i, HAS_PARAM ? param + i : nullptr, n - i, local);
+  lanes = local;
+}
+
+struct Block {
+  float* __restrict__ theta;
+  const float* __restrict__ grad;
+  float* __restrict__ m;
+  float* __restrict__ v;
+  float* __restrict__ P;
+};
+
+// Five streams are more than hardware prefetchers follow well. Beyond the end of a tensor a prefetch does nothing.
+template <class VARIANT>
+ADAI_FUNCTION void prefetch(const Block& block, int64_t start) {
+  for (int64_t i = start; i < start + LANES; i += CACHE_LINE_ELEMENTS) {
+    __builtin_prefetch(block.grad + i);
+    __builtin_prefetch(block.theta + i, 1);
+    __builtin_prefetch(block.m + i, 1);
+    __builtin_prefetch(block.v + i, 1);
+    if (VARIANT::HAS_PRODUCT) __builtin_prefetch(block.P + i, 1);
+  }
+}
+
+// At most LANES elements from `start` on.
+template <class VARIANT>
+ADAI_FUNCTION void advance_lanes(const Block& block, int64_t start, int64_t n, const Hyper& hyper, const Step& step,
+                                 double (&lanes)[LANES]) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const int64_t i = start + j;
+    // Copies: through references into arrays every intermediate result would go to memory.
+    float theta = block.theta[i], m = block.m[i], v = block.v[i], P = VARIANT::HAS_PRODUCT ? block.P[i] : 0.0f;
+    advance<VARIANT>(theta, block.grad[i], m, v, P, hyper, step);
+    block.theta[i] = theta;
+    block.m[i] = m;
+    block.v[i] = v;
+    if (VARIANT::HAS_PRODUCT) block.P[i] = P;
+    lanes[j] += static_cast<double>(v);
+  }
+}
+
+template <class VARIANT>
+void advance_block(const Block& arguments, int64_t n, const Hyper& hyper_, const Step& step_, double (&lanes_)[LANES]) {
+  const Block block = arguments;
+  const Hyper hyper = hyper_;
+  const Step step = step_;
+  double lanes[LANES];
+  for (int64_t j = 0; j < LANES; ++j) lanes[j] = lanes_[j];
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    prefetch<VARIANT>(block, i + PREFETCH_ELEMENTS);
+    advance_lanes<VARIANT>(block, i, LANES, hyper, step, lanes);
+  }
+  advance_lanes<VARIANT>(block, i, n - i, hyper, step, lanes);
+  for (int64_t j = 0; j < LANES; ++j) lanes_[j] = lanes[j];
+}
+
+using AdvanceBlock = void (*)(const Block&, int64_t, const Hyper&, const Step&, double (&)[LANES]);
+
+template <bool COUPLED, bool HAS_PRODUCT>
+AdvanceBlock advance_of(Dampening dampening) {
+  switch (dampening) {
+    case Dampening::one: return advance_block<Variant<COUPLED, Dampening::one, HAS_PRODUCT>>;
+    case Dampening::zero: return advance_block<Variant<COUPLED, Dampening::zero, HAS_PRODUCT>>;
+    default: return advance_block<Variant<COUPLED, Dampening::between, HAS_PRODUCT>>;
+  }
+}
+
+AdvanceBlock advance_of(const Options& options) {
+  if (options.is_coupled) {
+    return options.has_product ? advance_of<true, true>(options.dampening) : advance_of<true, false>(options.dampening);
+  }
+  return options.has_product ? advance_of<false, true>(options.dampening) : advance_of<false, false>(options.dampening);
+}
+
+// -- chunks of any dtype -----------------------------------------------------------------------------------------------
+
+// A block of `from` as float32: the block itself, or a converted copy in `buffer`.
+template <class T>
+ADAI_FUNCTION const float* widened(const T* from, int64_t n, float* buffer) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) buffer[j] = widen(from[j]);
+  return buffer;
+}
+
+ADAI_FUNCTION const float* widened(const float* from, int64_t, float*) { return from; }
+
+const float* block_of(const void* data, Dtype dtype, int64_t start, int64_t n, float* buffer) {
+  switch (dtype) {
+    case Dtype::bfloat16: return widened(static_cast<const BFloat16*>(data) + start, n, buffer);
+    case Dtype::float16: return widened(static_cast<const Float16*>(data) + start, n, buffer);
+    default: return widened(static_cast<const float*>(data) + start, n, buffer);
+  }
+}
+
+template <class T>
+ADAI_FUNCTION void narrowed(const float* buffer, T* to, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) narrow(buffer[j], to[j]);
+}
+
+// Writes a block that block_of() has converted back to where it came from.
+void write_back(const float* buffer, void* data, Dtype dtype, int64_t start, int64_t n) {
+  if (dtype == Dtype::bfloat16) narrowed(buffer, static_cast<BFloat16*>(data) + start, n);
+  if (dtype == Dtype::float16) narrowed(buffer, static_cast<Float16*>(data) + start, n);
+}
+
+ADAI_FUNCTION int64_t block_elements(const Chunk& chunk, int64_t start) {
+  const int64_t left = chunk.num_elements - start;
+  return left < BLOCK_ELEMENTS ? left : BLOCK_ELEMENTS;
+}
+
+Sums observe(const Chunk& chunk, const Options& options) {
+  float grad_buffer[BLOCK_ELEMENTS], param_buffer[BLOCK_ELEMENTS];
+  ObserveLanes lanes;
+  for (int64_t start = 0; start < chunk.num_elements; start += BLOCK_ELEMENTS) {
+    const int64_t n = block_elements(chunk, start);
+    const float* grad = block_of(chunk.grad, options.grad_dtype, start, n, grad_buffer);
+    if (chunk.param == nullptr) {
+      observe_block<false>(grad, nullptr, n, lanes);
+    } else {
+      observe_block<true>(grad, block_of(chunk.param, options.param_dtype, start, n, param_buffer), n, lanes);
+    }
+  }
+  return {sum_of(lanes.grad_grad), sum_of(lanes.grad_param), sum_of(lanes.param_param)};
+}
+
+double advance(const Chunk& chunk, const Options& options, const Hyper& hyper, const Step& step) {
+  const AdvanceBlock advance_block = advance_of(options);
+  float grad_buffer[BLOCK_ELEMENTS], param_buffer[BLOCK_ELEMENTS];
+  double lanes[LANES] = {};
+  for (int64_t start = 0; start < chunk.num_elements; start += BLOCK_ELEMENTS) {
+    const int64_t n = block_elements(chunk, start);
+    const float* grad = block_of(chunk.grad, options.grad_dtype, start, n, grad_buffer);
+    float* theta = const_cast<float*>(block_of(chunk.param, options.param_dtype, start, n, param_buffer));
+    float* P = chunk.beta1_prod == nullptr ? nullptr : chunk.beta1_prod + start;
+    advance_block({theta, grad, chunk.exp_avg + start, chunk.exp_avg_sq + start, P}, n, hyper, step, lanes);
+    write_back(theta, chunk.param, options.param_dtype, start, n);
+  }
+  return sum_of(lanes);
+}
+
+void decay(const Chunk& chunk, const Options& options, const Step& step) {
+  float buffer[BLOCK_ELEMENTS];
+  for (int64_t start = 0; start < chunk.num_elements; start += BLOCK_ELEMENTS) {
+    const int64_t n = block_elements(chunk, start);
+    float* theta = const_cast<float*>(block_of(chunk.param, options.param_dtype, start, n, buffer));
+    for (int64_t j = 0; j < n; ++j) adai::decay(theta[j], step);
+    write_back(theta, chunk.param, options.param_dtype, start, n);
+  }
+}
+
+double sum(const float* exp_avg_sq, int64_t num_elements) {
+  double lanes[LANES] = {};
+  for (int64_t start = 0; start < num_elements; start += LANES) {
+    const int64_t n = num_elements - start < LANES ? num_elements - start : LANES;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) lanes[j] += static_cast<double>(exp_avg_sq[start + j]);
+  }
+  return sum_of(lanes);
+}
+
+}  // namespace
+
+Kernels ADAI_CPU_KERNELS() { return {observe, advance, decay, sum}; }
+
+}  // namespace cpu
+}  // namespace adai

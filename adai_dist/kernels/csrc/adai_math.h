@@ -1,0 +1,138 @@
+// Adaptive Inertia for one element, in float32: the text that the CPU loop, its tail and the CUDA kernels share.
+//
+// adai_dist/equations.py is the specification; the operations here are those of the same names there, in its order, and
+// the legend of the symbols is there. Functions take scalar references and have their booleans as template arguments,
+// which is what lets a compiler vectorise the loop around them.
+//
+// Only +, -, *, /, comparisons and bit operations are used, all of them correctly rounded on every processor. Compiled
+// without contraction and without fast-math, an element therefore has the same bits in a vector, in a tail and on a GPU.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define ADAI_FUNCTION static __host__ __device__ __forceinline__
+#else
+// Never out of line: the CPU sources are compiled for several instruction sets, and a linker would merge the copies.
+#define ADAI_FUNCTION static inline __attribute__((always_inline))
+#endif
+
+namespace adai {
+
+// Dampening d, as far as it decides which operations there are.
+enum class Dampening { one, zero, between };
+
+// Which formulas a step uses; a template argument.
+template <bool COUPLED_, Dampening DAMPENING_, bool HAS_PRODUCT_>
+struct Variant {
+  static constexpr bool COUPLED = COUPLED_;          // weight decay enters the gradient
+  static constexpr Dampening DAMPENING = DAMPENING_;
+  static constexpr bool HAS_PRODUCT = HAS_PRODUCT_;  // P is kept; without, 1 - P is 1
+};
+
+// The exponent of a power, and the same cut into 12 leading bits and the rest.
+struct Exponent {
+  float whole, high, low;
+};
+
+// Hyperparameters, rounded from float64 once per call.
+struct Hyper {
+  float beta0, beta2, one_minus_beta2, max_inertia, coupled_decay, decoupled_decay, lr_factor;
+  Exponent inertia, dampening;
+};
+
+// What a step needs beside the tensors; see StepScalars in equations.py.
+struct Step {
+  float coefficient, decay_factor, step_size, inverse_mean;
+};
+
+ADAI_FUNCTION int32_t bits_of(float x) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+ADAI_FUNCTION float float_of(int32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+ADAI_FUNCTION Exponent exponent(double a) {
+  const float whole = static_cast<float>(a);
+  const float high = float_of(bits_of(whole) & ~0xfff);
+  return {whole, high, static_cast<float>(a - high)};
+}
+
+// x^a for x >= 0 and 0 < a < 1, within 2 units in the last place. Below 2^-126 x counts as 0; infinity as 2^128.
+//
+// With x = 2^k * z and sqrt(1/2) <= z < sqrt(2): x^a = 2^(a * (k + log2 z)). The product a * k needs more than 24 bits;
+// k has 8 and the leading part of a 12, so theirs is exact. Both polynomials are minimax fits of degrees 8 and 5.
+ADAI_FUNCTION float power(float x, const Exponent& a) {
+  const int32_t k = (bits_of(x) - 0x3f3504f3) >> 23;
+  const float r = float_of(bits_of(x) - k * (1 << 23)) - 1.0f;
+  float p = 0.12542647123336792f;
+  p = p * r + -0.21028926968574524f;
+  p = p * r + 0.2173660397529602f;
+  p = p * r + -0.2385212779045105f;
+  p = p * r + 0.2876587212085724f;
+  p = p * r + -0.3607211410999298f;
+  p = p * r + 0.4809224307537079f;
+  p = p * r + -0.7213471531867981f;
+  p = p * r + 1.442694902420044f;
+  const float k_float = static_cast<float>(k);
+  const float leading = k_float * a.high;
+  const float rest = k_float * a.low + a.whole * (r * p);
+  const float rounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float n = ((leading + rest) + rounder) - rounder;
+  const float f = (leading - n) + rest;
+  float e = 0.00015476022963412106f;
+  e = e * f + 0.0013400382595136762f;
+  e = e * f + 0.009618004783987999f;
+  e = e * f + 0.055503275245428085f;
+  e = e * f + 0.24022650718688965f;
+  e = e * f + 0.6931471824645996f;
+  e = e * f + 1.0f;
+  const float result = float_of(bits_of(e) + static_cast<int32_t>(n) * (1 << 23));
+  return x < 1.17549435e-38f ? 0.0f : result;
+}
+
+// The scalars of a step; lr_factor is beta0^(1 - d).
+ADAI_FUNCTION Step step_of(const Hyper& hyper, float coefficient, float lr, float inverse_mean) {
+  return {coefficient, 1.0f - lr * hyper.decoupled_decay, lr * -hyper.lr_factor, inverse_mean};
+}
+
+// One step of one element: theta, m, v, P are read and written, the raw gradient is read.
+template <class VARIANT>
+ADAI_FUNCTION void advance(float& theta, float gradient, float& m, float& v, float& P, const Hyper& hyper,
+                           const Step& step) {
+  float g = gradient * step.coefficient;
+  if (VARIANT::COUPLED) g = g + theta * hyper.coupled_decay;
+  theta = theta * step.decay_factor;
+
+  v = v * hyper.beta2;
+  v = v + (hyper.one_minus_beta2 * g) * g;
+
+  float r = v * step.inverse_mean;
+  if (VARIANT::DAMPENING != Dampening::one) r = power(r, hyper.inertia);
+  float beta1 = 1.0f - r * hyper.beta0;
+  beta1 = beta1 > 0.0f ? beta1 : 0.0f;
+  beta1 = beta1 < hyper.max_inertia ? beta1 : hyper.max_inertia;
+
+  float one_minus_beta1 = 1.0f - beta1;
+  if (VARIANT::DAMPENING == Dampening::between) one_minus_beta1 = power(one_minus_beta1, hyper.dampening);
+  m = m * beta1;
+  m = m + (VARIANT::DAMPENING == Dampening::zero ? g : one_minus_beta1 * g);
+
+  float update = m;
+  if (VARIANT::HAS_PRODUCT) {
+    P = P * beta1;
+    update = m / (1.0f - P);
+  }
+  theta = theta + update * step.step_size;
+}
+
+// A step that does not count: theta decays where the decay is decoupled (and no gradient is non-finite).
+ADAI_FUNCTION void decay(float& theta, const Step& step) { theta = theta * step.decay_factor; }
+
+}  // namespace adai

@@ -1,0 +1,217 @@
+"""Tables of cases for compiled kernels, and what must hold for each, wherever the kernels run."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adai_dist import equations
+from adai_dist.equations import Shards, StepScalars
+from adai_dist.hyper import Hyper
+from adai_dist.kernels.ops import packed
+
+
+class Operators(NamedTuple):
+    """What :mod:`adai_dist.kernels.ops` defines, and the device of its tensors."""
+
+    observe: Callable[..., Tensor]
+    advance: Callable[..., Tensor]
+    sums: Callable[..., Tensor]
+    device: torch.device
+
+
+def torch_operators(device: str) -> Operators:
+    ops = torch.ops.adai_dist
+    return Operators(ops.observe, ops.advance, ops.sums, torch.device(device))
+
+
+CHUNK_ELEMENTS, TILE_ELEMENTS = 2**15, 2**11
+
+SIZES = {
+    "nothing": [0],
+    "one": [1],
+    "seven": [7],
+    "2^16+1": [2**16 + 1],
+    "tiles": [TILE_ELEMENTS - 1, TILE_ELEMENTS, TILE_ELEMENTS + 1],
+    "chunks": [CHUNK_ELEMENTS - 1, CHUNK_ELEMENTS, CHUNK_ELEMENTS + 1],
+    "with nothing between": [0, 0, 5, 0, CHUNK_ELEMENTS + 4, 0, 9, 0],
+    "more than a launch takes": [3] * 700,
+}
+MIXED = [7, 0, CHUNK_ELEMENTS + TILE_ELEMENTS + 3, 1]
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adai": {},
+    "l2": {"weight_decay": 0.1},
+    "adaiw": {"weight_decay": 0.1, "decoupled": True},
+    "dampening 0": {"dampening": 0.0},
+    "dampening 0.4": {"dampening": 0.4, "weight_decay": 0.1, "decoupled": True},
+    "dampening 0.4, l2": {"dampening": 0.4, "weight_decay": 0.1},
+}
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPE_PAIRS = list(itertools.product(DTYPES, DTYPES))
+
+SENTINEL = 7.0
+
+
+def placed(values: Tensor, offset: int) -> Tensor:
+    """The same values in the middle of a larger tensor, `offset` elements from where memory is aligned."""
+    return torch.full((values.numel() + 32,), SENTINEL).to(values)[offset : offset + values.numel()].copy_(values)
+
+
+def neighbours(tensor: Tensor) -> Tensor:
+    """What lies beside a placed tensor."""
+    whole, start = tensor._base, tensor.storage_offset()
+    assert whole is not None
+    return torch.cat([whole[:start], whole[start + tensor.numel() :]])
+
+
+def make_shards(
+    sizes: list[int],
+    device: torch.device,
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+    *,
+    retired: bool = False,
+    offset: int = 0,
+) -> Shards:
+    """Parameters, heavy-tailed gradients and states, the same on every device; `dtypes` of parameters and gradients."""
+    random = torch.Generator().manual_seed(1)
+    lists: list[list[Tensor]] = [[], [], [], [], []]
+    for size in sizes:
+        normal, tails = (torch.randn(5, size, generator=random) for _ in range(2))
+        scale = torch.exp(2 * tails)
+        values = [
+            normal[0].to(dtypes[0]),
+            (1e-2 * normal[1] * scale[1]).to(dtypes[1]),
+            1e-2 * normal[2] * scale[2],
+            1e-4 * normal[3].square() * scale[3],
+            torch.sigmoid(normal[4]),
+        ]
+        for tensors, value in zip(lists, values, strict=True):
+            tensors.append(placed(value.to(device), offset))
+    return Shards(*lists[:4], [] if retired else lists[4])
+
+
+def make_scalars(shards: Shards, *, is_finite: bool = True, is_live: bool = True) -> StepScalars:
+    device, num = shards.exp_avg[0].device, len(shards.param)
+    return StepScalars(
+        coefficient=torch.tensor(0.7, device=device),
+        lr=torch.tensor(0.3, device=device),
+        is_finite=torch.tensor(is_finite, device=device),
+        is_live=torch.tensor(is_live, device=device),
+        inverse_means=(1e4 / torch.arange(1, num + 1, device=device)) * is_live,
+    )
+
+
+def copied(shards: Shards, offset: int | None = None, **to: Any) -> Shards:
+    def copy(x: Tensor) -> Tensor:
+        return placed(x, x.storage_offset() if offset is None else offset).to(**to)
+
+    return Shards(*([copy(x) for x in tensors] for tensors in shards))
+
+
+def step(operators: Operators, shards: Shards, hyper: Hyper, scalars: StepScalars) -> Tensor:
+    """One step in place. Returns: the sums of the new exp_avg_sq."""
+    values = (scalars.inverse_means, scalars.coefficient, scalars.lr, scalars.is_finite, scalars.is_live)
+    return operators.advance(*shards, *values, packed(hyper))
+
+
+def assert_same_bits(found: Shards, expected: Shards) -> None:
+    for name, a, b in zip(Shards._fields, found, expected, strict=True):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert torch.equal(x.cpu(), y.cpu()), f"{name}[{i}] differs in {(x.cpu() != y.cpu()).sum()} elements"
+
+
+def check_advance(operators: Operators, shards: Shards, hyper: Hyper) -> None:
+    """The rounding errors of a step are at most twice those of the equations in float32; gradients stay."""
+    scalars = StepScalars(*(x.cpu() for x in make_scalars(shards)))
+    wide = StepScalars(*(x.double() if x.dtype == torch.float32 else x for x in scalars))
+    exact, rounded = copied(shards, dtype=torch.float64, device="cpu"), copied(shards, device="cpu")
+    equations.advance(exact, hyper, wide)
+    equations.advance(rounded, hyper, scalars)
+    found = copied(shards)
+    sums = step(operators, found, hyper, make_scalars(shards))
+    assert_same_bits(Shards([], found.grad, [], [], []), Shards([], shards.grad, [], [], []))
+    for name, a, b, c in zip(Shards._fields, found, rounded, exact, strict=True):
+        error, allowed = _error(a, c), _error(b, c)
+        ulp = torch.finfo(b[0].dtype).eps if b else 0.0
+        assert error <= max(2 * allowed, ulp), f"{name}: {error:.1e}, equations {allowed:.1e}"
+    for v, total in zip(found.exp_avg_sq, sums.tolist(), strict=True):
+        assert math.isclose(total, math.fsum(v.tolist()), rel_tol=1e-13)
+
+
+def _error(found: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest difference in a list, over the largest number in its tensor."""
+    pairs = [(x.cpu().double(), y) for x, y in zip(found, exact, strict=True) if y.numel()]
+    return max((((x - y).abs().max() / y.abs().max()).item() for x, y in pairs), default=0.0)
+
+
+def check_alignment(operators: Operators, hyper: Hyper, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Alignment changes no bit of results or sums, and nothing beside the tensors is written to."""
+    aligned = make_shards([*MIXED, 2**16 + 1], operators.device, dtypes)
+    for offset in (1, 2, 3, 5):
+        shifted = copied(aligned, offset)
+        observed = [operators.observe(x.grad, x.param) for x in (aligned, shifted)]
+        assert torch.equal(*observed)
+        expected = copied(aligned)
+        scalars = make_scalars(aligned)
+        assert torch.equal(step(operators, expected, hyper, scalars), step(operators, shifted, hyper, scalars))
+        assert_same_bits(shifted, expected)
+        assert torch.equal(operators.sums(shifted.exp_avg_sq), operators.sums(expected.exp_avg_sq))
+        for x in itertools.chain(*shifted, *expected):
+            assert (neighbours(x) == SENTINEL).all()
+
+
+def check_sums(operators: Operators, shards: Shards) -> None:
+    """The operator `sums` has the bits of what `advance` returned, and of what it returns where it stands still."""
+    returned = step(operators, shards, Hyper(lr=1.0), make_scalars(shards))
+    assert torch.equal(returned, operators.sums(shards.exp_avg_sq))
+    still = make_scalars(shards, is_finite=False, is_live=False)
+    assert torch.equal(returned, step(operators, shards, Hyper(lr=1.0), still))
+
+
+def check_standing_still(operators: Operators, dtypes: tuple[torch.dtype, torch.dtype], *, is_finite: bool) -> None:
+    """A step that is not live decays parameters alone, and a non-finite one does nothing."""
+    hyper = Hyper(lr=1.0, weight_decay=0.1, decoupled=True)
+    shards = make_shards(MIXED, operators.device, dtypes)
+    found, expected = copied(shards), copied(shards)
+    scalars = make_scalars(shards, is_finite=is_finite, is_live=False)
+    shards.grad[0].fill_(math.inf)
+    step(operators, found, hyper, scalars)
+    if is_finite:
+        equations.advance(expected, hyper, scalars)
+    assert_same_bits(found, expected)
+
+
+def check_observe(operators: Operators, shards: Shards) -> None:
+    """Sums are right to the last bits of float64; without parameters the columns that need them are 0."""
+    wide = [[x.cpu().double() for x in tensors] for tensors in (shards.grad, shards.param)]
+    expected = torch.stack([torch.stack([g @ g, g @ p, p @ p]) for g, p in zip(*wide, strict=True)])
+    bounds = torch.stack([torch.stack([g @ g, g.abs() @ p.abs(), p @ p]) for g, p in zip(*wide, strict=True)])
+    found = operators.observe(shards.grad, shards.param).cpu()
+    assert ((found - expected).abs() <= 1e-13 * bounds).all()
+    alone = operators.observe(shards.grad, []).cpu()
+    assert torch.equal(alone[:, 0], found[:, 0])
+    assert not alone[:, 1:].any()
+
+
+def check_non_finite(operators: Operators, value: float, dtype: torch.dtype) -> None:
+    """A single element that is not finite shows in the sum of its tensor, and of no other."""
+    for position in (0, CHUNK_ELEMENTS + 2, CHUNK_ELEMENTS + TILE_ELEMENTS + 2):
+        shards = make_shards(MIXED, operators.device, (torch.float32, dtype))
+        shards.grad[2][position] = value
+        finite = operators.observe(shards.grad, []).isfinite().all(1).tolist()
+        assert finite == [True, True, False, True]
+
+
+def check_same_as_cpu(operators: Operators, shards: Shards, hyper: Hyper) -> None:
+    """Every element has the bits that the CPU kernels give it."""
+    on_cpu, found = copied(shards, device="cpu"), copied(shards)
+    step(torch_operators("cpu"), on_cpu, hyper, make_scalars(on_cpu))
+    step(operators, found, hyper, make_scalars(found))
+    assert_same_bits(found, on_cpu)

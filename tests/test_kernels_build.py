@@ -1,0 +1,253 @@
+"""Kernels are compiled once per machine, by one process, and then loaded as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.cpp_extension
+
+from adai_dist.cli import main
+from adai_dist.kernels import build, toolchain
+from adai_dist.kernels.build import Extension
+from tests.tiny_extension import TINY, message_of, needs_toolchain, tiny_extension
+
+# Arguments: the source, and a folder in which to say "about to load".
+LOAD = """
+import json, os, sys
+from pathlib import Path
+from adai_dist.kernels.build import BuildError, Extension, load
+
+source, here = map(Path, sys.argv[1:])
+(here / f"{os.getpid()}.here").touch()
+facts = {}
+try:
+    library = load(Extension("tiny", "cpu", (source,), ("-O1",)))
+    facts["path"], facts["is_new"] = str(library.path), library.seconds is not None
+    facts["is_loaded"] = str(library.path) in open("/proc/self/maps").read()
+except BuildError as error:
+    facts["error"] = str(error)
+facts["modules"] = [name for name in ("torch.utils.cpp_extension", "setuptools") if name in sys.modules]
+print(json.dumps(facts))
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Extension:
+    return tiny_extension(tmp_path, monkeypatch)
+
+
+def compiler_that(first: str, folder: Path) -> Path:
+    """A compiler that does something before it compiles a file, and keeps a list of the files."""
+    wrapper = folder / "bin" / "g++"
+    wrapper.parent.mkdir()
+    compiles = f'case "$*" in *" -c "*) echo x >> {folder}/compiled; {first} ;; esac'
+    wrapper.write_text(f'#!/bin/sh\n{compiles}\nexec {toolchain.cxx_path()} "$@"\n')
+    wrapper.chmod(0o755)
+    return wrapper
+
+
+def num_compiled(folder: Path) -> int:
+    return (folder / "compiled").read_text().count("x")
+
+
+def start(tiny: Extension, folder: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", LOAD, str(tiny.sources[0]), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def facts_of(process: subprocess.Popen[str]) -> dict[str, Any]:
+    stdout, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return json.loads(stdout)
+
+
+@needs_toolchain
+def test_a_compiled_library_loads_without_compiler_ninja_and_the_module_that_calls_them(
+    tiny: Extension, tmp_path: Path
+) -> None:
+    library = build.load(tiny)
+    assert library.seconds is not None
+    assert build.load(tiny) is library
+    facts = facts_of(start(tiny, tmp_path, PATH=str(tmp_path)))
+    assert facts == {"path": str(library.path), "is_new": False, "is_loaded": True, "modules": []}
+    assert sorted(path.name for path in library.path.parent.iterdir()) == ["build.lock", "tiny.so", "tiny.stamp.json"]
+
+
+@needs_toolchain
+def test_other_sources_headers_flags_and_compilers_make_another_library(
+    tiny: Extension, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build.load(tiny).path
+    assert build.find(tiny)
+    assert not build.find(dataclasses.replace(tiny, cxx_flags=("-O2",)))
+    monkeypatch.setenv("CXX", str(compiler_that(":", tmp_path)))
+    assert not build.find(tiny), "whoever names a compiler wants that one"
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    assert build.find(tiny), "what is compiled serves where no compiler is"
+    monkeypatch.delenv("CXX")
+    (tmp_path / "tiny.h").write_text("// new\n")
+    assert not build.find(tiny)
+    tiny.sources[0].write_text(TINY.format("second"))
+    changed = dataclasses.replace(tiny)
+    build._loaded.clear()
+    assert build.load(changed).seconds is not None
+    assert b"second" in path.read_bytes()
+    path.unlink()
+    assert not build.find(tiny)
+
+
+@needs_toolchain
+@pytest.mark.distributed
+def test_of_processes_that_start_together_one_compiles_and_all_load(tiny: Extension, tmp_path: Path) -> None:
+    cxx = compiler_that("sleep 1", tmp_path)
+    facts = [facts_of(process) for process in [start(tiny, tmp_path, CXX=str(cxx)) for _ in range(4)]]
+    assert num_compiled(tmp_path) == 1
+    assert sorted(fact["is_new"] for fact in facts) == [False, False, False, True]
+    assert all(fact["is_loaded"] for fact in facts)
+
+
+@needs_toolchain
+@pytest.mark.distributed
+def test_processes_that_waited_for_a_compilation_that_failed_do_not_repeat_it(tiny: Extension, tmp_path: Path) -> None:
+    tiny.sources[0].write_text("broken\n")
+    all_wait = f"for i in $(seq 300); do [ $(ls {tmp_path} | grep -c here) = 3 ] && break; sleep 0.1; done; sleep 1"
+    cxx = compiler_that(all_wait, tmp_path)
+    facts = [facts_of(process) for process in [start(tiny, tmp_path, CXX=str(cxx)) for _ in range(3)]]
+    assert num_compiled(tmp_path) == 1
+    assert len({fact["error"] for fact in facts}) == 1
+
+
+@needs_toolchain
+@pytest.mark.distributed
+def test_a_builder_that_is_killed_leaves_the_turn_to_the_next(tiny: Extension, tmp_path: Path) -> None:
+    cxx = compiler_that("sleep 100", tmp_path)
+    process = start(tiny, tmp_path, CXX=str(cxx))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "compiled").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    folder = tmp_path / "extensions" / "tiny"
+    try:
+        assert list(folder.glob("build-*/tiny/lock")), "torch's own lock, which would be waited for, for ever"
+        assert build.load(tiny).seconds is not None
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # the compiler, which lives on
+        process.communicate()
+    assert sorted(path.name for path in folder.iterdir()) == ["build.lock", "tiny.so", "tiny.stamp.json"]
+
+
+@needs_toolchain
+def test_ninja_beside_python_is_found_and_path_stays_as_it_is(
+    tiny: Extension, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside, tools = tmp_path / "beside", tmp_path / "tools"
+    for folder, names in ((beside, ["ninja"]), (tools, ["as", "ld", "c++"])):
+        folder.mkdir()
+        for name in names:
+            found = shutil.which(name, path=f"{os.environ['PATH']}:{sysconfig.get_path('scripts')}")
+            assert found
+            (folder / name).symlink_to(os.path.realpath(found))
+    monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_, **__: str(beside))
+    assert build.load(tiny).seconds is not None
+    assert os.environ["PATH"] == str(tools)
+
+
+@needs_toolchain
+def test_what_the_compiler_complains_about_is_shown_once_and_kept_in_a_file(
+    tiny: Extension, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(compiler_that(":", tmp_path)))
+    tiny.sources[0].write_text("int f() { return unheard_of; }\n")
+    message = message_of(tiny)
+    assert "tiny.cpp:1:18: error: " in message
+    assert "unheard_of" in message
+    assert message.count("\n") <= 8
+    log = tmp_path / "extensions" / "tiny" / "build.log"
+    assert str(log) in message
+    assert "unheard_of" in log.read_text()
+    assert message_of(tiny) == message
+    assert num_compiled(tmp_path) == 1, "nor does the same process try again"
+    tiny.sources[0].write_text(TINY.format("repaired"))
+    path = build.load(tiny).path
+    assert sorted(path.name for path in path.parent.iterdir()) == ["build.lock", "tiny.so", "tiny.stamp.json"]
+
+
+@needs_toolchain
+def test_a_library_that_does_not_load_is_named_with_the_remedy(tiny: Extension) -> None:
+    path = build.load(tiny).path
+    path.unlink()
+    path.write_text("no library")
+    build._loaded.clear()
+    assert message_of(tiny).startswith("the compiled library must load; got ")
+    assert f"delete the folder {path.parent}" in message_of(tiny)
+
+
+def test_the_default_folder_is_that_of_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    expected = torch.utils.cpp_extension._get_build_directory("some_name", verbose=False)
+    assert str(build.cache.library_path("some_name").parent) == expected
+
+
+@needs_toolchain
+def test_the_command_builds_ahead_of_time_in_one_line_per_library(
+    tiny: Extension, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(build.EXTENSIONS, "cpu", tiny)
+    path = build.cache.library_path("tiny")
+    assert build_command("--device", "cpu") == 0
+    assert re.fullmatch(rf"tiny: {path}, compiled in \d+\.\d s\n", capfd.readouterr().out)
+    build._loaded.clear()
+    assert build_command("--device", "cpu") == 0
+    assert capfd.readouterr() == (f"tiny: {path}, up to date\n", "")
+    monkeypatch.setenv("DS_BUILD_TINY", "0")
+    assert build_command("--device", "cpu") == 0
+    assert capfd.readouterr() == ("tiny: left out, DS_BUILD_TINY=0\n", "")
+
+
+@needs_toolchain
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
+def test_the_command_says_in_one_line_what_it_cannot_build(
+    tiny: Extension, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(build.EXTENSIONS, "cpu", tiny)
+    assert build_command() == 0, "what this machine has"
+    assert capfd.readouterr().out.count("\n") == 1
+    assert build_command("--device", "all") == 2
+    out, err = capfd.readouterr()
+    assert out.startswith("tiny: ")
+    assert err.startswith("adai-dist: fused_adai: kernels for CUDA need a torch that was built with CUDA; got torch ")
+    assert err.count("\n") == 1
+
+
+def build_command(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["build", *arguments])
+    return int(end.value.code or 0)
+
+
+def test_the_sources_and_headers_of_the_kernels_are_in_one_folder() -> None:
+    for extension in build.EXTENSIONS.values():
+        assert all(source.exists() for source in extension.sources)
+        assert {source.parent for source in extension.sources} == {build.CSRC}
+    assert not [flag for flag in build.CPU.cxx_flags if "fast" in flag or "march" in flag]
