@@ -1,4 +1,4 @@
-"""Adaptive Inertia in plain PyTorch, one function per equation: the specification, and the fallback backend.
+"""Adaptive Inertia in plain PyTorch, one function per equation: the specification, and what runs without a compiler.
 
 Z. Xie, X. Wang, H. Zhang, I. Sato, M. Sugiyama: *Adaptive Inertia: Disentangling the Effects of Adaptive Learning Rate
 and Momentum*, ICML 2022, https://arxiv.org/abs/2006.15815. AdaiV2 is from the authors' code,
@@ -72,6 +72,7 @@ class Shards(NamedTuple):
     exp_avg: Tensors
     exp_avg_sq: Tensors
     beta1_prod: Tensors
+    """Empty once all products are retired: so small that ``1 - P`` is 1."""
 
 
 class StepScalars(NamedTuple):
@@ -84,8 +85,8 @@ class StepScalars(NamedTuple):
     """bool: no gradient anywhere is non-finite."""
     is_live: Tensor
     """bool: finite, and vbar > 0; otherwise moments, products and inertia stay as they are."""
-    inverse_means: Tensors
-    """``1 / (1 - beta2^t) / vbar``, one per shard; 0 when the step is not live."""
+    inverse_means: Tensor
+    """``1 / (1 - beta2^t) / vbar``, one per shard, shape (number of shards,); 0 when the step is not live."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -129,7 +130,7 @@ def second_moment_(v: Tensors, g: Tensors, hyper: Hyper, scalars: StepScalars) -
 
 def inertia(v: Tensors, hyper: Hyper, scalars: StepScalars) -> Tensors:
     """``beta1 = clamp(1 - beta0 * r^(1 / (3 - 2 d)), 0, 1 - eps)``; 1, which keeps all, if the step is not live."""
-    beta1 = list(torch._foreach_mul(v, scalars.inverse_means))
+    beta1 = list(torch._foreach_mul(v, list(scalars.inverse_means.unbind())))
     if hyper.inertia_exponent != 1.0:
         torch._foreach_pow_(beta1, hyper.inertia_exponent)
     torch._foreach_mul_(beta1, -hyper.beta0)
@@ -141,8 +142,9 @@ def inertia(v: Tensors, hyper: Hyper, scalars: StepScalars) -> Tensors:
 
 
 def inertia_product_(P: Tensors, beta1: Tensors) -> None:
-    """``P <- P * beta1``"""
-    torch._foreach_mul_(P, beta1)
+    """``P <- P * beta1``; P may be retired."""
+    if P:
+        torch._foreach_mul_(P, beta1)
 
 
 def first_moment_(m: Tensors, beta1: Tensors, g: Tensors, hyper: Hyper) -> None:
@@ -158,12 +160,16 @@ def first_moment_(m: Tensors, beta1: Tensors, g: Tensors, hyper: Hyper) -> None:
 
 
 def update_(theta: Tensors, m: Tensors, P: Tensors, hyper: Hyper, scalars: StepScalars) -> None:
-    """``theta <- theta - lr * beta0^(1 - d) * m / (1 - P)``"""
+    """``theta <- theta - lr * beta0^(1 - d) * m / (1 - P)``; without P where it is retired."""
+    step_size = scalars.lr * scalars.is_live * -hyper.lr_factor
+    if not P:
+        torch._foreach_add_(theta, torch._foreach_mul(m, step_size))
+        return
     one_minus_P = _one_minus(P)
     # 1 - P >= eps after a step that counted. Before the first one it is 0, and so is m.
     torch._foreach_clamp_min_(one_minus_P, torch.finfo(P[0].dtype).tiny)
     update = list(torch._foreach_div(m, one_minus_P))
-    torch._foreach_mul_(update, scalars.lr * scalars.is_live * -hyper.lr_factor)
+    torch._foreach_mul_(update, step_size)
     torch._foreach_add_(theta, update)
 
 

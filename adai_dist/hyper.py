@@ -43,7 +43,8 @@ class Hyper:
     maximize: bool = False
     """Ascend instead of descend."""
     foreach: bool | None = None
-    """Step many tensors per operation (None and True) or one at a time (False); the results are the same."""
+    """Where no kernels are compiled: step many tensors per operation (None and True) or one at a time (False), with the
+    same results."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lr", _learning_rate(self.lr))

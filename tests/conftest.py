@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -26,3 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for release, words, reason in FIXED_IN_TORCH:
             if torch.__version__ < release and any(word in item.nodeid for word in words):
                 item.add_marker(pytest.mark.skip(reason=f"before torch {release}: {reason}"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Compile the kernels once, before any test's time runs. Without a compiler, tests that need them say so."""
+    is_worker = hasattr(session.config, "workerinput")
+    if session.items and not is_worker and not session.config.option.collectonly:
+        subprocess.run(
+            [sys.executable, "-m", "adai_dist", "build", "--device", "cpu"], capture_output=True, check=False
+        )

@@ -36,9 +36,13 @@ def test_sixty_float64_steps_follow_the_oracle_to_rounding(name: str) -> None:
             np.testing.assert_allclose(to_numpy(state[part]), getattr(expected, part), rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("kernels", ["require", "off"])
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rounding_errors_are_at_most_twice_those_of_plain_pytorch(name: str, dtype: torch.dtype) -> None:
+def test_rounding_errors_are_at_most_twice_those_of_plain_pytorch(
+    name: str, dtype: torch.dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADAI_DIST_KERNELS", kernels)
     problem = replace(VARIANTS[name], dtype=dtype)
     oracle, _ = problem.solve()
     error = relative_error(solve(problem), oracle, problem)
@@ -49,7 +53,8 @@ def test_rounding_errors_are_at_most_twice_those_of_plain_pytorch(name: str, dty
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_foreach_and_loop_agree_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+def test_foreach_and_loop_agree_bit_for_bit(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAI_DIST_KERNELS", "off")
     problem = replace(VARIANTS[name], dtype=dtype, steps=25)
     together, one_by_one = solve(problem, foreach=True), solve(problem, foreach=False)
     default = solve(problem)

@@ -24,7 +24,7 @@ def scalars(num_shards: int, live: bool = True, finite: bool = True, inverse_mea
         lr=torch.full_like(like, 0.3),
         is_finite=torch.tensor(finite),
         is_live=torch.tensor(live),
-        inverse_means=[torch.full_like(like, factor) for _ in range(num_shards)],
+        inverse_means=torch.full((num_shards,), factor, dtype=torch.float64),
     )
 
 

@@ -15,7 +15,7 @@ NAMES = {"Adai", "AdaiV2", "AdaiW", "__version__", "register"}
 
 REQUIRED = "required"
 COMMON = {"lr": REQUIRED, "betas": (0.1, 0.99), "eps": 1e-3, "weight_decay": 0.0}
-KEYWORD_ONLY = {"maximize": False, "foreach": None, "max_grad_norm": None}
+KEYWORD_ONLY = {"maximize": False, "foreach": None, "max_grad_norm": None, "require_kernels": False}
 
 # positional parameters in their order, with their defaults
 POSITIONAL = {

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
 from adai_dist import Adai, AdaiV2, AdaiW
-from adai_dist.sharding import shards
+from adai_dist.kernels import foreach
 from tests.oracle import Oracle, OracleGroup
 
 CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -138,11 +138,11 @@ def test_stepping_in_pieces_changes_nothing_but_the_order_of_sums(monkeypatch: p
     params, others = parameters(torch.float64), parameters(torch.float64)
     optimizer = make("Adai", params)
     train(optimizer, params, 0, 6)
-    assert optimizer.owned_shards()[0].layout.num_pieces == [1, 1, 1, 1]
-    monkeypatch.setitem(shards.PIECE_ELEMENTS, "cpu", 1000)
+    assert foreach.Cut.of(optimizer.owned_shards()[0].shards).num_pieces == [1, 1, 1, 1]
+    monkeypatch.setitem(foreach.PIECE_ELEMENTS, "cpu", 1000)
     other = make("Adai", others)
     train(other, others, 0, 3)
-    assert other.owned_shards()[0].layout.num_pieces == [1, 1, 1, 66]
+    assert foreach.Cut.of(other.owned_shards()[0].shards).num_pieces == [1, 1, 1, 66]
     other.load_state_dict(other.state_dict())  # the sums are rebuilt, piece by piece
     train(other, others, 3, 6)
     for parameter, twin in zip(params, others, strict=True):

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from adai_dist import equations
-from adai_dist.equations import Shards
 from adai_dist.hyper import Hyper, max_grad_norm_in_range
+from adai_dist.kernels import Backends, mode_of
 from adai_dist.optimizer.skips import SkipCounter
 from adai_dist.optimizer.state import new_state, restore_states, step_tensor
-from adai_dist.sharding.holdings import Holdings
+from adai_dist.sharding.holdings import Holdings, exp_avg_sq_sums, keep_sums
 from adai_dist.sharding.mean import GlobalMean, Sums, global_mean
 from adai_dist.sharding.ownership import ModelSharding, NumReplicas, Sharding, local_tensor
 from adai_dist.sharding.shards import OwnedShards
@@ -60,6 +60,7 @@ class AdaptiveInertia(torch.optim.Optimizer):
         params: parameters, named parameters, or parameter groups.
         hyper: hyperparameters of the parameter groups that do not state their own.
         max_grad_norm: clip the global gradient norm inside every step; None for no clipping.
+        require_kernels: raise an error where the compiled kernels cannot be had, instead of a warning.
 
     Attributes:
         max_grad_norm: as given; may be changed between steps.
@@ -78,8 +79,11 @@ class AdaptiveInertia(torch.optim.Optimizer):
     _last_mean: GlobalMean | None = None
     _pending_mean: PendingMean | None = None
 
-    def __init__(self, params: ParamsT, hyper: Hyper, *, max_grad_norm: float | None = None) -> None:
+    def __init__(
+        self, params: ParamsT, hyper: Hyper, *, max_grad_norm: float | None = None, require_kernels: bool = False
+    ) -> None:
         self._hyper = hyper
+        self._backends = Backends(mode_of(require_kernels))
         self.max_grad_norm = max_grad_norm_in_range("max_grad_norm", max_grad_norm)
         self._skips = SkipCounter()
         self._reset_derived()
@@ -89,7 +93,7 @@ class AdaptiveInertia(torch.optim.Optimizer):
 
     def _reset_derived(self) -> None:
         """Forget everything that is derived from parameters and states; it is found again in the next step."""
-        self._holdings = Holdings(self._sharding)
+        self._holdings = Holdings(self._backends, self._sharding)
         self._pending_mean = None
 
     # -- the three phases ------------------------------------------------------------------------------------------
@@ -177,14 +181,11 @@ class AdaptiveInertia(torch.optim.Optimizer):
         total = torch.zeros(len(Sums._fields), dtype=torch.float64, device=device)
         for owned in shards:
             lr = equations.scalar_tensor(owned.hyper.lr, owned.layout.weights)
-            terms = [owned.layout.weights.new_zeros(())] * 5
-            if owned.pieces.grad:
-                norms = equations.observe(owned.pieces, owned.hyper)
-                exp_avg_sq_sums = self._holdings.exp_avg_sq_sums(owned, self.state)
-                mean_terms = equations.mean_terms(norms, exp_avg_sq_sums, owned.correction, owned.hyper)
-                terms = [torch.dot(owned.layout.weights, x) for x in (norms.grad_grad, *mean_terms)]
-            overflow = torch.zeros_like(lr)
-            total += torch.stack([*terms, owned.layout.num_elements, overflow, lr]).to(device)
+            norms = owned.backend.observe(owned.shards, owned.hyper)
+            mean_terms = equations.mean_terms(norms, exp_avg_sq_sums(owned), owned.correction, owned.hyper)
+            terms = (torch.stack([norms.grad_grad, *mean_terms]) * owned.layout.weights).sum(1)
+            no_overflow = torch.zeros_like(lr)
+            total += torch.cat([terms, torch.stack([owned.layout.num_elements, no_overflow, lr])]).to(device)
         sums = Sums(*total.unbind())
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # set by torch.amp.GradScaler
         return sums if found_inf is None else sums._replace(num_overflows=found_inf.to(sums.lr).reshape(()))
@@ -197,21 +198,10 @@ class AdaptiveInertia(torch.optim.Optimizer):
         """
         for owned in shards:
             local_mean = mean.to(owned.layout.weights.device)
-            if owned.pieces.param:
-                self._advance(owned, local_mean)
+            scalars = local_mean.step_scalars(owned.hyper, owned.correction, owned.shards.exp_avg[0].dtype)
+            keep_sums(owned, owned.backend.advance(owned.shards, owned.hyper, scalars))
             # With alpha torch takes the tensor as a tensor; without, it reads it on the host as a number.
             torch._foreach_add_(owned.steps, local_mean.is_live.to(owned.steps[0].dtype), alpha=1.0)
-
-    def _advance(self, owned: OwnedShards, mean: GlobalMean) -> None:
-        scalars = mean.step_scalars(owned.hyper, owned.correction, owned.pieces.exp_avg_sq[0].dtype)
-        new_sums: list[Tensor] = []
-        for batch in owned.batches():
-            pieces = Shards(*(tensors[batch] for tensors in owned.pieces))
-            equations.advance(pieces, owned.hyper, scalars._replace(inverse_means=scalars.inverse_means[batch]))
-            if self._driver is None:
-                new_sums.append(equations.sums(pieces.exp_avg_sq))
-        if new_sums:
-            self._holdings.store_sums(owned, self.state, torch.cat(new_sums))
 
     def _mean(self, shards: list[OwnedShards], max_norm: float | None) -> GlobalMean:
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)  # set by torch.amp.GradScaler
@@ -280,7 +270,7 @@ class AdaptiveInertia(torch.optim.Optimizer):
     @property
     def num_skipped_steps(self) -> Tensor:
         """Steps skipped because of a non-finite gradient since this object was made; 0-dim int64."""
-        return self._skips.num_skipped_steps
+        return self._skips.num_skipped_steps.clone()
 
     # -- sharding --------------------------------------------------------------------------------------------------
 
@@ -351,11 +341,15 @@ class AdaptiveInertia(torch.optim.Optimizer):
             hook.remove()
         restore_states(self.state, self.param_groups, loaded)
 
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}\nKernels: {self._backends}"
+
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
             "_hyper": self._hyper,
             "max_grad_norm": self.max_grad_norm,
+            "_backends": Backends(self._backends.mode),
             "_sharding": self._sharding,
         }
 

@@ -23,8 +23,11 @@ class SkipCounter:
 
     def record(self, is_finite: Tensor, is_main_rank: bool) -> None:
         """Count a step (``is_finite``: 0-dim bool), and log, on the main rank, what is known by now."""
-        self.num_skipped_steps = self.num_skipped_steps.to(is_finite.device) + ~is_finite
-        if not is_main_rank:
+        # In place, as a replayed CUDA graph needs it; what it skips is logged after the next step outside of a graph.
+        self.num_skipped_steps = self.num_skipped_steps.to(is_finite.device)
+        self.num_skipped_steps += ~is_finite
+        is_capturing = is_finite.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not is_main_rank or is_capturing:
             return
         if is_finite.device.type == "cpu":
             self._report(int(self.num_skipped_steps))

@@ -28,8 +28,9 @@ class Adai(AdaptiveInertia):
         weight_decay: decay rate.
         decoupled: decay the parameters directly (AdaiW) instead of through the gradient (L2).
         maximize: ascend.
-        foreach: False steps one tensor at a time; same results.
+        foreach: where the equations run uncompiled, False steps one tensor at a time; same results.
         max_grad_norm: clip the global gradient norm inside every step. ``param.grad`` is not changed.
+        require_kernels: raise an error where the compiled kernels cannot be had, instead of a warning.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or is out of range.
@@ -51,6 +52,7 @@ class Adai(AdaptiveInertia):
         maximize: bool = Hyper.maximize,
         foreach: bool | None = Hyper.foreach,
         max_grad_norm: float | None = None,
+        require_kernels: bool = False,
     ) -> None:
         hyper = Hyper(
             lr=lr,
@@ -61,7 +63,7 @@ class Adai(AdaptiveInertia):
             maximize=maximize,
             foreach=foreach,
         )
-        super().__init__(params, hyper, max_grad_norm=max_grad_norm)
+        super().__init__(params, hyper, max_grad_norm=max_grad_norm, require_kernels=require_kernels)
 
 
 class AdaiW(Adai):
@@ -79,6 +81,7 @@ class AdaiW(Adai):
         maximize: bool = Hyper.maximize,
         foreach: bool | None = Hyper.foreach,
         max_grad_norm: float | None = None,
+        require_kernels: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -90,6 +93,7 @@ class AdaiW(Adai):
             maximize=maximize,
             foreach=foreach,
             max_grad_norm=max_grad_norm,
+            require_kernels=require_kernels,
         )
 
 
@@ -122,6 +126,7 @@ class AdaiV2(AdaptiveInertia):
         maximize: bool = Hyper.maximize,
         foreach: bool | None = Hyper.foreach,
         max_grad_norm: float | None = None,
+        require_kernels: bool = False,
     ) -> None:
         hyper = Hyper(
             lr=lr,
@@ -133,4 +138,4 @@ class AdaiV2(AdaptiveInertia):
             maximize=maximize,
             foreach=foreach,
         )
-        super().__init__(params, hyper, max_grad_norm=max_grad_norm)
+        super().__init__(params, hyper, max_grad_norm=max_grad_norm, require_kernels=require_kernels)

@@ -62,7 +62,7 @@ class GlobalMean(NamedTuple):
         """The scalars of a step for one parameter group, in the dtype of its arithmetic.
 
         Args:
-            correction: ``1 - beta2^t``, float64, one per shard.
+            correction: ``1 - beta2^t``, float64, shape (number of shards,).
         """
         inverse_means = torch.where(self.is_live, 1.0 / (correction * self.inertia_mean), 0.0)
         # A mean that only float64 can hold would make the factor infinite, and 0 * inf is NaN.
@@ -73,7 +73,7 @@ class GlobalMean(NamedTuple):
             lr=scalar_tensor(hyper.lr, coefficient),
             is_finite=self.is_finite,
             is_live=self.is_live,
-            inverse_means=list(inverse_means.unbind()),
+            inverse_means=inverse_means,
         )
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
+PLAIN_TYPES = (torch.nn.Parameter, Tensor)
+
 NumReplicas = int | Callable[[Tensor], int | None] | None
 
 
@@ -107,6 +109,8 @@ def is_distributed() -> bool:
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    if type(tensor) in PLAIN_TYPES:  # asked several times per parameter and step
+        return False
     # Importing the module costs half a second; where nobody has imported it there are no DTensors.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -231,6 +235,8 @@ def aligned_gradient(param: Tensor) -> Tensor | None:
             f"gradients must be dense, got layout {grad.layout} for a parameter of shape {tuple(param.shape)}; "
             "use sparse=False in the embedding"
         )
+    if type(param) in PLAIN_TYPES and type(grad) in PLAIN_TYPES:
+        return grad
     if is_dtensor(param) != is_dtensor(grad):
         raise TypeError(
             "a parameter and its gradient must both be DTensors or both plain tensors, "

@@ -121,5 +121,5 @@ def _inertia(moment: MomentOfLayer, mean: float) -> Tensor | None:
         return None
     one, true = torch.ones((), dtype=v.dtype, device=v.device), torch.ones((), dtype=torch.bool, device=v.device)
     correction = equations.bias_correction(moment.hyper.beta2, moment.step)
-    scalars = StepScalars(one, one, true, true, [(1.0 / (correction * mean)).to(v)])
+    scalars = StepScalars(one, one, true, true, (1.0 / (correction * mean)).to(v).reshape(1))
     return equations.inertia([v], moment.hyper, scalars)[0]

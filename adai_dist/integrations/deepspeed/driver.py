@@ -17,7 +17,6 @@ from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.state import step_tensor
 from adai_dist.sharding.holdings import Holdings
 from adai_dist.sharding.mean import GlobalMean, Sums, all_reduce, evaluate
-from adai_dist.sharding.shards import piece_elements
 
 CHECKPOINT_KEY = "adai_dist"
 """Where ZeRO's own state_dict keeps what :meth:`ZeroDriver.save` returns."""
@@ -118,9 +117,13 @@ class ZeroDriver:
             products = torch.zeros(len(SquaredNorms._fields), dtype=torch.float64, device=self.device)
             for fragment, gradient in self.zero_wrapper.gradients(part):
                 if fragment.num_elements:
-                    products += _inner_products(fragment.of(flat.detach()), gradient, hypers[index])
+                    products += self._inner_products(fragment.of(flat.detach()), gradient, hypers[index])
             of_parts.append(products)
         return SquaredNorms(*self._total(self.per_group(torch.stack(of_parts))).unbind(1))
+
+    def _inner_products(self, param: Tensor, gradient: Tensor, hyper: Hyper) -> Tensor:
+        backend = self.optimizer._backends.of((param, gradient))
+        return torch.cat(backend.observe(Shards([param], [gradient], [], [], []), hyper))
 
     def settle(self, norms: SquaredNorms, coefficient: Tensor, grad_norm: Any, *, knows_groups: bool = True) -> None:
         """Find the mean of this step and advance the sums of exp_avg_sq.
@@ -180,7 +183,7 @@ class ZeroDriver:
         params = self.optimizer._params()
         self.optimizer._create_states(params)
         # One record per part, so that what is derived from a part is found once and not in every step.
-        holdings = self._holdings.setdefault(id(params[0]), Holdings())
+        holdings = self._holdings.setdefault(id(params[0]), Holdings(self.optimizer._backends))
         self.optimizer.advance(holdings.owned_shards(self.optimizer.param_groups, self.optimizer.state), self._mean)
 
     @property
@@ -213,7 +216,7 @@ class ZeroDriver:
                     if fragment.is_counted and fragment.num_elements
                 ]
                 if counted:
-                    of_parts[part] += equations.sums(counted).sum()
+                    of_parts[part] += self.optimizer._backends.of(counted).sums(counted).sum()
         self.exp_avg_sq_sums = self._total(self.per_group(torch.stack(of_parts)))
         self._knows_groups = True
 
@@ -245,9 +248,3 @@ def skipped(grad_norm: Any) -> GlobalMean:
 
 def _in_first_entry(x: Tensor) -> Tensor:
     return torch.cat([x.sum().reshape(1), torch.zeros_like(x[1:])])
-
-
-def _inner_products(param: Tensor, gradient: Tensor, hyper: Hyper) -> Tensor:
-    size = piece_elements(param)
-    pieces = Shards(list(param.split(size)), list(gradient.split(size)), [], [], [])
-    return torch.stack([x.sum() for x in equations.observe(pieces, hyper)])

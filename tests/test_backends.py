@@ -1,0 +1,170 @@
+"""Which backend steps what: kernels, the equations compiled by torch, the equations."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from adai_dist import Adai, AdaiV2
+from adai_dist.hyper import Hyper
+from adai_dist.kernels import backends, foreach
+from adai_dist.kernels.backends import Backend, Kernels
+from adai_dist.kernels.foreach import CompiledEquations, Equations
+from tests import kernel_cases
+from tests.kernel_cases import MIXED, make_scalars, make_shards
+from tests.problems import relative_error
+from tests.variants import VARIANTS, solve_plainly
+
+VARIABLE = backends.ENVIRONMENT_VARIABLE
+
+
+def stepped(parameter: Parameter, **arguments: bool) -> Adai:
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = Adai([parameter], lr=0.1, **arguments)
+    optimizer.step()
+    return optimizer
+
+
+def backend_of(optimizer: Adai) -> Backend:
+    (owned,) = optimizer.owned_shards()
+    return owned.backend
+
+
+def test_kernels_step_what_they_can_and_the_equations_the_rest() -> None:
+    assert isinstance(backend_of(stepped(Parameter(torch.ones(3)))), Kernels)
+    assert isinstance(backend_of(stepped(Parameter(torch.ones(3, dtype=torch.bfloat16)))), Kernels)
+    assert isinstance(backend_of(stepped(Parameter(torch.ones(3, dtype=torch.complex64)))), Kernels)
+    assert isinstance(backend_of(stepped(Parameter(torch.ones(3, dtype=torch.float64)))), Equations)
+    with_gaps = Parameter(torch.ones(4, 6)[:, ::2])
+    assert isinstance(backend_of(stepped(with_gaps)), Equations)
+
+
+def test_the_choice_is_shown_and_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_said", set())
+    optimizer = Adai([Parameter(torch.ones(3))], lr=0.1)
+    assert "Kernels: chosen in the first step" in repr(optimizer)
+    with caplog.at_level(logging.INFO, "adai_dist"):
+        for _ in range(2):
+            optimizer = stepped(Parameter(torch.ones(3)))
+    capability = torch.backends.cpu.get_cpu_capability()
+    name = f"compiled kernels (cpu_adai, {capability})"
+    assert f"Kernels: cpu: {name}" in repr(optimizer)
+    assert "lr: 0.1" in repr(optimizer)
+    assert [record.message for record in caplog.records] == [f"stepping cpu tensors with {name}"]
+
+
+def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "off")
+    optimizer = stepped(Parameter(torch.ones(3)))
+    monkeypatch.delenv(VARIABLE)
+    assert "Kernels: cpu: the equations (foreach)" in repr(optimizer)
+    assert isinstance(backend_of(optimizer), Equations)
+
+
+def test_a_copy_asks_for_the_same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "off")
+    optimizer = stepped(Parameter(torch.ones(3)))
+    monkeypatch.delenv(VARIABLE)
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        parameter = other.param_groups[0]["params"][0]
+        parameter.grad = torch.ones_like(parameter)
+        assert isinstance(backend_of(other), Equations)
+
+
+def test_a_value_that_is_none_of_the_three_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "yes")
+    with pytest.raises(ValueError, match="ADAI_DIST_KERNELS must be one of auto, off, require, got 'yes'"):
+        Adai([Parameter(torch.ones(3))], lr=0.1)
+
+
+def test_kernels_cannot_be_required_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "off")
+    with pytest.raises(ValueError, match="require_kernels=True must not be asked for with ADAI_DIST_KERNELS=off"):
+        Adai([Parameter(torch.ones(3))], lr=0.1, require_kernels=True)
+    with pytest.raises(TypeError, match="require_kernels must be a bool, got 'no'"):
+        Adai([Parameter(torch.ones(3))], lr=0.1, require_kernels="no")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_what_required_kernels_cannot_step_is_an_error(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=r"which are required, step float32, .* got torch\.float64 with strides"):
+        stepped(Parameter(torch.ones(3, dtype=dtype)), require_kernels=True)
+
+
+def test_a_device_without_kernels_is_stepped_by_the_equations() -> None:
+    assert isinstance(backends.choose("meta", "auto"), Equations)
+    with pytest.raises(RuntimeError, match="must exist for the device, got 'meta'"):
+        backends.choose("meta", "require")
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("gradient_format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_any_order_of_dimensions_in_memory_gives_the_same_step(
+    memory_format: torch.memory_format, gradient_format: torch.memory_format
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(3, 4, 5, 6, generator=random), torch.randn(5, 3, 4, 5, 6, generator=random)
+    plain = Parameter(start.clone())
+    other = Parameter(start.to(memory_format=memory_format))
+    optimizers = [AdaiV2([x], lr=0.1, max_grad_norm=1.0, dampening=0.3) for x in (plain, other)]
+    for gradient in gradients:
+        plain.grad, other.grad = gradient.clone(), gradient.to(memory_format=gradient_format)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert isinstance(backend_of(optimizers[1]), Kernels) == (memory_format == gradient_format)
+    torch.testing.assert_close(other, plain, rtol=1e-6, atol=1e-6)
+
+
+def test_a_gradient_may_change_its_dtype_and_layout_between_steps() -> None:
+    """So may then the backend; the sums of exp_avg_sq follow."""
+    problem = replace(VARIANTS["dampening-0.5"], dtype=torch.float32, steps=12)
+    oracle, _ = problem.solve()
+    parameters = problem.parameters()
+    optimizer = AdaiV2(problem.param_groups(parameters), lr=1.0, max_grad_norm=problem.max_grad_norm)
+    found: set[type[Backend]] = set()
+    for step in range(problem.steps):
+        for spec in problem.specs():
+            gradient = problem.gradient(spec, step)
+            if step % 3 == 1 and gradient is not None and gradient.numel():
+                gradient = torch.stack([gradient, gradient], -1)[..., 0]  # with gaps
+            parameters[spec.name].grad = gradient
+        found |= {type(owned.backend) for owned in optimizer.owned_shards()}
+        optimizer.step()
+    assert found == {Kernels, Equations}
+    assert relative_error(parameters, oracle, problem) <= 2 * relative_error(solve_plainly(problem), oracle, problem)
+
+
+@pytest.mark.parametrize("dtypes", kernel_cases.DTYPE_PAIRS[::4], ids=str)
+@pytest.mark.parametrize("pieces", [2**18, 1000])
+def test_the_equations_are_a_backend_with_sums_that_agree(
+    dtypes: tuple[torch.dtype, torch.dtype], pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(foreach.PIECE_ELEMENTS, "cpu", pieces)
+    shards = make_shards(MIXED, torch.device("cpu"), dtypes)
+    equations, hyper = Equations(), Hyper(lr=1.0, weight_decay=0.1)
+    norms = torch.stack(equations.observe(shards, hyper), 1)
+    torch.testing.assert_close(norms, torch.ops.adai_dist.observe(shards.grad, shards.param), rtol=1e-6, atol=1e-9)
+    new_sums = equations.advance(shards, hyper, make_scalars(shards))
+    assert torch.equal(new_sums, equations.sums(shards.exp_avg_sq))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own code
+@pytest.mark.parametrize("retired", [False, True], ids=["with products", "retired"])
+@pytest.mark.parametrize("name", kernel_cases.OPTIONS)
+def test_the_equations_compiled_by_torch_take_the_same_step(name: str, retired: bool) -> None:
+    """As on CUDA without nvcc; on a CPU torch compiles them for the CPU."""
+    backend = CompiledEquations()
+    shards = make_shards([7, 2**12 + 3, 1], torch.device("cpu"), retired=retired)
+    expected, scalars = kernel_cases.copied(shards), make_scalars(shards)
+    hyper = Hyper(lr=1.0, **kernel_cases.OPTIONS[name])
+    sums = backend.advance(shards, hyper, scalars)
+    torch.testing.assert_close(sums, Equations().advance(expected, hyper, scalars), rtol=1e-6, atol=0)
+    for found, other in zip(shards, expected, strict=True):
+        torch.testing.assert_close(found, other, rtol=2e-6, atol=1e-7)
