@@ -10,9 +10,9 @@ CONFIG ?= configs/recipes/lm_tiny.yaml
 # One process per GPU; two on a machine without GPUs.
 NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
-EXTRAS_train := train
-EXTRAS_test  := train,test,deepspeed,mpi
-EXTRAS_lint  := train,test,deepspeed,mpi,dev
+EXTRAS_train := train,kernels
+EXTRAS_test  := train,kernels,test,deepspeed,mpi
+EXTRAS_lint  := train,kernels,test,deepspeed,mpi,dev
 EXTRAS_docs  := docs
 
 .DEFAULT_GOAL := help

@@ -1,4 +1,4 @@
-"""The command line: `adai-dist train | run | compare | bench | to-universal`.
+"""The command line: `adai-dist train | run | compare | bench | build | to-universal`.
 
 What the user got wrong is one line on stderr and exit code 2, on every rank. Ctrl-C exits with 130, a failure with
 its traceback and 1; a program under `run` ends as it would have ended by itself.
@@ -99,17 +99,27 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", type=Path, default=Path("compare.png"), metavar="FILE", help="default: compare.png")
     compare.set_defaults(run=_compare)
 
-    bench = commands.add_parser("bench", help="measure the optimizer's step on this machine")
+    bench = commands.add_parser("bench", help="measure the optimizer's step on this machine, beside AdamW's")
     bench.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    bench.add_argument("--numel", type=int, default=2**24, help="number of parameters; default: %(default)s")
-    bench.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float64"), help="of parameters; default: float32"
-    )
-    bench.add_argument(
-        "--repetitions", type=int, default=15, help="times every case is run, taking turns; default: %(default)s"
-    )
-    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    size = bench.add_mutually_exclusive_group()
+    size.add_argument("--numel", type=int, metavar="N", help="number of parameters; default: 33554432")
+    size.add_argument("--shapes", metavar="NAME", help="gpt2-124m, llama-7b-layer, or tiny-148: the time of the host")
+    bench.add_argument("--dtype", metavar="NAME", help="of parameters: float32 (default), bfloat16 or float16")
+    bench.add_argument("--repetitions", type=int, metavar="N", help="times every case is run, in turns; default: 25")
+    bench.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: what torch takes")
+    bench.add_argument("--no-others", action="store_true", help="leave DeepSpeed and pytorch_optimizer out")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the results, and on what they were measured")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw a bar chart, a PNG file")
     bench.set_defaults(run=_bench)
+
+    build = commands.add_parser(
+        "build",
+        help="compile the kernels ahead of time",
+        description="Compile the kernels into TORCH_EXTENSIONS_DIR (default: ~/.cache/torch_extensions), where "
+        "training finds them. For GPUs that are not in this machine, list them in TORCH_CUDA_ARCH_LIST.",
+    )
+    build.add_argument("--device", choices=("cpu", "cuda", "all"), help="default: what this machine has")
+    build.set_defaults(run=_build)
 
     to_universal = commands.add_parser(
         "to-universal", help="convert a DeepSpeed checkpoint, for another number of ranks or another ZeRO stage"
@@ -157,14 +167,54 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from adai_dist.tools.bench import bench_table, measure
+    from adai_dist.tools.bench import Setting, bench_table, measure
 
+    plot = None
+    if options.plot:
+        try:
+            from adai_dist.tools.plots import plot_bench as plot
+        except ModuleNotFoundError as error:
+            return _complain(f"--plot needs the package {error.name}; got none; run: pip install 'adai-dist[train]'")
+    given = {name: getattr(options, name) for name in ("numel", "shapes", "dtype", "repetitions", "threads")}
+    given = {name: value for name, value in given.items() if value is not None}
     try:
-        report = measure(options.device, options.numel, options.dtype, options.repetitions)
+        setting = Setting(device=options.device, others=not options.no_others, **given)
+        for path in filter(None, (options.json, options.plot)):  # not after minutes of measuring
+            path.open("ab").close()
+        report = measure(setting)
+        print(bench_table(report))
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=2) + "\n")
+        if plot:
+            plot(report, options.plot)
+    except OSError as error:
+        return _complain(f"--json and --plot must name files that can be written; got {error}; name others")
     except ValueError as error:
         return _complain(str(error))
-    print(json.dumps(report, indent=2) if options.json else bench_table(report))
     return 0
+
+
+def _build(options: argparse.Namespace) -> int:
+    import torch
+
+    from adai_dist.kernels.build import EXTENSIONS, BuildError, load
+
+    has_cuda = options.device == "all" or (options.device is None and torch.cuda.is_available())
+    code = 0
+    for device_type in ("cpu", "cuda") if has_cuda else (options.device or "cpu",):
+        extension = EXTENSIONS[device_type]
+        variable = f"DS_BUILD_{extension.name.upper()}"  # DeepSpeed's way to leave an operator out
+        if os.environ.get(variable) == "0":
+            print(f"{extension.name}: left out, {variable}=0", flush=True)
+            continue
+        try:
+            library = load(extension)
+        except BuildError as error:
+            code = _complain(f"{extension.name}: {error}")
+            continue
+        took = "up to date" if library.seconds is None else f"compiled in {library.seconds:.1f} s"
+        print(f"{extension.name}: {library.path}, {took}", flush=True)
+    return code
 
 
 def _to_universal(options: argparse.Namespace) -> int:

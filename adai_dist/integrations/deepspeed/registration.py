@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from adai_dist.integrations.after_import import after_import
+from adai_dist.kernels.build import Extension, set_compiler
 from adai_dist.optimizer import Adai, AdaiV2, AdaiW
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 
@@ -30,6 +32,7 @@ def register() -> None:
     Collective: none.
     """
     after_import("deepspeed.runtime.engine", _register_with)
+    after_import("deepspeed.ops.op_builder.all_ops", _add_op_builders)
 
 
 def _register_with(engine_module: ModuleType) -> None:
@@ -50,6 +53,19 @@ def _register_with(engine_module: ModuleType) -> None:
     for name, cls in OPTIMIZERS.items():
         setattr(torch.optim, name, cls)  # where DeepSpeed looks up names that it does not know
     AdaptiveInertia._step_within_engine = _step_within_deepspeed
+    set_compiler(_compile_with_deepspeed)
+
+
+def _compile_with_deepspeed(extension: Extension, folder: Path) -> None:
+    from adai_dist.integrations.deepspeed.op_builder import compile_with_deepspeed
+
+    compile_with_deepspeed(extension, folder)
+
+
+def _add_op_builders(all_ops_module: ModuleType) -> None:
+    from adai_dist.integrations.deepspeed.op_builder import add_to
+
+    add_to(all_ops_module.ALL_OPS)
 
 
 def _step_within_deepspeed(optimizer: AdaptiveInertia) -> bool:
