@@ -233,13 +233,13 @@ def mean_terms(norms: SquaredNorms, v_sum: Tensor, correction: Tensor, hyper: Hy
         correction: ``1 - beta2^t`` of this step, likewise.
     """
     gain = (1.0 - hyper.beta2) / correction
+    carried, quadratic = hyper.beta2 * v_sum / correction, gain * norms.grad_grad
     decay = hyper.coupled_decay
-    return MeanTerms(
-        carried=hyper.beta2 * v_sum / correction,
-        quadratic=gain * norms.grad_grad,
-        linear=gain * (2.0 * decay * hyper.sign) * norms.grad_param,
-        constant=gain * decay**2 * norms.param_param,
-    )
+    if not decay:
+        nothing = torch.zeros_like(gain)
+        return MeanTerms(carried, quadratic, nothing, nothing)
+    linear = gain * (2.0 * decay * hyper.sign) * norms.grad_param
+    return MeanTerms(carried, quadratic, linear, constant=gain * decay**2 * norms.param_param)
 
 
 def _norms(tensors: Tensors, order: int) -> Tensor:

@@ -18,7 +18,14 @@ from tests.variants import VARIANTS, solve
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.timeout(900),  # the first step compiles the kernels
 ]
+
+
+@pytest.fixture(params=["require", "off"], ids=["kernels", "equations"], autouse=True)
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("ADAI_DIST_KERNELS", request.param)
+    return request.param
 
 
 def make(problem: Problem, **options: Any) -> tuple[dict[str, Parameter], AdaiV2]:
@@ -59,6 +66,52 @@ def test_a_step_does_not_wait_for_the_device(name: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(optimizer.inertia_mean)
+
+
+def test_a_captured_step_can_be_replayed() -> None:
+    def prepared() -> tuple[list[Parameter], AdaiV2]:
+        parameters = [Parameter(torch.linspace(-1, 1, size, device="cuda")) for size in (1000, 7)]
+        return parameters, AdaiV2(parameters, lr=0.1, dampening=0.5, weight_decay=0.01, max_grad_norm=1.0)
+
+    def set_gradients(parameters: list[Parameter], step: int) -> None:
+        for parameter in parameters:
+            gradient = torch.sin(torch.arange(parameter.numel(), device="cuda") * (step + 1.0))
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad.copy_(gradient)
+
+    (parameters, optimizer), (expected, eager) = prepared(), prepared()
+    for step in range(3):  # makes the states and the sums that the captured step begins with
+        for each, stepped in ((parameters, optimizer), (expected, eager)):
+            set_gradients(each, step)
+            stepped.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for step in range(3, 7):
+        set_gradients(parameters, step)
+        set_gradients(expected, step)
+        graph.replay()
+        eager.step()
+        assert all(torch.equal(a, b) for a, b in zip(parameters, expected, strict=True)), f"step {step}"
+        assert torch.equal(optimizer.inertia_mean, eager.inertia_mean)
+
+
+def test_a_step_of_the_kernels_needs_less_than_a_mebibyte(mode: str) -> None:
+    if mode == "off":
+        pytest.skip("the equations have temporaries")
+    parameters = [Parameter(torch.ones(size, device="cuda")) for size in (2**26, 1000, 7)]
+    optimizer = AdaiV2(parameters, lr=0.1, max_grad_norm=1.0)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    optimizer.step()
+    assert torch.cuda.max_memory_allocated() - before <= 2**20
 
 
 def test_skipped_steps_are_logged_without_waiting(caplog: pytest.LogCaptureFixture) -> None:

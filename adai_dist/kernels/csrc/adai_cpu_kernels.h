@@ -11,7 +11,7 @@ namespace cpu {
 namespace {
 
 constexpr int64_t LANES = 32;
-constexpr int64_t BLOCK_ELEMENTS = 1024;
+constexpr int64_t BLOCK_ELEMENTS = 512;
 constexpr int64_t PREFETCH_ELEMENTS = 128;
 constexpr int64_t CACHE_LINE_ELEMENTS = 16;
 static_assert(BLOCK_ELEMENTS % LANES == 0, "a block begins with the first lane");

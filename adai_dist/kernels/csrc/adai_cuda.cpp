@@ -1,0 +1,109 @@
+// torch.ops.adai_dist.{observe, advance, sums} on CUDA; the schemas, and what they mean, are in
+// adai_dist/kernels/ops.py. Nothing here waits for the device.
+#include "adai_cuda.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "adai_arguments.h"
+
+namespace {
+
+using adai::cuda::Dtype;
+
+Dtype dtype_of(at::TensorList tensors) {
+  if (tensors.empty() || tensors[0].scalar_type() == at::kFloat) return Dtype::float32;
+  return tensors[0].scalar_type() == at::kBFloat16 ? Dtype::bfloat16 : Dtype::float16;
+}
+
+std::vector<int64_t> sizes_of(at::TensorList tensors) {
+  std::vector<int64_t> num_elements;
+  num_elements.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) num_elements.push_back(tensor.numel());
+  return num_elements;
+}
+
+std::vector<const void*> read_from(at::TensorList tensors) {
+  std::vector<const void*> pointers;
+  pointers.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) pointers.push_back(tensor.const_data_ptr());
+  return pointers;
+}
+
+std::vector<void*> written_to(at::TensorList tensors) {
+  std::vector<void*> pointers;
+  pointers.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) pointers.push_back(tensor.mutable_data_ptr());
+  return pointers;
+}
+
+// Allocate the partials and `sums`, and enqueue.
+template <class LISTS, class ENQUEUE>
+at::Tensor enqueued(const LISTS& lists, at::TensorList tensors, at::IntArrayRef shape, const ENQUEUE& enqueue) {
+  const auto options = at::TensorOptions().dtype(at::kDouble).device(tensors[0].device());
+  const at::Tensor sums = at::empty(shape, options);
+  const at::Tensor partials = at::empty({adai::cuda::num_partials(lists)}, options);
+  const char* error = enqueue(lists, partials.mutable_data_ptr<double>(), sums.mutable_data_ptr<double>(),
+                              c10::cuda::getCurrentCUDAStream().stream());
+  TORCH_CHECK(error == nullptr, "the kernel must start, got the CUDA error: ", error);
+  return sums;
+}
+
+at::Tensor observe(at::TensorList grads, at::TensorList params) {
+  adai::check_observe(grads, params);
+  TORCH_CHECK_VALUE(!grads.empty(), "grads must have a tensor, got none");
+  const c10::cuda::CUDAGuard guard(grads[0].device());
+  const adai::cuda::Observed lists{sizes_of(grads), read_from(grads), read_from(params), dtype_of(grads),
+                                   dtype_of(params)};
+  const int64_t num_tensors = static_cast<int64_t>(grads.size());
+  return enqueued(lists, grads, {num_tensors, adai::cuda::NUM_NORMS}, adai::cuda::observe);
+}
+
+at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
+                   at::TensorList beta1_prods, const at::Tensor& inverse_means, const at::Tensor& coefficient,
+                   const at::Tensor& lr, const at::Tensor& is_finite, const at::Tensor& is_live,
+                   at::ArrayRef<double> hyperparameters) {
+  adai::check_advance(params, grads, exp_avgs, exp_avg_sqs, beta1_prods);
+  adai::check_step(inverse_means, coefficient, lr, is_finite, is_live, params);
+  const adai::Hyper hyper = adai::hyper_of(hyperparameters);
+  if (params.empty()) return at::empty({0}, lr.options().dtype(at::kDouble));
+  const c10::cuda::CUDAGuard guard(params[0].device());
+  adai::cuda::Advanced lists;
+  lists.num_elements = sizes_of(params);
+  lists.params = written_to(params);
+  lists.grads = read_from(grads);
+  lists.exp_avgs = written_to(exp_avgs);
+  lists.exp_avg_sqs = written_to(exp_avg_sqs);
+  lists.beta1_prods = written_to(beta1_prods);
+  lists.param_dtype = dtype_of(params);
+  lists.grad_dtype = dtype_of(grads);
+  lists.inverse_means = inverse_means.const_data_ptr<float>();
+  lists.coefficient = coefficient.const_data_ptr<float>();
+  lists.lr = lr.const_data_ptr<float>();
+  lists.is_finite = is_finite.const_data_ptr<bool>();
+  lists.is_live = is_live.const_data_ptr<bool>();
+  lists.hyper = hyper;
+  lists.dampening = adai::dampening_of(hyper);
+  const int64_t num_tensors = static_cast<int64_t>(params.size());
+  const at::Tensor sums = enqueued(lists, params, {num_tensors}, adai::cuda::advance);
+  for (const at::TensorList& written : {params, exp_avgs, exp_avg_sqs, beta1_prods}) adai::bump_versions(written);
+  return sums;
+}
+
+at::Tensor sums(at::TensorList exp_avg_sqs) {
+  adai::check_sums(exp_avg_sqs);
+  TORCH_CHECK_VALUE(!exp_avg_sqs.empty(), "exp_avg_sqs must have a tensor, got none");
+  const c10::cuda::CUDAGuard guard(exp_avg_sqs[0].device());
+  const adai::cuda::Summed lists{sizes_of(exp_avg_sqs), read_from(exp_avg_sqs)};
+  return enqueued(lists, exp_avg_sqs, {static_cast<int64_t>(exp_avg_sqs.size())}, adai::cuda::sum);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(adai_dist, CUDA, library) {
+  library.impl("observe", &observe);
+  library.impl("advance", &advance);
+  library.impl("sums", &sums);
+}

@@ -1,0 +1,193 @@
+// What the kernels in adai_cuda.cu share: element types, lists of tensors as kernel arguments, and how the threads of a
+// block read, write and add up a chunk.
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "adai_cuda.h"
+
+#define DEVICE_FUNCTION static __device__ __forceinline__
+
+namespace adai::cuda {
+
+constexpr int THREADS = 256;
+constexpr int VECTOR_ELEMENTS = 4;  // consecutive elements that a thread takes in one access: 16 bytes of float32
+
+// Of all arguments of a kernel; CUDA 12.1 raised the limit for architectures from 7.0 on.
+#define ADAI_FIRST_OF(first, ...) first
+#define ADAI_LOWEST_ARCHITECTURE(...) ADAI_FIRST_OF(__VA_ARGS__, 0)
+#if defined(CUDART_VERSION) && CUDART_VERSION >= 12010 && ADAI_LOWEST_ARCHITECTURE(__CUDA_ARCH_LIST__) >= 700
+constexpr int64_t MAX_ARGUMENT_BYTES = 32764;
+#else
+constexpr int64_t MAX_ARGUMENT_BYTES = 4096;
+#endif
+constexpr int64_t MAX_SCALAR_BYTES = 192;  // arguments beside the lists
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+DEVICE_FUNCTION float to_float(float x) { return x; }
+DEVICE_FUNCTION float to_float(Bfloat16 x) { return float_of(static_cast<int32_t>(uint32_t{x.bits} << 16)); }
+DEVICE_FUNCTION float to_float(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+
+DEVICE_FUNCTION void round_to(float x, float& result) { result = x; }
+DEVICE_FUNCTION void round_to(float x, Float16& result) { result.bits = __half_as_ushort(__float2half_rn(x)); }
+DEVICE_FUNCTION void round_to(float x, Bfloat16& result) {
+  const uint32_t bits = static_cast<uint32_t>(bits_of(x));
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  result.bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0);
+}
+
+// -- lists of tensors -------------------------------------------------------------------------------------------------
+
+// A launch's tensors, as arguments of its kernel. Block b has chunk b - first_blocks[slot] of the tensor at `slot`.
+template <int NUM_LISTS>
+struct Table {
+  static constexpr int64_t TENSOR_BYTES = (NUM_LISTS + 2) * 8;
+  static constexpr int CAPACITY = static_cast<int>((MAX_ARGUMENT_BYTES - MAX_SCALAR_BYTES) / TENSOR_BYTES);
+
+  void* lists[NUM_LISTS][CAPACITY];
+  int64_t num_elements[CAPACITY];
+  int64_t first_blocks[CAPACITY];
+  int num_tensors;
+
+  template <class POINTER>
+  void set_list(int list, const std::vector<POINTER>& pointers, const Launch& launch) {
+    for (int64_t slot = 0; slot < launch.num_tensors && !pointers.empty(); ++slot) {
+      lists[list][slot] = const_cast<void*>(static_cast<const void*>(pointers[launch.first_tensor + slot]));
+    }
+  }
+
+  void set_sizes(const std::vector<int64_t>& all_num_elements, const Launch& launch) {
+    num_tensors = static_cast<int>(launch.num_tensors);
+    int64_t first_block = -launch.num_skipped;
+    for (int slot = 0; slot < num_tensors; ++slot) {
+      num_elements[slot] = all_num_elements[launch.first_tensor + slot];
+      first_blocks[slot] = first_block;
+      first_block += num_chunks(num_elements[slot]);
+    }
+  }
+
+  // The last tensor that begins at this block or before; an empty one begins where the next one does.
+  __device__ int slot_of(int64_t block) const {
+    int low = 0, high = num_tensors;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      if (first_blocks[middle] <= block) low = middle;
+      else high = middle;
+    }
+    return low;
+  }
+};
+
+// Where a block finds its elements.
+struct Chunk {
+  int slot;
+  int64_t offset;  // of the first element, in its tensor
+  int count;
+
+  template <class TABLE>
+  __device__ Chunk(const TABLE& table, int64_t block) : slot(table.slot_of(block)) {
+    offset = (block - table.first_blocks[slot]) * CHUNK_ELEMENTS;
+    const int64_t left = table.num_elements[slot] - offset;
+    count = static_cast<int>(left < CHUNK_ELEMENTS ? left : CHUNK_ELEMENTS);
+  }
+
+  // The elements in the tensor of a list.
+  template <class T>
+  __device__ T* of(void* const* list) const {
+    return static_cast<T*>(list[slot]) + offset;
+  }
+};
+
+// -- elements of a chunk ----------------------------------------------------------------------------------------------
+
+template <class T>
+struct alignas(VECTOR_ELEMENTS * sizeof(T)) Vector {
+  T elements[VECTOR_ELEMENTS];
+};
+
+template <class T>
+DEVICE_FUNCTION bool is_aligned(const T* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % sizeof(Vector<T>) == 0;
+}
+
+// What the threads take at a time: NUM elements each, in vectors of consecutive ones; vector i of a thread lies THREADS
+// vectors behind its vector i - 1. So a thread has the same elements in the same order, however the tiles are cut. A
+// whole tile is read and written in vectors, any other one element by element and no further than `count`.
+template <int NUM_VECTORS, bool IS_WHOLE>
+struct Tile {
+  static constexpr int NUM = NUM_VECTORS * VECTOR_ELEMENTS;
+  static constexpr int ELEMENTS = NUM * THREADS;
+
+  int first, count;  // in the chunk
+
+  // Where element i of this thread is in the chunk.
+  __device__ int index(int i) const {
+    const int vector = i / VECTOR_ELEMENTS * THREADS + static_cast<int>(threadIdx.x);
+    return first + vector * VECTOR_ELEMENTS + i % VECTOR_ELEMENTS;
+  }
+
+  // Elements from `count` on read as 0.
+  template <class T>
+  __device__ void load(const T* chunk, T (&x)[NUM]) const {
+#pragma unroll
+    for (int i = 0; i < NUM; i += VECTOR_ELEMENTS) {
+      Vector<T> vector{};
+      if (IS_WHOLE) vector = *reinterpret_cast<const Vector<T>*>(chunk + index(i));
+#pragma unroll
+      for (int k = 0; k < VECTOR_ELEMENTS; ++k) {
+        if (!IS_WHOLE && index(i + k) < count) vector.elements[k] = chunk[index(i + k)];
+        x[i + k] = vector.elements[k];
+      }
+    }
+  }
+
+  template <class T>
+  __device__ void store(const T (&x)[NUM], T* chunk) const {
+#pragma unroll
+    for (int i = 0; i < NUM; i += VECTOR_ELEMENTS) {
+      Vector<T> vector;
+#pragma unroll
+      for (int k = 0; k < VECTOR_ELEMENTS; ++k) {
+        vector.elements[k] = x[i + k];
+        if (!IS_WHOLE && index(i + k) < count) chunk[index(i + k)] = x[i + k];
+      }
+      if (IS_WHOLE) *reinterpret_cast<Vector<T>*>(chunk + index(i)) = vector;
+    }
+  }
+};
+
+// Call body(tile) until all elements of a chunk had their turn.
+template <int NUM_VECTORS, class BODY>
+DEVICE_FUNCTION void for_each_tile(int count, bool are_aligned, const BODY& body) {
+  using Whole = Tile<NUM_VECTORS, true>;
+  using Part = Tile<1, false>;
+  int first = 0;
+  if (are_aligned) {
+    for (; first + Whole::ELEMENTS <= count; first += Whole::ELEMENTS) body(Whole{first, count});
+  }
+  for (; first < count; first += Part::ELEMENTS) body(Part{first, count});
+}
+
+// Add up one number of each thread, always in the same order. Thread 0 has the sum.
+DEVICE_FUNCTION double block_sum(double x) {
+  __shared__ double terms[THREADS];
+  __syncthreads();  // thread 0 may still read the terms of the sum before this one
+  terms[threadIdx.x] = x;
+  for (unsigned stride = THREADS / 2; stride > 0; stride /= 2) {
+    __syncthreads();
+    if (threadIdx.x < stride) terms[threadIdx.x] += terms[threadIdx.x + stride];
+  }
+  return terms[0];
+}
+
+}  // namespace adai::cuda

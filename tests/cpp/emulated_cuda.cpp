@@ -1,0 +1,81 @@
+// The CUDA kernels on the CPU, as functions that Python can call; tests/test_cuda_source.py builds and calls them.
+#include ADAI_CUDA_SOURCE  // adai_cuda.cu, its launches written as calls of emulated::launch
+
+using namespace adai;
+using namespace adai::cuda;
+
+template <class POINTER>
+static std::vector<POINTER> listed(void* const* pointers, int64_t num_tensors) {
+  std::vector<POINTER> list;
+  for (int64_t i = 0; pointers && i < num_tensors; ++i) list.push_back(static_cast<POINTER>(pointers[i]));
+  return list;
+}
+
+extern "C" {
+
+void set_descending(bool value) { emulated::descending = value; }
+
+// Writes (tensor, offset, count) of the chunk of every block, in the order of their partials. Returns their number.
+int64_t chunks(const int64_t* num_elements, int64_t num_tensors, int64_t max_tensors, int64_t max_chunks,
+               int64_t (*result)[3]) {
+  const std::vector<int64_t> sizes(num_elements, num_elements + num_tensors);
+  int64_t num_results = 0;
+  static Table<5> table;
+  for (const Launch& launch : plan_launches(sizes, max_tensors ? max_tensors : table.CAPACITY, max_chunks)) {
+    if (launch.first_chunk != num_results || launch.num_tensors > table.CAPACITY) return -1;
+    table.set_sizes(sizes, launch);
+    for (int64_t block = 0; block < launch.num_chunks; ++block, ++num_results) {
+      const Chunk chunk(table, block);
+      result[num_results][0] = launch.first_tensor + chunk.slot;
+      result[num_results][1] = chunk.offset;
+      result[num_results][2] = chunk.count;
+    }
+  }
+  return num_results;
+}
+
+const char* observe(const int64_t* num_elements, int64_t num_tensors, void* const* grads, void* const* params,
+                    int32_t grad_dtype, int32_t param_dtype, double* sums) {
+  Observed x;
+  x.num_elements.assign(num_elements, num_elements + num_tensors);
+  x.grads = listed<const void*>(grads, num_tensors);
+  x.params = listed<const void*>(params, num_tensors);
+  x.grad_dtype = static_cast<Dtype>(grad_dtype);
+  x.param_dtype = static_cast<Dtype>(param_dtype);
+  std::vector<double> partials(static_cast<size_t>(num_partials(x)));
+  return observe(x, partials.data(), sums, nullptr);
+}
+
+// lists: params, grads, exp_avgs, exp_avg_sqs, beta1_prods. scalars: coefficient, lr. flags: is_finite, is_live.
+const char* advance(const int64_t* num_elements, int64_t num_tensors, void* const* const* lists, int32_t param_dtype,
+                    int32_t grad_dtype, const float* inverse_means, const float* scalars, const bool* flags,
+                    const double* hyper, double* sums) {
+  Advanced x;
+  x.num_elements.assign(num_elements, num_elements + num_tensors);
+  x.params = listed<void*>(lists[0], num_tensors);
+  x.grads = listed<const void*>(lists[1], num_tensors);
+  x.exp_avgs = listed<void*>(lists[2], num_tensors);
+  x.exp_avg_sqs = listed<void*>(lists[3], num_tensors);
+  x.beta1_prods = listed<void*>(lists[4], num_tensors);
+  x.param_dtype = static_cast<Dtype>(param_dtype);
+  x.grad_dtype = static_cast<Dtype>(grad_dtype);
+  x.inverse_means = inverse_means;
+  x.coefficient = &scalars[0];
+  x.lr = &scalars[1];
+  x.is_finite = &flags[0];
+  x.is_live = &flags[1];
+  const auto rounded = [&](int i) { return static_cast<float>(hyper[i]); };
+  x.hyper = {rounded(0), rounded(1), rounded(2), rounded(3), rounded(4), rounded(5), rounded(8), exponent(hyper[7]),
+             exponent(hyper[6])};
+  x.dampening = hyper[6] == 1.0 ? Dampening::one : hyper[6] == 0.0 ? Dampening::zero : Dampening::between;
+  std::vector<double> partials(static_cast<size_t>(num_partials(x)));
+  return advance(x, partials.data(), sums, nullptr);
+}
+
+const char* sum(const int64_t* num_elements, int64_t num_tensors, void* const* exp_avg_sqs, double* sums) {
+  const Summed x{{num_elements, num_elements + num_tensors}, listed<const void*>(exp_avg_sqs, num_tensors)};
+  std::vector<double> partials(static_cast<size_t>(num_partials(x)));
+  return sum(x, partials.data(), sums, nullptr);
+}
+
+}  // extern "C"

@@ -1,0 +1,192 @@
+"""The CUDA sources without a GPU: they compile for all architectures, and what they compute is right on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from adai_dist.equations import Shards
+from adai_dist.hyper import Hyper
+from adai_dist.kernels import build
+from tests import emulated_cuda, kernel_cases
+from tests.kernel_cases import DTYPE_PAIRS, DTYPES, MIXED, OPTIONS, SIZES, Operators, make_shards
+
+CSRC = build.CSRC
+NVCC = shutil.which("nvcc")
+
+# -- compilation -------------------------------------------------------------------------------------------------------
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+
+
+@dataclass
+class Target:
+    architecture: str
+    code: str
+
+
+TARGETS = [
+    pytest.param(Target("compute_80", "sm_80"), id="sm_80", marks=pytest.mark.slow),
+    pytest.param(Target("compute_90", "sm_90"), id="sm_90"),
+    pytest.param(Target("compute_100", "sm_100"), id="sm_100", marks=pytest.mark.slow),
+    pytest.param(Target("compute_90", "compute_90"), id="PTX", marks=pytest.mark.slow),
+]
+
+
+@needs_nvcc
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_kernels_compile_without_warnings_and_spill_no_registers(target: Target, tmp_path: Path) -> None:
+    known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    if target.architecture not in known:
+        pytest.skip(f"this nvcc does not know {target.architecture}")
+    command = [str(NVCC), "-std=c++17", *build.CUDA.nvcc_flags, "-Werror", "all-warnings", "-Xptxas", "-v"]
+    command += ["-Xcompiler", "-Wall,-Wextra,-Werror", f"-gencode=arch={target.architecture},code={target.code}"]
+    command += ["-c", str(CSRC / "adai_cuda.cu"), "-o", str(tmp_path / "adai_cuda.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if target.code.startswith("sm_"):
+        spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+        assert len(spills) > 100
+        assert set(spills) == {("0", "0", "0")}
+
+
+# -- the same sources on the CPU ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    if emulated_cuda.compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    return emulated_cuda.build(tmp_path_factory.mktemp("emulated_cuda"))
+
+
+@pytest.fixture(params=["ascending", "descending"])
+def operators(library: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterator[Operators]:
+    """The threads of a block take their turns in either order: results that depend on it would be a race."""
+    library.set_descending(ctypes.c_bool(request.param == "descending"))
+    yield emulated_cuda.operators(library)
+    library.set_descending(ctypes.c_bool(False))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_size_is_stepped_and_observed(operators: Operators, name: str) -> None:
+    kernel_cases.check_advance(operators, make_shards(SIZES[name], operators.device), Hyper(lr=1.0))
+    kernel_cases.check_observe(operators, make_shards(SIZES[name], operators.device))
+    kernel_cases.check_sums(operators, make_shards(SIZES[name], operators.device))
+
+
+@pytest.mark.parametrize("retired", [False, True], ids=["with products", "retired"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_variant_follows_the_equations(operators: Operators, name: str, retired: bool) -> None:
+    shards = make_shards(MIXED, operators.device, retired=retired)
+    kernel_cases.check_advance(operators, shards, Hyper(lr=1.0, **OPTIONS[name]))
+
+
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
+def test_every_pair_of_dtypes_follows_the_equations(
+    operators: Operators, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    shards = make_shards(MIXED, operators.device, dtypes)
+    kernel_cases.check_advance(operators, shards, Hyper(lr=1.0, **OPTIONS["l2"]))
+    kernel_cases.check_observe(operators, shards)
+
+
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS[::2], ids=str)
+def test_alignment_changes_no_bit(operators: Operators, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    kernel_cases.check_alignment(operators, Hyper(lr=1.0, **OPTIONS["dampening 0.4, l2"]), dtypes)
+
+
+@pytest.mark.parametrize("is_finite", [True, False], ids=["finite", "non-finite"])
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS[::4], ids=str)
+def test_a_step_that_does_not_count_leaves_the_states(
+    operators: Operators, dtypes: tuple[torch.dtype, torch.dtype], is_finite: bool
+) -> None:
+    kernel_cases.check_standing_still(operators, dtypes, is_finite=is_finite)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_non_finite_gradient_shows_in_its_sum(operators: Operators, value: float, dtype: torch.dtype) -> None:
+    kernel_cases.check_non_finite(operators, value, dtype)
+
+
+@pytest.mark.parametrize("retired", [False, True], ids=["with products", "retired"])
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
+def test_elements_have_the_bits_of_the_cpu_kernels(
+    library: ctypes.CDLL, dtypes: tuple[torch.dtype, torch.dtype], retired: bool
+) -> None:
+    build.load(build.CPU)
+    for options in OPTIONS.values():
+        hyper = Hyper(lr=1.0, **options)
+        shards = make_shards(MIXED, torch.device("cpu"), dtypes, retired=retired)
+        kernel_cases.check_same_as_cpu(emulated_cuda.operators(library), shards, hyper)
+
+
+# -- the torch binding on the CPU --------------------------------------------------------------------------------------
+
+
+def run_binding(folder: Path) -> None:
+    emulated_cuda.build_binding(folder)
+    operators = kernel_cases.torch_operators("cpu")
+    for dtypes in DTYPE_PAIRS:
+        shards = make_shards(MIXED, operators.device, dtypes)
+        kernel_cases.check_observe(operators, shards)
+        kernel_cases.check_advance(operators, shards, Hyper(lr=1.0, **OPTIONS["l2"]))
+        kernel_cases.check_standing_still(operators, dtypes, is_finite=True)
+    for retired in (False, True):
+        shards = make_shards(SIZES["with nothing between"], operators.device, retired=retired)
+        kernel_cases.check_sums(operators, shards)
+        before = versions(shards)
+        kernel_cases.step(operators, shards, Hyper(lr=1.0), kernel_cases.make_scalars(shards))
+        for name, then, now in zip(Shards._fields, before, versions(shards), strict=True):
+            assert now == [version + (name != "grad") for version in then]
+
+
+def versions(shards: Shards) -> list[list[int]]:
+    return [[x._version for x in tensors] for tensors in shards]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(emulated_cuda.compiler() is None, reason="needs a C++ compiler")
+def test_the_torch_binding_hands_over_the_lists_and_counts_what_was_written(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:  # has no kernels of the CPU
+        pool.submit(run_binding, tmp_path).result()
+
+
+# -- launches ----------------------------------------------------------------------------------------------------------
+
+PLANS = {
+    "small": [0, 1, 7, 2**16 + 1],
+    "beyond 2^31": [2**31 + 3, 5, 2**33, 0, 2**31],
+    "thousands": [(7919 * i) % 100_000 for i in range(5000)],
+    "nothing": [0, 0, 0],
+    "one": [2**15],
+}
+LIMITS = {"as built": (0, 2**23), "few tensors": (3, 2**23), "few chunks": (0, 1000), "few of both": (2, 7)}
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("name", PLANS)
+def test_blocks_cover_every_element_once_and_in_order(library: ctypes.CDLL, name: str, limits: str) -> None:
+    sizes = PLANS[name]
+    chunks = emulated_cuda.chunks(library, sizes, *LIMITS[limits])
+    tensor, offset, count = chunks.unbind(1)
+    assert len(chunks) == sum(-(-size // 2**15) for size in sizes)
+    assert (count > 0).all()
+    first = torch.tensor([0, *sizes]).cumsum(0)  # where each tensor begins if all lie one behind the other
+    begin = first[tensor] + offset
+    assert torch.equal(begin, torch.tensor([0, *count.tolist()]).cumsum(0)[:-1])
+    assert (offset + count <= torch.tensor(sizes)[tensor]).all()
+    assert count.sum() == sum(sizes)

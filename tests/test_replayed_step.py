@@ -1,0 +1,84 @@
+"""A CUDA graph repeats a step's operations on the same addresses; so does this recorder, on the CPU.
+
+What one step hands to the next must therefore be written in place. tests/gpu replays a real graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from adai_dist import AdaiV2
+from adai_dist.sharding.shards import OwnedShards
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def prepared() -> tuple[list[Parameter], AdaiV2]:
+    parameters = [Parameter(torch.linspace(-1, 1, size)) for size in (1000, 7)]
+    return parameters, AdaiV2(parameters, lr=0.1, dampening=0.5, weight_decay=0.01, max_grad_norm=1.0)
+
+
+def set_gradients(parameters: list[Parameter], step: int) -> None:
+    for parameter in parameters:
+        gradient = torch.sin(torch.arange(parameter.numel()) * (step + 1.0))
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            parameter.grad.copy_(gradient)
+
+
+def replayed_and_eager(num_replays: int) -> tuple[list[Parameter], list[Parameter]]:
+    (parameters, optimizer), (expected, eager) = prepared(), prepared()
+    recorder = Recorder()
+    for step in range(4 + num_replays):
+        set_gradients(parameters, step)
+        set_gradients(expected, step)
+        eager.step()
+        if step < 3:  # makes the states, and the sums that the recorded step begins with
+            optimizer.step()
+        elif step == 3:
+            with recorder:
+                optimizer.step()
+        else:
+            recorder.replay()
+    return parameters, expected
+
+
+@pytest.mark.parametrize("mode", ["auto", "off"])
+def test_a_step_can_be_repeated_at_the_same_addresses(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAI_DIST_KERNELS", mode)
+    for replayed, expected in zip(*replayed_and_eager(4), strict=True):
+        assert torch.equal(replayed, expected)
+
+
+def test_the_recorder_sees_what_is_not_written_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep_new_sums(owned: OwnedShards, sums: Tensor) -> None:
+        for index, holding in enumerate(owned.holdings):
+            holding.keep_sum(sums, index)
+
+    monkeypatch.setattr("adai_dist.optimizer.adaptive_inertia.keep_sums", keep_new_sums)
+    assert any(not torch.equal(replayed, expected) for replayed, expected in zip(*replayed_and_eager(4), strict=True))
