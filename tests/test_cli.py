@@ -116,15 +116,6 @@ def test_compare_refuses_a_folder_that_is_no_run(tmp_path: Path, capfd: pytest.C
     assert capfd.readouterr().err.startswith("adai-dist: a run must have a readable summary.json; got ")
 
 
-def test_bench_prints_a_table_or_json(capfd: pytest.CaptureFixture[str]) -> None:
-    small = ("bench", "--numel", "1000", "--repetitions", "1")
-    assert end_of(*small) == 0
-    assert "AdamW fused, clipped" in capfd.readouterr().out
-    assert end_of(*small, "--json", "--dtype", "float64") == 0
-    report = json.loads(capfd.readouterr().out)
-    assert (report["numel"], report["dtype"]) == (1000, "float64")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,29 +1,309 @@
-"""The benchmark counts bytes as the algorithms do, and reports every case."""
+"""The benchmark counts bytes as the algorithms do, measures what its cases are called, and reports all of it."""
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
 import pytest
+import torch
+from torch import Tensor
 
-from adai_dist.tools.bench import REFERENCE, bench_table, measure
+from adai_dist.cli import main
+from adai_dist.tools.bench import SHAPES, Setting, bench_table, measure
+from adai_dist.tools.bench.cases import COPY_BYTES, REFERENCE, STEP, Case, Model, adamw_cases, our_cases
+from adai_dist.tools.bench.memory import extra_bytes
+from adai_dist.tools.bench.others import other_cases
+from adai_dist.tools.bench.run import _times
+from adai_dist.tools.bench.shapes import of_numel
+
+CPU = torch.device("cpu")
+OURS = ["observe", "advance", "Adai", STEP, "Adai, clipped, retired", "Adai, clipped, coupled decay"]
+OURS += ["AdaiV2 d=0, clipped", "Adai by equations, clipped"]
+OTHERS = ("deepspeed", "deepspeed.ops", "deepspeed.ops.adam", "pytorch_optimizer")
+ADAMW = ["AdamW fused", REFERENCE, "AdamW foreach, clipped"]
 
 
-@pytest.mark.parametrize(("dtype", "adai", "adamw"), [("float32", 40, 28), ("bfloat16", 32, 14)])
-def test_every_case_is_measured_and_its_bytes_counted(dtype: str, adai: int, adamw: int) -> None:
-    report = measure("cpu", 2**20 + 3, dtype, repetitions=1)
+@pytest.fixture(autouse=True)
+def _logging_and_a_short_copy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(COPY_BYTES, "cpu", 2**20)
+    handlers = logging.root.handlers[:]
+    yield
+    logging.root.handlers[:] = handlers
+
+
+def small_model(dtype: torch.dtype = torch.float32) -> Model:
+    return Model.of([(17, 5), (3,), (40,)], CPU, dtype)
+
+
+def every_case(model: Model) -> dict[str, Case]:
+    return {case.name: case for case in (*our_cases(model)[0], *adamw_cases(model))}
+
+
+def run(case: Case) -> None:
+    case.prepare()
+    case.run()
+
+
+# -- what is counted -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "num_tensors", "numel"),
+    [("gpt2-124m", 148, 124_439_808), ("llama-7b-layer", 9, 202_383_360), ("tiny-148", 148, 2368)],
+)
+def test_the_shapes_are_those_of_the_models(name: str, num_tensors: int, numel: int) -> None:
+    shapes = SHAPES[name]()
+    assert (len(shapes), sum(map(prod, shapes))) == (num_tensors, numel)
+
+
+def test_the_shapes_are_those_that_transformers_builds() -> None:
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config())
+        config = transformers.LlamaConfig(num_hidden_layers=1)
+        layer = transformers.LlamaModel(config).layers[0]
+    gpt2.tie_weights()
+    assert [tuple(param.shape) for param in gpt2.parameters()] == SHAPES["gpt2-124m"]()
+    assert sorted(tuple(param.shape) for param in layer.parameters()) == sorted(SHAPES["llama-7b-layer"]())
+
+
+@pytest.mark.parametrize(("numel", "sizes"), [(1, [1]), (2**20, [2**20]), (2**21 + 3, [2**20, 2**20, 3])])
+def test_a_number_of_parameters_is_cut_into_tensors(numel: int, sizes: list[int]) -> None:
+    assert of_numel(numel) == [(size,) for size in sizes]
+
+
+# Bytes per parameter: observe reads g; advance reads theta, g, m, v, P and writes theta, m, v, P; retired leaves P out;
+# coupled decay reads theta in observe, too. AdamW reads theta, g, m, v and writes theta, m, v; clipping reads g, and
+# then reads and writes it. States of Adai are float32 whatever the parameters are.
+@pytest.mark.parametrize(
+    ("dtype", "observe", "advance", "step", "retired", "coupled", "adamw", "clipped"),
+    [
+        (torch.float32, 4, 36, 40, 32, 44, 28, 40),
+        (torch.bfloat16, 2, 30, 32, 24, 34, 14, 20),
+        (torch.float16, 2, 30, 32, 24, 34, 14, 20),
+    ],
+)
+def test_bytes_are_counted_as_by_hand(
+    dtype: torch.dtype, observe: int, advance: int, step: int, retired: int, coupled: int, adamw: int, clipped: int
+) -> None:
+    model = small_model(dtype)
+    counted = {name: case.num_bytes / model.numel for name, case in every_case(model).items()}
+    assert model.numel == 17 * 5 + 3 + 40
+    assert [counted[name] for name in OURS] == [observe, advance, step, step, retired, coupled, step, step]
+    assert [counted[name] for name in ADAMW] == [adamw, clipped, clipped]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_of_the_tensors_that_are_there(dtype: torch.dtype) -> None:
+    model = small_model(dtype)
+    ours, optimizer = our_cases(model)
+    adamw = adamw_cases(model)[0]
+    fused = torch.optim.AdamW(model.params, fused=True)
+    fused.step()
+
+    def size(tensors: list[Tensor]) -> int:
+        return sum(tensor.nbytes for tensor in tensors)
+
+    gradients = size([param.grad for param in model.params if param.grad is not None])
+    for case, states in ((ours[1], optimizer.state), (adamw, fused.state)):
+        written = size([*model.params, *(x for state in states.values() for x in state.values() if x.ndim > 0)])
+        assert case.num_bytes == gradients + 2 * written
+
+
+# -- what is run -----------------------------------------------------------------------------------------------------
+
+
+def contents(model: Model, states: dict[Tensor, dict[str, Tensor]], name: str) -> list[Tensor]:
+    return [(states[param][name] if name else param.detach()).clone() for param in model.params]
+
+
+@pytest.mark.parametrize(
+    ("case", "changed"),
+    [
+        ("observe", ""),
+        ("advance", "param exp_avg exp_avg_sq beta1_prod step"),
+        (STEP, "param exp_avg exp_avg_sq beta1_prod step"),
+        ("Adai, clipped, retired", "param exp_avg exp_avg_sq step"),
+        ("AdamW fused", "param"),
+    ],
+)
+def test_a_case_writes_what_its_name_says(case: str, changed: str) -> None:
+    model = small_model()
+    ours, optimizer = our_cases(model)
+    cases = {item.name: item for item in (*ours, *adamw_cases(model))}
+    cases[case].prepare()
+    names = ("", "exp_avg", "exp_avg_sq", "beta1_prod", "step")
+    before = {name: contents(model, optimizer.state, name) for name in names}
+    cases[case].run()
+    after = {name: contents(model, optimizer.state, name) for name in names}
+    different = [name or "param" for name in names if not all(map(torch.equal, before[name], after[name]))]
+    assert " ".join(different) == changed
+
+
+def test_a_clipped_step_clips_and_the_others_do_not() -> None:
+    model = small_model()
+    ours, optimizer = our_cases(model)
+    cases = {case.name: case for case in ours}
+    bounds: dict[str, float | None] = {}
+    for case in cases.values():
+        case.prepare()
+        bounds[case.name] = optimizer.max_grad_norm
+    del bounds["Adai by equations, clipped"]
+    assert bounds == {name: None if name == "Adai" else model.max_norm for name in bounds}
+    assert float(torch.stack([param.grad.norm() for param in model.params if param.grad is not None]).norm()) > 0
+    run(cases["AdaiV2 d=0, clipped"])
+    assert optimizer.param_groups[0]["dampening"] == 0.0
+    run(cases["Adai, clipped, coupled decay"])
+    assert optimizer.param_groups[0]["weight_decay"] > 0.0
+    assert not optimizer.param_groups[0]["decoupled"]
+
+
+def test_one_case_steps_by_the_equations_and_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAI_DIST_KERNELS", "auto")
+    model = small_model()
+    case = {case.name: case for case in our_cases(model)[0]}["Adai by equations, clipped"]
+    run(case)
+    assert "equations" in repr(case.run.__self__)  # type: ignore[attr-defined]
+    assert os.environ["ADAI_DIST_KERNELS"] == "auto"
+
+
+def test_no_case_always_follows_the_same_one() -> None:
+    called: list[str] = []
+    cases = [Case(name, "torch", lambda name=name: called.append(name), 1) for name in "abcd"]
+    times = _times(cases, Setting(repetitions=12))
+    assert {name: len(values) for name, values in times.items()} == dict.fromkeys("abcd", 12)
+    rounds = [called[i : i + 4] for i in range(0, len(called), 4)]
+    assert all(sorted(names) == list("abcd") for names in rounds)
+    before = {name: {called[i - 1] for i in range(1, len(called)) if called[i] == name} for name in "abcd"}
+    assert all(len(names) >= 3 for names in before.values())
+
+
+def test_extra_memory_is_the_peak_of_what_is_held_at_one_time() -> None:
+    def allocate() -> None:
+        large = torch.empty(3 * 2**20, dtype=torch.uint8)
+        del large
+        small = [torch.empty(2**20, dtype=torch.uint8) for _ in range(2)]
+        del small
+
+    assert extra_bytes(allocate, CPU) == 3 * 2**20
+    assert extra_bytes(lambda: None, CPU) == 0
+
+
+# -- what is reported ------------------------------------------------------------------------------------------------
+
+
+def test_every_case_is_measured_and_the_columns_follow_from_each_other() -> None:
+    report = measure(Setting(numel=2**20 + 3, repetitions=3, threads=1, others=False))
     rows = {row["case"]: row for row in report["rows"]}
-    assert rows["Adai, clipped"]["bytes_per_parameter"] == rows["Adai"]["bytes_per_parameter"] == adai
-    assert rows["AdamW fused"]["bytes_per_parameter"] == adamw
+    assert list(rows) == ["copy", *OURS, *ADAMW]
+    assert (report["numel"], report["num_tensors"], report["threads"]) == (2**20 + 3, 2, 1)
+    assert report["command"].endswith("--numel 1048579 --dtype float32 --repetitions 3 --threads 1 --no-others")
+    assert report["hardware"]["cpu"]
+    assert report["versions"]["torch"] == torch.__version__
+    assert re.match("cpu: (compiled kernels|equations)", report["kernels"])
     assert rows[REFERENCE]["ratio"] == 1.0
+    copy = rows.pop("copy")
+    assert (copy["bytes_per_parameter"], copy["ratio"], copy["copy_share"]) == (None, None, 1.0)
+    assert copy["gigabytes_per_second"] == pytest.approx(2 * 2**20 / copy["milliseconds"] / 1e6)
     for row in rows.values():
-        assert row["milliseconds"] > 0
+        assert 0 < row["fastest"] <= row["lower_quartile"] <= row["milliseconds"] <= row["upper_quartile"]
         moved = row["bytes_per_parameter"] * (2**20 + 3)
         assert row["gigabytes_per_second"] == pytest.approx(moved / row["milliseconds"] / 1e6)
+        assert row["copy_share"] == pytest.approx(row["gigabytes_per_second"] / copy["gigabytes_per_second"])
+        assert row["ratio"] == pytest.approx(row["milliseconds"] / rows[REFERENCE]["milliseconds"])
+    assert rows["AdamW foreach, clipped"]["extra_bytes"] > 4 * 2**20, "it has temporaries as large as a parameter"
+    assert rows["AdamW fused"]["extra_bytes"] < 2**10
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_the_table_has_a_line_for_every_case_and_for_everything_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in OTHERS:
+        monkeypatch.setitem(sys.modules, module, None)
+    report = measure(Setting(shapes="tiny-148", repetitions=1, dtype="bfloat16"))
     lines = bench_table(report).splitlines()
-    assert [line[:28].strip() for line in lines[3:10]] == list(rows)
+    assert lines[0] == "$ adai-dist bench --device cpu --shapes tiny-148 --dtype bfloat16 --repetitions 1"
+    assert lines[1].startswith("2,368 parameters in 148 tensors, bfloat16; median of 1 ")
+    assert "2 CPU threads" in lines[2] or f"{torch.get_num_threads()} CPU threads" in lines[2]
+    assert lines[3] == f"kernels: {report['kernels']}"
+    assert lines[5].split() == ["case", "ms", "spread", "bytes/param", "GB/s", "of", "copy", "ratio", "extra", "MiB"]
+    assert [line[:30].strip() for line in lines[6:18]] == ["copy", *OURS, *ADAMW]
+    assert len({len(line) for line in lines[5:18]}) == 1, "columns are aligned"
+    assert [line for line in lines if line.startswith("not installed: DeepSpeed CPUAdam (package deepspeed")]
+    assert "not installed: pytorch_optimizer Adai (package pytorch_optimizer)" in lines
 
 
-def test_what_cannot_be_measured_is_refused() -> None:
-    with pytest.raises(ValueError, match="numel must be at least 1; got 0"):
-        measure("cpu", 0, "float32", 1)
-    with pytest.raises(ValueError, match="device must be one that is there; got 'tpu'"):
-        measure("tpu", 8, "float32", 1)
+def test_a_package_that_fails_is_told_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> None:
+            raise RuntimeError("no compiler\nin many lines")
+
+    for module in OTHERS:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", Broken())  # type: ignore[arg-type]
+    cases, missing = other_cases(small_model())
+    assert cases == []
+    assert missing[1] == "not measured: pytorch_optimizer Adai (RuntimeError: no compiler)"
+
+
+def test_other_packages_cannot_spoil_the_parameters_of_the_cases() -> None:
+    model = small_model()
+    other = model.for_another()
+    for param in other.params:
+        param.detach().fill_(torch.nan)
+    assert all(param.isfinite().all() for param in model.params)
+    assert all(a.grad is b.grad for a, b in zip(model.params, other.params, strict=True))
+
+
+def end_of(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["bench", *map(str, arguments)])
+    return int(end.value.code or 0)
+
+
+def test_the_command_prints_a_table_and_writes_json_and_a_picture(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    results, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    options = ("--numel", "1000", "--repetitions", "1", "--no-others", "--dtype", "float16")
+    assert end_of(*options, "--json", results, "--plot", picture) == 0
+    stdout, _ = capfd.readouterr()
+    report = json.loads(results.read_text())
+    assert (report["numel"], report["dtype"], report["missing"]) == (1000, "float16", [])
+    assert stdout == f"{bench_table(report)}\n"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--numel", "0"], "numel must be at least 1; got 0; give a larger number"),
+        (["--repetitions", "0"], "repetitions must be at least 1; got 0; give a larger number"),
+        (["--threads", "-1"], "threads must be at least 1; got -1; give a larger number"),
+        (["--device", "tpu"], "device must be one that is there; got 'tpu'; use cpu"),
+        (["--dtype", "float64"], "dtype must be one of float32, bfloat16, float16; got 'float64'; use one of these"),
+        (["--shapes", "gpt3"], "shapes must be one of gpt2-124m, llama-7b-layer, tiny-148; got 'gpt3'; use one of"),
+        (["--json", "nowhere/x.json"], "--json and --plot must name files that can be written; got [Errno 2] "),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert end_of(*arguments) == 2
+    stdout, stderr = capfd.readouterr()
+    assert stdout == ""
+    assert stderr.startswith(f"adai-dist: {message}")
+    assert stderr.count("\n") == 1

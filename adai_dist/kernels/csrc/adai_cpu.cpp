@@ -1,4 +1,5 @@
-// torch.ops.adai_dist.{observe, advance, sums} on the CPU; the schemas, and what they mean, are in adai_dist/kernels/ops.py.
+// torch.ops.adai_dist.{observe, advance, sums} on the CPU; the schemas, and what they mean, are in
+// adai_dist/kernels/ops.py.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/zeros.h>

@@ -10,7 +10,7 @@ namespace cpu {
 
 enum class Dtype { float32, bfloat16, float16 };
 
-// Tensors are stepped and summed in chunks, by as many threads as there are; a chunk is always summed in the same order.
+// Tensors are stepped and summed in chunks, by as many threads as there are; a chunk is always summed in one order.
 constexpr int64_t CHUNK_ELEMENTS = 1 << 14;
 
 // A run of elements of one parameter, at most CHUNK_ELEMENTS long.

@@ -25,7 +25,7 @@ ADAI_FUNCTION double sum_of(const double (&lanes)[LANES]) {
   return sums[0];
 }
 
-// -- conversions; exact to float32, and rounded to nearest, ties to even, from it ---------------------------------------
+// -- conversions; exact to float32, and rounded to nearest, ties to even, from it -------------------------------------
 
 struct BFloat16 {
   uint16_t bits;
@@ -45,7 +45,7 @@ ADAI_FUNCTION float widen(Float16 x) {
   const int32_t sign = in_upper_half(x.bits & 0x8000);
   const int32_t magnitude = x.bits & 0x7fff;
   const float subnormal = static_cast<float>(magnitude) * 5.9604644775390625e-8f;  // 2^-24
-  const int32_t rebias = magnitude >= 0x7c00 ? 224 << 23 : 112 << 23;              // infinity and NaN stay what they are
+  const int32_t rebias = magnitude >= 0x7c00 ? 224 << 23 : 112 << 23;              // infinity and NaN stay themselves
   const int32_t normal = magnitude * (1 << 13) + rebias;
   return float_of((magnitude < 0x400 ? bits_of(subnormal) : normal) | sign);
 }
@@ -69,7 +69,7 @@ ADAI_FUNCTION void narrow(float x, Float16& to) {
   to.bits = static_cast<uint16_t>((magnitude >= 0x47800000 ? beyond : finite) | ((bits >> 16) & 0x8000));  // 2^16
 }
 
-// -- loops over at most a block of float32 -----------------------------------------------------------------------------
+// -- loops over at most a block of float32 ----------------------------------------------------------------------------
 
 struct ObserveLanes {
   double grad_grad[LANES] = {}, grad_param[LANES] = {}, param_param[LANES] = {};
@@ -170,7 +170,7 @@ AdvanceBlock advance_of(const Options& options) {
   return options.has_product ? advance_of<false, true>(options.dampening) : advance_of<false, false>(options.dampening);
 }
 
-// -- chunks of any dtype -----------------------------------------------------------------------------------------------
+// -- chunks of any dtype ----------------------------------------------------------------------------------------------
 
 // A block of `from` as float32: the block itself, or a converted copy in `buffer`.
 template <class T>

@@ -4,8 +4,8 @@
 // the legend of the symbols is there. Functions take scalar references and have their booleans as template arguments,
 // which is what lets a compiler vectorise the loop around them.
 //
-// Only +, -, *, /, comparisons and bit operations are used, all of them correctly rounded on every processor. Compiled
-// without contraction and without fast-math, an element therefore has the same bits in a vector, in a tail and on a GPU.
+// Only +, -, *, /, comparisons and bit operations are used, which every processor rounds correctly. Compiled without
+// contraction and without fast-math, an element therefore has the same bits in a vector, in a tail and on a GPU.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,60 @@
+"""Optimizers of other packages, measured where they are installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+
+from adai_dist.tools.bench.cases import LR, Case, Model, adam_case
+from adai_dist.tools.bench.traffic import TWO_PASSES
+
+
+def other_cases(model: Model) -> tuple[list[Case], list[str]]:
+    """The cases that this machine has, and a line for each that it has not."""
+    makers: dict[str, Callable[[Model], list[Case]]] = {
+        "DeepSpeed FusedAdam" if model.device.type == "cuda" else "DeepSpeed CPUAdam": _deepspeed,
+        "pytorch_optimizer Adai": _pytorch_optimizer,
+    }
+    found = [_made(name, make, model) for name, make in makers.items()]
+    return [case for cases, _ in found for case in cases], [line for _, line in found if line]
+
+
+def _made(name: str, make: Callable[[Model], list[Case]], model: Model) -> tuple[list[Case], str]:
+    try:
+        return make(model.for_another()), ""
+    except ModuleNotFoundError as error:
+        return [], f"not installed: {name} (package {error.name})"
+    except Exception as error:  # such as a compiler that is not there; the other cases are worth having
+        return [], f"not measured: {name} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+
+
+def _deepspeed(model: Model) -> list[Case]:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    # FusedAdam keeps states in the dtype of the parameters, CPUAdam in float32.
+    if model.device.type == "cuda":
+        name, optimizer, state_dtype = "DeepSpeed FusedAdam", FusedAdam(model.params, lr=LR), model.dtype
+    else:
+        name, optimizer, state_dtype = "DeepSpeed CPUAdam", DeepSpeedCPUAdam(model.params, lr=LR), torch.float32
+    optimizer.step()
+    return [
+        adam_case(
+            f"{name}{', clipped' * is_clipped}",
+            model,
+            optimizer,
+            is_clipped=is_clipped,
+            state_dtype=state_dtype,
+            package="deepspeed",
+        )
+        for is_clipped in (False, True)
+    ]
+
+
+def _pytorch_optimizer(model: Model) -> list[Case]:
+    optimizer = import_module("pytorch_optimizer").Adai(model.params, lr=LR)
+    optimizer.step()
+    return [
+        Case("pytorch_optimizer Adai", "pytorch_optimizer", optimizer.step, model.num_bytes(TWO_PASSES, model.dtype))
+    ]
