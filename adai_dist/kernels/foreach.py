@@ -38,12 +38,11 @@ class Equations:
         cut = Cut.of(shards)
         counted = zip(scalars.inverse_means.unbind(), cut.num_pieces, strict=True)
         inverse_means = [inverse_mean for inverse_mean, count in counted for _ in range(count)]
-        new_sums: Tensors = []
         for batch in _batches(cut.pieces.param, hyper):
             pieces = Shards(*(tensors[batch] for tensors in cut.pieces))
             equations.advance(pieces, hyper, scalars._replace(inverse_means=torch.stack(inverse_means[batch])))
-            new_sums.append(equations.sums(pieces.exp_avg_sq))
-        return cut.per_shard(torch.cat(new_sums))
+        # Not piece by piece on the way: gradients may forbid to cut what the sums of a loaded state are cut for.
+        return self.sums(shards.exp_avg_sq)
 
     def sums(self, exp_avg_sqs: list[Tensor]) -> Tensor:
         cut = Cut.of(Shards(exp_avg_sqs, [], [], [], []))
@@ -59,15 +58,11 @@ class CompiledEquations(Equations):
     name = "the equations (torch.compile)"
 
     def __init__(self) -> None:
-        self._advance = torch.compile(_advance, dynamic=False)
+        self._advance = torch.compile(equations.advance, dynamic=False)
 
     def advance(self, shards: Shards, hyper: Hyper, scalars: StepScalars) -> Tensor:
-        return self._advance(shards, hyper, scalars)
-
-
-def _advance(shards: Shards, hyper: Hyper, scalars: StepScalars) -> Tensor:
-    equations.advance(shards, hyper, scalars)
-    return torch.stack([v.sum(dtype=torch.float64) for v in shards.exp_avg_sq])
+        self._advance(shards, hyper, scalars)
+        return self.sums(shards.exp_avg_sq)
 
 
 class Cut(NamedTuple):
