@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from adai_dist import AdaiV2
 from tests.distributed.layouts import LAYOUTS, SHARDED, Prescribed, Walk, local, make, walk
@@ -109,3 +110,22 @@ def test_under_ddp_all_ranks_skip_what_one_rank_spoilt() -> None:
     first, second = run_ranks(log_of_a_bad_step_under_ddp, 2)
     assert len(first) == 1
     assert second == []
+
+
+def steps_around_new_local_tensors() -> float:
+    """FSDP2 replaces the local tensor within a DTensor parameter, for one when the model is moved or loaded anew."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    parameter = torch.nn.Parameter(distribute_tensor(torch.arange(1.0, 9.0), mesh, [Shard(0)]))
+    optimizer = AdaiV2([parameter], lr=0.1)
+    for _ in range(2):
+        parameter.grad = distribute_tensor(torch.arange(1.0, 9.0), mesh, [Shard(0)])
+        optimizer.step()
+        parameter._local_tensor = parameter._local_tensor.clone()
+    before = parameter.full_tensor().detach().clone()
+    parameter.grad = distribute_tensor(torch.arange(1.0, 9.0), mesh, [Shard(0)])
+    optimizer.step()
+    return float((parameter.full_tensor() - before).abs().min())
+
+
+def test_a_local_tensor_that_an_engine_replaced_is_stepped() -> None:
+    assert min(run_ranks(steps_around_new_local_tensors, 2)) > 1e-2
