@@ -171,3 +171,16 @@ def test_the_equations_compiled_by_torch_take_the_same_step(name: str, retired: 
     torch.testing.assert_close(sums, Equations().advance(expected, hyper, scalars), rtol=1e-6, atol=0)
     for found, other in zip(shards, expected, strict=True):
         torch.testing.assert_close(found, other, rtol=2e-6, atol=1e-7)
+
+
+def test_the_equations_cut_only_what_lies_in_one_order_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "off")
+    monkeypatch.setitem(foreach.PIECE_ELEMENTS, "cpu", 1000)
+    start, gradient = torch.randn(2, 50, 60, generator=torch.Generator().manual_seed(0))
+    plain, other = Parameter(start.clone()), Parameter(start.clone())
+    plain.grad, other.grad = gradient, gradient.t().contiguous().t()
+    for parameter in (plain, other):
+        optimizer = Adai([parameter], lr=0.1)
+        optimizer.step()
+    assert not other.grad.is_contiguous()
+    torch.testing.assert_close(other, plain)
