@@ -5,7 +5,7 @@
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 
-#include "adai_math.h"
+#include "adai_dtypes.h"
 
 namespace adai {
 
@@ -27,6 +27,12 @@ inline Hyper hyper_of(c10::ArrayRef<double> values) {
   hyper.inertia = exponent(values[7]);
   hyper.lr_factor = rounded(8);
   return hyper;
+}
+
+// Of a list that was checked; of an empty one any will do.
+inline Dtype dtype_of(at::TensorList tensors) {
+  if (tensors.empty() || tensors[0].scalar_type() == at::kFloat) return Dtype::float32;
+  return tensors[0].scalar_type() == at::kBFloat16 ? Dtype::bfloat16 : Dtype::float16;
 }
 
 // The memory of both can be walked in one order. Strides of dimensions of size 1 say nothing.

@@ -32,11 +32,6 @@ const Kernels& kernels() {
   return chosen;
 }
 
-Dtype dtype_of(at::TensorList tensors) {
-  if (tensors.empty() || tensors[0].scalar_type() == at::kFloat) return Dtype::float32;
-  return tensors[0].scalar_type() == at::kBFloat16 ? Dtype::bfloat16 : Dtype::float16;
-}
-
 // Elements `start` onwards of a tensor.
 void* address(const at::Tensor& tensor, int64_t start) {
   return static_cast<char*>(tensor.data_ptr()) + start * tensor.element_size();

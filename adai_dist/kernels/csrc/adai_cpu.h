@@ -3,12 +3,10 @@
 
 #include <cstdint>
 
-#include "adai_math.h"
+#include "adai_dtypes.h"
 
 namespace adai {
 namespace cpu {
-
-enum class Dtype { float32, bfloat16, float16 };
 
 // Tensors are stepped and summed in chunks, by as many threads as there are; a chunk is always summed in one order.
 constexpr int64_t CHUNK_ELEMENTS = 1 << 14;

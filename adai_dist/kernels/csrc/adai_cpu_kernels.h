@@ -25,37 +25,18 @@ ADAI_FUNCTION double sum_of(const double (&lanes)[LANES]) {
   return sums[0];
 }
 
-// -- conversions; exact to float32, and rounded to nearest, ties to even, from it -------------------------------------
+// -- float16, without branches so that loops vectorise ---------------------------------------------------------------
 
-struct BFloat16 {
-  uint16_t bits;
-};
-
-struct Float16 {
-  uint16_t bits;
-};
-
-ADAI_FUNCTION float widen(float x) { return x; }
-
-ADAI_FUNCTION int32_t in_upper_half(uint32_t bits) { return static_cast<int32_t>(bits << 16); }
-
-ADAI_FUNCTION float widen(BFloat16 x) { return float_of(in_upper_half(x.bits)); }
+using adai::narrow;
+using adai::widen;
 
 ADAI_FUNCTION float widen(Float16 x) {
-  const int32_t sign = in_upper_half(x.bits & 0x8000);
+  const uint32_t sign = (x.bits & uint32_t{0x8000}) << 16;
   const int32_t magnitude = x.bits & 0x7fff;
   const float subnormal = static_cast<float>(magnitude) * 5.9604644775390625e-8f;  // 2^-24
   const int32_t rebias = magnitude >= 0x7c00 ? 224 << 23 : 112 << 23;              // infinity and NaN stay themselves
   const int32_t normal = magnitude * (1 << 13) + rebias;
-  return float_of((magnitude < 0x400 ? bits_of(subnormal) : normal) | sign);
-}
-
-ADAI_FUNCTION void narrow(float x, float& to) { to = x; }
-
-ADAI_FUNCTION void narrow(float x, BFloat16& to) {
-  const uint32_t bits = static_cast<uint32_t>(bits_of(x));
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  to.bits = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  return float_of((magnitude < 0x400 ? bits_of(subnormal) : normal) | static_cast<int32_t>(sign));
 }
 
 ADAI_FUNCTION void narrow(float x, Float16& to) {

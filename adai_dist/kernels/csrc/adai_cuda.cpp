@@ -11,13 +11,6 @@
 
 namespace {
 
-using adai::cuda::Dtype;
-
-Dtype dtype_of(at::TensorList tensors) {
-  if (tensors.empty() || tensors[0].scalar_type() == at::kFloat) return Dtype::float32;
-  return tensors[0].scalar_type() == at::kBFloat16 ? Dtype::bfloat16 : Dtype::float16;
-}
-
 std::vector<int64_t> sizes_of(at::TensorList tensors) {
   std::vector<int64_t> num_elements;
   num_elements.reserve(tensors.size());
@@ -55,8 +48,8 @@ at::Tensor observe(at::TensorList grads, at::TensorList params) {
   adai::check_observe(grads, params);
   TORCH_CHECK_VALUE(!grads.empty(), "grads must have a tensor, got none");
   const c10::cuda::CUDAGuard guard(grads[0].device());
-  const adai::cuda::Observed lists{sizes_of(grads), read_from(grads), read_from(params), dtype_of(grads),
-                                   dtype_of(params)};
+  const adai::cuda::Observed lists{sizes_of(grads), read_from(grads), read_from(params), adai::dtype_of(grads),
+                                   adai::dtype_of(params)};
   const int64_t num_tensors = static_cast<int64_t>(grads.size());
   return enqueued(lists, grads, {num_tensors, adai::cuda::NUM_NORMS}, adai::cuda::observe);
 }
@@ -77,8 +70,8 @@ at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList e
   lists.exp_avgs = written_to(exp_avgs);
   lists.exp_avg_sqs = written_to(exp_avg_sqs);
   lists.beta1_prods = written_to(beta1_prods);
-  lists.param_dtype = dtype_of(params);
-  lists.grad_dtype = dtype_of(grads);
+  lists.param_dtype = adai::dtype_of(params);
+  lists.grad_dtype = adai::dtype_of(grads);
   lists.inverse_means = inverse_means.const_data_ptr<float>();
   lists.coefficient = coefficient.const_data_ptr<float>();
   lists.lr = lr.const_data_ptr<float>();

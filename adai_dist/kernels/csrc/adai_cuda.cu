@@ -39,10 +39,10 @@ __global__ void __launch_bounds__(THREADS) observe_chunks(const ObserveArguments
 #pragma unroll
     for (int i = 0; i < tile.NUM; ++i) {
       // float64 holds these products without rounding, so that fma has the bits of a product and a sum.
-      const double gradient = to_float(g[i]);
+      const double gradient = widen(g[i]);
       grad_grad = fma(gradient, gradient, grad_grad);
       if (COUPLED) {
-        const double param = to_float(theta[i]);
+        const double param = widen(theta[i]);
         grad_param = fma(gradient, param, grad_param);
         param_param = fma(param, param, param_param);
       }
@@ -89,9 +89,9 @@ __device__ double advance_chunk(const AdvanceArguments& arguments, const Chunk& 
     if (VARIANT::HAS_PRODUCT) tile.load(beta1_prods, P);
 #pragma unroll
     for (int i = 0; i < tile.NUM; ++i) {
-      float theta_i = to_float(theta[i]);
-      adai::advance<VARIANT>(theta_i, to_float(g[i]), m[i], v[i], P[i], arguments.hyper, step);
-      round_to(theta_i, theta[i]);
+      float theta_i = widen(theta[i]);
+      adai::advance<VARIANT>(theta_i, widen(g[i]), m[i], v[i], P[i], arguments.hyper, step);
+      narrow(theta_i, theta[i]);
       sum += v[i];  // of elements beyond the end: 0
     }
     tile.store(theta, params);
@@ -109,9 +109,9 @@ __device__ void decay_chunk(PARAM* params, int count, const Step& step) {
     tile.load(params, theta);
 #pragma unroll
     for (int i = 0; i < tile.NUM; ++i) {
-      float theta_i = to_float(theta[i]);
+      float theta_i = widen(theta[i]);
       adai::decay(theta_i, step);
-      round_to(theta_i, theta[i]);
+      narrow(theta_i, theta[i]);
     }
     tile.store(theta, params);
   });
@@ -219,7 +219,7 @@ const char* add_all_partials(const std::vector<int64_t>& num_elements, const dou
 template <class CALL>
 const char* with_dtype(Dtype dtype, const CALL& call) {
   switch (dtype) {
-    case Dtype::bfloat16: return call(Bfloat16{});
+    case Dtype::bfloat16: return call(BFloat16{});
     case Dtype::float16: return call(Float16{});
     default: return call(float{});
   }

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "adai_math.h"
+#include "adai_dtypes.h"
 
 namespace adai::cuda {
 
@@ -60,8 +60,6 @@ inline std::vector<Launch> plan_launches(const std::vector<int64_t>& num_element
   finish(0, 0);
   return launches;
 }
-
-enum class Dtype : int32_t { float32, bfloat16, float16 };
 
 // Tensors without gaps, the same elements in the same order in each list; pointers to device memory.
 struct Observed {

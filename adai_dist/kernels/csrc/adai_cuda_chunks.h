@@ -26,25 +26,11 @@ constexpr int64_t MAX_ARGUMENT_BYTES = 4096;
 #endif
 constexpr int64_t MAX_SCALAR_BYTES = 192;  // arguments beside the lists
 
-struct Bfloat16 {
-  uint16_t bits;
-};
+using adai::narrow;
+using adai::widen;
 
-struct Float16 {
-  uint16_t bits;
-};
-
-DEVICE_FUNCTION float to_float(float x) { return x; }
-DEVICE_FUNCTION float to_float(Bfloat16 x) { return float_of(static_cast<int32_t>(uint32_t{x.bits} << 16)); }
-DEVICE_FUNCTION float to_float(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
-
-DEVICE_FUNCTION void round_to(float x, float& result) { result = x; }
-DEVICE_FUNCTION void round_to(float x, Float16& result) { result.bits = __half_as_ushort(__float2half_rn(x)); }
-DEVICE_FUNCTION void round_to(float x, Bfloat16& result) {
-  const uint32_t bits = static_cast<uint32_t>(bits_of(x));
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  result.bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0);
-}
+DEVICE_FUNCTION float widen(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+DEVICE_FUNCTION void narrow(float x, Float16& to) { to.bits = __half_as_ushort(__float2half_rn(x)); }
 
 // -- lists of tensors -------------------------------------------------------------------------------------------------
 
