@@ -1,10 +1,12 @@
 """Adai, AdaiW and AdaiV2 (Adaptive Inertia, ICML 2022) for distributed training with PyTorch."""
 
+from adai_dist.integrations import zero_redundancy
 from adai_dist.integrations.deepspeed.registration import register
-from adai_dist.optimizer import Adai, AdaiV2, AdaiW
+from adai_dist.optimizer import Adai, AdaiV2, AdaiW, share_mean
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["Adai", "AdaiV2", "AdaiW", "__version__", "register"]
+__all__ = ["Adai", "AdaiV2", "AdaiW", "__version__", "register", "share_mean"]
 
 register()
+zero_redundancy.register()

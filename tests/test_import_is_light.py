@@ -27,6 +27,7 @@ REGISTRATION = {
     "adai_dist.integrations.after_import",
     "adai_dist.integrations.deepspeed",
     "adai_dist.integrations.deepspeed.registration",
+    "adai_dist.integrations.zero_redundancy",
 }
 
 PROGRAM = """

@@ -11,11 +11,17 @@ import adai_dist
 from adai_dist import Adai, AdaiV2, AdaiW
 from adai_dist.optimizer import AdaptiveInertia
 
-NAMES = {"Adai", "AdaiV2", "AdaiW", "__version__", "register"}
+NAMES = {"Adai", "AdaiV2", "AdaiW", "__version__", "register", "share_mean"}
 
 REQUIRED = "required"
 COMMON = {"lr": REQUIRED, "betas": (0.1, 0.99), "eps": 1e-3, "weight_decay": 0.0}
-KEYWORD_ONLY = {"maximize": False, "foreach": None, "max_grad_norm": None, "require_kernels": False}
+KEYWORD_ONLY = {
+    "maximize": False,
+    "foreach": None,
+    "max_grad_norm": None,
+    "require_kernels": False,
+    "retire_beta1_prod": True,
+}
 
 # positional parameters in their order, with their defaults
 POSITIONAL = {
@@ -33,7 +39,7 @@ METHODS = {
     "observe": {"shards": REQUIRED},
     "advance": {"shards": REQUIRED, "mean": REQUIRED},
 }
-PROPERTIES = {"grad_norm", "inertia_mean", "mean_group", "num_skipped_steps"}
+PROPERTIES = {"grad_norm", "inertia_mean", "mean_group", "num_skipped_steps", "sharding_plan"}
 
 PARAM_GROUP_KEYS = {
     *("params", "lr", "betas", "eps", "weight_decay", "dampening", "decoupled", "maximize", "foreach"),

@@ -1,6 +1,7 @@
 """The optimizers."""
 
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
+from adai_dist.optimizer.joint import share_mean
 from adai_dist.optimizer.variants import Adai, AdaiV2, AdaiW
 
-__all__ = ["Adai", "AdaiV2", "AdaiW", "AdaptiveInertia"]
+__all__ = ["Adai", "AdaiV2", "AdaiW", "AdaptiveInertia", "share_mean"]

@@ -6,17 +6,22 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from adai_dist import equations
 from adai_dist.hyper import Hyper, max_grad_norm_in_range
 from adai_dist.kernels import Backends, mode_of
+from adai_dist.optimizer.checking import check_is_mapping, check_state_dict
+from adai_dist.optimizer.retirement import Retirement, with_zeros
 from adai_dist.optimizer.skips import SkipCounter
 from adai_dist.optimizer.state import new_state, restore_states, step_tensor
+from adai_dist.optimizer.unsupported import check_not_in_backward, check_one_layout, warn_of_no_gradients
+from adai_dist.sharding.configured import NumReplicas, configured_sharding
 from adai_dist.sharding.holdings import Holdings, exp_avg_sq_sums, keep_sums
 from adai_dist.sharding.mean import GlobalMean, Sums, global_mean
-from adai_dist.sharding.ownership import ModelSharding, NumReplicas, Sharding, local_tensor
+from adai_dist.sharding.ownership import local_tensor
+from adai_dist.sharding.plan import ModelSharding, ShardingPlan
 from adai_dist.sharding.shards import OwnedShards
 
 if TYPE_CHECKING:
@@ -26,10 +31,12 @@ _UNKNOWN = torch.tensor(torch.nan, dtype=torch.float64)
 
 
 class PendingMean(NamedTuple):
-    """What :meth:`AdaptiveInertia.clip_grad_norm_` found out, and the gradients that it looked at."""
+    """A mean that was found before the step, and the gradients that were looked at for it."""
 
     mean: GlobalMean
     gradients: list[tuple[Tensor, int]]
+    is_shared: bool
+    """Another optimizer found it, with its own gradients and these (:func:`adai_dist.share_mean`)."""
 
 
 class Driver(Protocol):
@@ -61,6 +68,8 @@ class AdaptiveInertia(torch.optim.Optimizer):
         hyper: hyperparameters of the parameter groups that do not state their own.
         max_grad_norm: clip the global gradient norm inside every step; None for no clipping.
         require_kernels: raise an error where the compiled kernels cannot be had, instead of a warning.
+        retire_beta1_prod: free the state ``beta1_prod`` of a parameter once it has no effect any more (after 17,321
+            steps at eps=1e-3, at the latest); not a bit of the trajectory changes.
 
     Attributes:
         max_grad_norm: as given; may be changed between steps.
@@ -78,13 +87,25 @@ class AdaptiveInertia(torch.optim.Optimizer):
     _sharding: ModelSharding | None = None
     _last_mean: GlobalMean | None = None
     _pending_mean: PendingMean | None = None
+    _sharers: tuple[AdaptiveInertia, ...] = ()
+    """All optimizers that step with one mean, where there are several."""
+    _has_stepped = False
 
     def __init__(
-        self, params: ParamsT, hyper: Hyper, *, max_grad_norm: float | None = None, require_kernels: bool = False
+        self,
+        params: ParamsT,
+        hyper: Hyper,
+        *,
+        max_grad_norm: float | None = None,
+        require_kernels: bool = False,
+        retire_beta1_prod: bool = True,
     ) -> None:
         self._hyper = hyper
         self._backends = Backends(mode_of(require_kernels))
         self.max_grad_norm = max_grad_norm_in_range("max_grad_norm", max_grad_norm)
+        if not isinstance(retire_beta1_prod, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"retire_beta1_prod must be a bool, got {retire_beta1_prod!r}")
+        self._retirement = Retirement() if retire_beta1_prod else None
         self._skips = SkipCounter()
         self._reset_derived()
         super().__init__(params, hyper.as_defaults())
@@ -121,12 +142,14 @@ class AdaptiveInertia(torch.optim.Optimizer):
             TypeError: a gradient is sparse, or not held like its parameter.
             ValueError: a hyperparameter is out of range; a loaded state does not have its parameter's shape.
             RuntimeError: gradients changed since :meth:`clip_grad_norm_`, or a closure would change them; parameters
-                are sharded by FSDP1.
+                are sharded by FSDP1 and :meth:`configure_sharding` was not called; a backward pass is under way
+                (optimizer-in-backward); a GradScaler does not see all DTensor gradients.
 
         Collective: all ranks that share the model's DTensor parameters, or all of the configured process group, also
         those that hold no element or no gradient: one all-reduce of 64 bytes per distinct mesh dimension (one for
-        FSDP2, two for HSDP), or one in all where :meth:`configure_sharding` names the process group. None for plain
-        parameters alone (one device, DDP). A gradient that is placed unlike its parameter is redistributed first.
+        FSDP, two for HSDP), or one in all where :meth:`configure_sharding` names the process group. None for plain
+        parameters alone (one device, DDP). A gradient that is placed unlike its parameter is redistributed first. A
+        rank that raises an error leaves the others waiting until their process group's timeout.
         """
         loss = None
         if closure is not None:
@@ -147,10 +170,22 @@ class AdaptiveInertia(torch.optim.Optimizer):
             return
         if self._step_within_engine is not None and self._step_within_engine():
             return
+        check_not_in_backward()
         shards = self.owned_shards()
-        mean = self._clipped_mean() or self._mean(shards, self.max_grad_norm)
+        pending = self._take_pending()
+        mean = self._mean(shards, self._max_grad_norm_of_all()) if pending is None else pending.mean
         self.advance(shards, mean)
-        self._record(mean, self._holdings.plan(self.param_groups).is_main_rank)
+        if not self._has_stepped and not shards:
+            warn_of_no_gradients(self._params(), self.sharding_plan.is_main_rank)
+        self._has_stepped = True
+        is_reported = pending is not None and pending.is_shared
+        self._record(mean, self.sharding_plan.is_main_rank and not is_reported)
+        self._retire(self._params())
+
+    def _retire(self, params: Iterable[Tensor]) -> None:
+        if self._retirement is not None:
+            states = (self.state[param] for param in params if param in self.state)
+            self._retirement.after_step(states, self._device())
 
     def _record(self, mean: GlobalMean, is_main_rank: bool) -> None:
         self._skips.record(mean.is_finite, is_main_rank)
@@ -199,13 +234,32 @@ class AdaptiveInertia(torch.optim.Optimizer):
         for owned in shards:
             local_mean = mean.to(owned.layout.weights.device)
             scalars = local_mean.step_scalars(owned.hyper, owned.correction, owned.shards.exp_avg[0].dtype)
-            keep_sums(owned, owned.backend.advance(owned.shards, owned.hyper, scalars))
+            keep_sums(owned, owned.advance(scalars))
             # With alpha torch takes the tensor as a tensor; without, it reads it on the host as a number.
             torch._foreach_add_(owned.steps, local_mean.is_live.to(owned.steps[0].dtype), alpha=1.0)
 
     def _mean(self, shards: list[OwnedShards], max_norm: float | None) -> GlobalMean:
+        """The mean of this step, which the other optimizers that share it get to know."""
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)  # set by torch.amp.GradScaler
-        return global_mean(self.observe(shards), self.mean_group, max_norm=max_norm, grad_scale=grad_scale)
+        if grad_scale is not None or hasattr(self, "found_inf"):
+            check_one_layout(self._params())
+        sums = self.observe(shards)
+        others = [optimizer for optimizer in self._sharers if optimizer is not self]
+        for other in others:
+            sums = sums.plus(other.observe(other.owned_shards()))
+        mean = global_mean(sums, self.mean_group, max_norm=max_norm, grad_scale=grad_scale)
+        for other in others:
+            other._pending_mean = PendingMean(mean, other._gradients(), is_shared=True)
+        return mean
+
+    def _max_grad_norm_of_all(self) -> float | None:
+        bounds = {optimizer.max_grad_norm for optimizer in self._sharers} | {self.max_grad_norm}
+        if len(bounds) > 1:
+            raise ValueError(
+                "optimizers that share one mean share one norm and must have the same max_grad_norm, "
+                f"got {[optimizer.max_grad_norm for optimizer in self._sharers]!r}; set them alike"
+            )
+        return self.max_grad_norm
 
     # -- clipping --------------------------------------------------------------------------------------------------
 
@@ -230,10 +284,10 @@ class AdaptiveInertia(torch.optim.Optimizer):
         if bound is None:
             raise TypeError("max_norm must be a number, got None; leave the call out to clip nothing")
         mean = self._mean(self.owned_shards(), bound)
-        self._pending_mean = PendingMean(mean, self._gradients())
+        self._pending_mean = PendingMean(mean, self._gradients(), is_shared=False)
         return mean.grad_norm
 
-    def _clipped_mean(self) -> GlobalMean | None:
+    def _take_pending(self) -> PendingMean | None:
         pending, self._pending_mean = self._pending_mean, None
         if pending is None:
             return None
@@ -243,8 +297,11 @@ class AdaptiveInertia(torch.optim.Optimizer):
             raise RuntimeError(
                 "gradients must stay as they are between clip_grad_norm_() and step(), but they changed; call "
                 "clip_grad_norm_() after the last backward pass (and after scaler.unscale_(optimizer))"
+                if not pending.is_shared
+                else "gradients must stay as they are from the first step() of the optimizers that share one mean to "
+                "the last, but they changed; step all of them before the next backward pass"
             )
-        return pending.mean
+        return pending
 
     def _gradients(self) -> list[tuple[Tensor, int]]:
         gradients = [param.grad for param in self._params() if param.grad is not None]
@@ -274,27 +331,45 @@ class AdaptiveInertia(torch.optim.Optimizer):
 
     # -- sharding --------------------------------------------------------------------------------------------------
 
-    def configure_sharding(self, process_group: ProcessGroup | None = None, num_replicas: NumReplicas = None) -> None:
-        """Say what the tensors cannot: which ranks share the mean, and how many of them hold a copy.
+    def configure_sharding(
+        self,
+        process_group: ProcessGroup | None = None,
+        num_replicas: NumReplicas = None,
+        *,
+        model: nn.Module | None = None,
+        stages: ProcessGroup | None = None,
+    ) -> None:
+        """Say what the tensors cannot: which ranks share the mean, and who holds what.
 
-        DTensor parameters and DDP need no call. Without arguments, go back to what the tensors say.
+        DTensor parameters and DDP need no call; FSDP1 needs ``model``, pipelines need ``stages``. Without arguments, go
+        back to what the tensors say.
 
         Args:
             process_group: all ranks that share the mean; by default all ranks of the job.
             num_replicas: how many of these ranks hold the same local elements of a plain parameter: a number, a
                 function of the parameter, or None where all of them do. A function is asked about DTensors too;
                 where it returns None the placements decide, and ranks beyond the mesh are taken to hold copies.
+            model: the module that FSDP1 wraps, or that contains FSDP1 modules; they are asked about their parameters.
+            stages: ranks that hold different parameters, one of every pipeline stage; the sums are added up over them
+                in the end. Goes with ``model`` and with DTensors.
 
         Raises:
             TypeError: an argument is none of these.
-            ValueError: this rank is no member of ``process_group``; in the next step: ``num_replicas`` is out of range.
-            RuntimeError: torch.distributed is not initialised; DeepSpeed's ZeRO drives the optimizer.
+            ValueError: this rank is no member of a process group; ``process_group`` or ``num_replicas`` are given with
+                ``model`` or ``stages``; in the next step: ``num_replicas`` is out of range, ``model`` lacks an FSDP1
+                module of the parameters, the ranks of ``stages`` share parameters.
+            RuntimeError: torch.distributed is not initialised; DeepSpeed's ZeRO drives the optimizer; the optimizer
+                shares its mean (configure that in :func:`adai_dist.share_mean`).
 
-        Collective: none here; all ranks of ``process_group`` must step together afterwards.
+        Collective: none here; all ranks of the process groups must step together afterwards.
         """
         self._check_not_driven("configure_sharding()", "leave it out")
-        automatic = process_group is None and num_replicas is None
-        self._shard(None if automatic else Sharding.checked(process_group, num_replicas))
+        if self._sharers:
+            raise RuntimeError(
+                "an optimizer that shares its mean must be configured with the others, got configure_sharding() of "
+                "one; pass the arguments to share_mean()"
+            )
+        self._shard(configured_sharding(process_group, num_replicas, model, stages))
 
     def _check_not_driven(self, call: str, remedy: str) -> None:
         if self._driver is not None:
@@ -307,7 +382,12 @@ class AdaptiveInertia(torch.optim.Optimizer):
     @property
     def mean_group(self) -> tuple[ProcessGroup, ...]:
         """The process groups over which the sums are added up, in this order; none where nothing is communicated."""
-        return self._holdings.plan(self.param_groups).process_groups
+        return self.sharding_plan.process_groups
+
+    @property
+    def sharding_plan(self) -> ShardingPlan:
+        """Who shares the mean, and the weight of every parameter in it, as of now."""
+        return self._holdings.plan(self.param_groups)
 
     def _params(self) -> list[Tensor]:
         return [param for param_group in self.param_groups for param in param_group["params"]]
@@ -330,16 +410,41 @@ class AdaptiveInertia(torch.optim.Optimizer):
             Hyper.from_param_group({**self._hyper.as_defaults(), **param_group})
             param_group.setdefault("betas", self._hyper.betas)
         super().add_param_group(param_group)
+        for optimizer in self._sharers:
+            optimizer._reset_derived()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`torch.optim.Optimizer.state_dict`; zeros stand for a retired ``beta1_prod``. Collective: none."""
+        state_dict = super().state_dict()
+        for key, state in state_dict["state"].items():
+            if isinstance(state, dict):
+                state_dict["state"][key] = with_zeros(state)
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this optimizer, or of the authors' Adai and AdaiV2; states keep float32 at least."""
+        """Load a checkpoint of this optimizer, or of the authors' Adai and AdaiV2; states keep float32 at least.
+
+        Raises:
+            TypeError, ValueError: the checkpoint is of another optimizer, model or layout, or incomplete; parameters,
+                states and hyperparameters are as before.
+
+        Collective: none.
+        """
+        check_is_mapping(state_dict)
         loaded: dict[str, Any] = {}
-        hook = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
+
+        def check_and_keep(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
+            check_state_dict(final, self.param_groups)
+            loaded.update(final)
+
+        hook = self.register_load_state_dict_pre_hook(check_and_keep)
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
         restore_states(self.state, self.param_groups, loaded)
+        if self._retirement is not None:
+            self._retirement.look_after_next_step()
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}\nKernels: {self._backends}"
@@ -351,11 +456,13 @@ class AdaptiveInertia(torch.optim.Optimizer):
             "max_grad_norm": self.max_grad_norm,
             "_backends": Backends(self._backends.mode),
             "_sharding": self._sharding,
+            "_retirement": None if self._retirement is None else Retirement(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_skips", SkipCounter())
+        self.__dict__.setdefault("_retirement", Retirement())
         for param_group in self.param_groups:
             for name, value in self._hyper.as_defaults().items():
                 param_group.setdefault(name, value)

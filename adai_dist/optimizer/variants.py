@@ -31,6 +31,8 @@ class Adai(AdaptiveInertia):
         foreach: where the equations run uncompiled, False steps one tensor at a time; same results.
         max_grad_norm: clip the global gradient norm inside every step. ``param.grad`` is not changed.
         require_kernels: raise an error where the compiled kernels cannot be had, instead of a warning.
+        retire_beta1_prod: free the state ``beta1_prod`` of a parameter once it has no effect any more (after 17,321
+            steps at eps=1e-3, at the latest); not a bit of the trajectory changes.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or is out of range.
@@ -53,6 +55,7 @@ class Adai(AdaptiveInertia):
         foreach: bool | None = Hyper.foreach,
         max_grad_norm: float | None = None,
         require_kernels: bool = False,
+        retire_beta1_prod: bool = True,
     ) -> None:
         hyper = Hyper(
             lr=lr,
@@ -63,7 +66,13 @@ class Adai(AdaptiveInertia):
             maximize=maximize,
             foreach=foreach,
         )
-        super().__init__(params, hyper, max_grad_norm=max_grad_norm, require_kernels=require_kernels)
+        super().__init__(
+            params,
+            hyper,
+            max_grad_norm=max_grad_norm,
+            require_kernels=require_kernels,
+            retire_beta1_prod=retire_beta1_prod,
+        )
 
 
 class AdaiW(Adai):
@@ -82,6 +91,7 @@ class AdaiW(Adai):
         foreach: bool | None = Hyper.foreach,
         max_grad_norm: float | None = None,
         require_kernels: bool = False,
+        retire_beta1_prod: bool = True,
     ) -> None:
         super().__init__(
             params,
@@ -94,6 +104,7 @@ class AdaiW(Adai):
             foreach=foreach,
             max_grad_norm=max_grad_norm,
             require_kernels=require_kernels,
+            retire_beta1_prod=retire_beta1_prod,
         )
 
 
@@ -127,6 +138,7 @@ class AdaiV2(AdaptiveInertia):
         foreach: bool | None = Hyper.foreach,
         max_grad_norm: float | None = None,
         require_kernels: bool = False,
+        retire_beta1_prod: bool = True,
     ) -> None:
         hyper = Hyper(
             lr=lr,
@@ -138,4 +150,10 @@ class AdaiV2(AdaptiveInertia):
             maximize=maximize,
             foreach=foreach,
         )
-        super().__init__(params, hyper, max_grad_norm=max_grad_norm, require_kernels=require_kernels)
+        super().__init__(
+            params,
+            hyper,
+            max_grad_norm=max_grad_norm,
+            require_kernels=require_kernels,
+            retire_beta1_prod=retire_beta1_prod,
+        )

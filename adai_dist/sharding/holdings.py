@@ -12,7 +12,8 @@ from adai_dist import equations
 from adai_dist.equations import Shards
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import Backends
-from adai_dist.sharding.ownership import ModelSharding, ShardingPlan, aligned_gradient, local_tensor, plan_sharding
+from adai_dist.sharding.ownership import aligned_gradient, local_tensor
+from adai_dist.sharding.plan import ModelSharding, ShardingPlan, plan_sharding
 from adai_dist.sharding.shards import Holding, Layout, OwnedShards
 
 States = Mapping[Tensor, dict[str, Any]]
@@ -51,7 +52,7 @@ class Holdings:
         found: dict[tuple[Any, ...], list[tuple[Holding, Tensor]]] = {}
         for index, param_group in enumerate(param_groups):
             for param in param_group["params"]:
-                grad = aligned_gradient(param)
+                grad = aligned_gradient(param, plan.gradient_of(param))
                 if grad is not None:
                     grad = local_tensor(grad)
                     holding = self._holding(param, grad, states[param])
@@ -67,7 +68,7 @@ class Holdings:
         holding.check_shape("grad", grad)
         gradient_form = (grad.dtype, grad.stride())
         if gradient_form != holding.gradient_form:
-            holding.backend = self.backends.of((*holding.tensors, grad))
+            holding.backend = self.backends.of((holding.local_param, *holding.states, grad))
             holding.gradient_form = gradient_form
         return holding
 
@@ -79,19 +80,22 @@ class Holdings:
         plan: ShardingPlan,
     ) -> OwnedShards:
         holdings = [holding for holding, _ in pairs]
-        param, *states_of_all = map(list, zip(*(holding.tensors for holding in holdings), strict=True))
-        params = [holding.param for holding in holdings]
-        local_sizes = [tensor.numel() for tensor in param]
         layout = self._layouts.get(key)
-        if layout is None or not layout.fits(params, local_sizes):
-            layout = self._layouts[key] = Layout.of(params, local_sizes, plan.weights)
+        if layout is None or not layout.fits(holdings):
+            layout = self._layouts[key] = Layout.of(holdings, plan.weights)
         steps = [holding.state["step"] for holding in holdings]
         return OwnedShards(
             hyper=hyper,
             backend=key[-1],
             layout=layout,
             holdings=holdings,
-            shards=Shards(param, [grad for _, grad in pairs], *states_of_all),
+            shards=Shards(
+                param=[holding.local_param for holding in holdings],
+                grad=[grad for _, grad in pairs],
+                exp_avg=[holding.exp_avg for holding in holdings],
+                exp_avg_sq=[holding.exp_avg_sq for holding in holdings],
+                beta1_prod=[holding.beta1_prod for holding in holdings if holding.beta1_prod is not None],
+            ),
             steps=steps,
             correction=equations.bias_correction(hyper.beta2, torch.stack(steps).double() + 1.0),
         )

@@ -39,6 +39,10 @@ class Sums(NamedTuple):
     lr: Tensor
     """Sum of the learning rates: 0 means that this step cannot move a parameter."""
 
+    def plus(self, other: Sums) -> Sums:
+        """Both together, on the device of the first."""
+        return Sums(*(a + b.to(a.device) for a, b in zip(self, other, strict=True)))
+
 
 class GlobalMean(NamedTuple):
     """What every rank knows after the collective; 0-dim float64 tensors unless said otherwise."""
@@ -88,7 +92,7 @@ def global_mean(
 
     Args:
         local_sums: of this rank; where it holds nothing, zeros, and it still takes part.
-        process_groups: see :class:`adai_dist.sharding.ownership.ShardingPlan`.
+        process_groups: see :class:`adai_dist.sharding.plan.ShardingPlan`.
         max_norm: bound of the global gradient norm.
         grad_scale: loss scale by which the gradients are still multiplied; 0-dim.
 

@@ -19,7 +19,7 @@ from adai_dist import equations
 from adai_dist.equations import StepScalars
 from adai_dist.hyper import Hyper
 from adai_dist.optimizer import AdaptiveInertia
-from adai_dist.sharding.ownership import is_distributed, local_tensor, plan_sharding
+from adai_dist.sharding.ownership import is_distributed, local_tensor
 
 BINS_PER_DECADE = 20
 
@@ -75,7 +75,7 @@ def inertia_histogram(
     hypers = {
         p: Hyper.from_param_group(param_group) for param_group in optimizer.param_groups for p in param_group["params"]
     }
-    weights = plan_sharding(hypers, None).weights
+    weights = optimizer.sharding_plan.weights
     named = [(layer_of(name), param) for name, param in named_parameters if param in hypers]
     moments = [
         MomentOfLayer(layer, state.get("exp_avg_sq"), state.get("step"), hypers[param], weights[param])

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adai_dist import AdaiV2
+from adai_dist.optimizer.retirement import with_zeros
 from tests.problems import Problem, Spec, to_numpy
 
 # Uneven over 2 and 4 ranks, with empty shards on some: `one`, `three` and `five` do not reach the last of four.
@@ -282,5 +283,7 @@ def gather(model: Prescribed, optimizer: AdaiV2, seen: Walk | None = None) -> Wa
     seen = Walk({}, {}) if seen is None else seen
     for name, parameter in model.by_name().items():
         seen.parameters[name] = to_numpy(full(parameter))
-        seen.states[name] = {key: to_numpy(full(value)) for key, value in optimizer.state[parameter].items()}
+        # Ranks retire their part of beta1_prod by themselves, so one may have the key and another not.
+        state = with_zeros(optimizer.state[parameter])
+        seen.states[name] = {key: to_numpy(full(state[key])) for key in sorted(state)}
     return seen

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adai_dist.integrations.deepspeed.driver import skipped
 from adai_dist.integrations.deepspeed.zero import tensor_parallel_rank
-from adai_dist.sharding.ownership import ShardingPlan
+from adai_dist.sharding.plan import ShardingPlan
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -1,0 +1,52 @@
+"""Ways of stepping in which the mean over all parameters cannot be had: refused or warned about."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from adai_dist.sharding.ownership import is_dtensor
+
+logger = logging.getLogger("adai_dist")
+
+
+def check_not_in_backward() -> None:
+    """Raises: RuntimeError: a backward pass is under way, and gradients are missing still."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "the mean over all parameters needs all gradients, so step() must follow the backward pass, got a call "
+            "from within it (optimizer-in-backward, a gradient hook); make one optimizer for all parameters and step "
+            "it after backward()"
+        )
+
+
+def check_one_layout(params: Iterable[Tensor]) -> None:
+    """Raises: RuntimeError: DTensors are placed in several ways, and torch.amp.GradScaler reads the first one's only.
+
+    It takes mesh and placements of the first gradient for those of all, so that an inf elsewhere is seen by some ranks
+    alone and the loss scales drift apart.
+    """
+    layouts = {
+        (param.device_mesh, tuple(placement.is_replicate() for placement in param.placements))
+        for param in params
+        if is_dtensor(param)
+    }
+    if len(layouts) > 1:
+        raise RuntimeError(
+            "torch.amp.GradScaler finds non-finite gradients on all ranks only where all DTensor parameters have one "
+            f"mesh and are placed alike, got {len(layouts)} ways (mesh, replicated?): {sorted(map(str, layouts))}; "
+            "train in bfloat16, which needs no GradScaler"
+        )
+
+
+def warn_of_no_gradients(params: Iterable[Tensor], is_main_rank: bool) -> None:
+    """Say that nothing is trained, after a first step in which no parameter on this rank had a gradient."""
+    if is_main_rank and any(param.requires_grad and param.numel() for param in params):
+        logger.warning(
+            "no parameter of the optimizer had a gradient in its first step, so that nothing is trained; FSDP1 (with "
+            "use_orig_params=False) and FSDP2 replace the parameters of a model: make the optimizer from those of the "
+            "wrapped model"
+        )

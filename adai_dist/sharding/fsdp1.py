@@ -1,0 +1,71 @@
+"""What FSDP1 (``FullyShardedDataParallel``) knows of its parameters, and their tensors do not show.
+
+Its flat parameter is a run of elements of many parameters, of which every rank holds an equal piece, with padding at
+the end. With ``use_orig_params=True`` the optimizer sees the original parameters, cut down to what lies in this rank's
+piece: maybe nothing, and then FSDP1 leaves out the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adai_dist.sharding.plan import Spread, spreads_of_tensor
+
+
+@dataclass(frozen=True)
+class FSDP1Parameters:
+    """The flat parameters of a model, and the original ones where the optimizer sees those."""
+
+    flat_params: dict[Tensor, Any]
+    """The flat parameter that holds each parameter; a flat parameter holds itself."""
+    spreads: dict[Tensor, tuple[Spread, ...]]
+    """Of every flat parameter."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> FSDP1Parameters:
+        """Read the handles of all FSDP1 modules in ``model``. Collective: none."""
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        flat_params: dict[Tensor, Any] = {}
+        spreads: dict[Tensor, tuple[Spread, ...]] = {}
+        for module in FullyShardedDataParallel.fsdp_modules(model):
+            handle: Any = module._handle
+            if handle is None:  # all parameters of the module are in other modules, or ignored
+                continue
+            of_module = [Spread(handle.process_group, handle.uses_sharded_strategy)]
+            inter_node: Any = getattr(module, "_inter_node_pg", None)
+            if inter_node is not None:  # a hybrid strategy
+                of_module.append(Spread(inter_node, is_sharded=False))
+            spreads[handle.flat_param] = tuple(of_module)
+            originals = handle.flat_param._params or ()
+            flat_params.update(dict.fromkeys([handle.flat_param, *originals], handle.flat_param))
+        return cls(flat_params, spreads)
+
+    def spreads_of(self, param: Tensor) -> Sequence[Spread]:
+        """Over which process groups a parameter of the optimizer is spread.
+
+        Raises:
+            ValueError: it belongs to an FSDP1 module that is not in the model.
+        """
+        if param in self.flat_params:
+            return self.spreads[self.flat_params[param]]
+        if getattr(param, "_fsdp_flattened", False):
+            raise ValueError(
+                "model must contain every FSDP1 module whose parameters are optimized, got a parameter of local shape "
+                f"{tuple(param.shape)} that is in none of its {len(self.spreads)} FSDP1 modules; pass the whole model"
+            )
+        return spreads_of_tensor(param)
+
+    def gradient_of(self, param: Tensor) -> Tensor | None:
+        """The gradient; empty where this rank holds none of the parameter's elements and other ranks have one.
+
+        Without it ``step`` would stand still on such ranks, and FSDP1 refuses to save states that differ.
+        """
+        if param.grad is None and param.requires_grad and param.numel() == 0 and param in self.flat_params:
+            return None if self.flat_params[param].grad is None else torch.empty_like(param)
+        return param.grad
