@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from adai_dist import equations
 from adai_dist.hyper import Hyper, max_grad_norm_in_range
 from adai_dist.kernels import Backends, mode_of
 from adai_dist.optimizer.checking import check_is_mapping, check_state_dict
+from adai_dist.optimizer.pending import PendingMean, versions
 from adai_dist.optimizer.retirement import Retirement, with_zeros
 from adai_dist.optimizer.skips import SkipCounter
 from adai_dist.optimizer.state import new_state, restore_states, step_tensor
@@ -20,7 +21,6 @@ from adai_dist.optimizer.unsupported import check_not_in_backward, check_one_lay
 from adai_dist.sharding.configured import NumReplicas, configured_sharding
 from adai_dist.sharding.holdings import Holdings, exp_avg_sq_sums, keep_sums
 from adai_dist.sharding.mean import GlobalMean, Sums, global_mean
-from adai_dist.sharding.ownership import local_tensor
 from adai_dist.sharding.plan import ModelSharding, ShardingPlan
 from adai_dist.sharding.shards import OwnedShards
 
@@ -28,15 +28,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _UNKNOWN = torch.tensor(torch.nan, dtype=torch.float64)
-
-
-class PendingMean(NamedTuple):
-    """A mean that was found before the step, and the gradients that were looked at for it."""
-
-    mean: GlobalMean
-    gradients: list[tuple[Tensor, int]]
-    is_shared: bool
-    """Another optimizer found it, with its own gradients and these (:func:`adai_dist.share_mean`)."""
 
 
 class Driver(Protocol):
@@ -249,7 +240,7 @@ class AdaptiveInertia(torch.optim.Optimizer):
             sums = sums.plus(other.observe(other.owned_shards()))
         mean = global_mean(sums, self.mean_group, max_norm=max_norm, grad_scale=grad_scale)
         for other in others:
-            other._pending_mean = PendingMean(mean, other._gradients(), is_shared=True)
+            other._pending_mean = PendingMean(mean, versions(other._params()), is_shared=True)
         return mean
 
     def _max_grad_norm_of_all(self) -> float | None:
@@ -284,28 +275,14 @@ class AdaptiveInertia(torch.optim.Optimizer):
         if bound is None:
             raise TypeError("max_norm must be a number, got None; leave the call out to clip nothing")
         mean = self._mean(self.owned_shards(), bound)
-        self._pending_mean = PendingMean(mean, self._gradients(), is_shared=False)
+        self._pending_mean = PendingMean(mean, versions(self._params()), is_shared=False)
         return mean.grad_norm
 
     def _take_pending(self) -> PendingMean | None:
         pending, self._pending_mean = self._pending_mean, None
-        if pending is None:
-            return None
-        now = self._gradients()
-        same = len(now) == len(pending.gradients)
-        if not same or any(a is not b or u != v for (a, u), (b, v) in zip(now, pending.gradients, strict=True)):
-            raise RuntimeError(
-                "gradients must stay as they are between clip_grad_norm_() and step(), but they changed; call "
-                "clip_grad_norm_() after the last backward pass (and after scaler.unscale_(optimizer))"
-                if not pending.is_shared
-                else "gradients must stay as they are from the first step() of the optimizers that share one mean to "
-                "the last, but they changed; step all of them before the next backward pass"
-            )
+        if pending is not None:
+            pending.check(versions(self._params()))
         return pending
-
-    def _gradients(self) -> list[tuple[Tensor, int]]:
-        gradients = [param.grad for param in self._params() if param.grad is not None]
-        return [(grad, local_tensor(grad)._version) for grad in gradients]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As :meth:`torch.optim.Optimizer.zero_grad`; a pending :meth:`clip_grad_norm_` is dropped."""

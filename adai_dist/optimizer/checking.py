@@ -73,6 +73,8 @@ def check_state_dict(state_dict: object, param_groups: list[dict[str, Any]]) -> 
     for one in saved:
         _check_state(one)
     _check_steps(saved)
+    for index, saved_group in enumerate(saved_groups):  # last: another optimizer is easier told by its states
+        _check_hyper(index, saved_group)
 
 
 def _check_groups(saved_groups: Any, param_groups: list[dict[str, Any]]) -> None:
@@ -95,8 +97,6 @@ def _check_groups(saved_groups: Any, param_groups: list[dict[str, Any]]) -> None
             "doesn't match; make the model and the parameter groups that were saved"
         )
     _check_ids([group["params"] for group in saved_groups])
-    for index, saved in enumerate(saved_groups):
-        _check_hyper(index, saved)
 
 
 def _check_ids(ids_by_group: list[list[Any]]) -> None:
@@ -136,7 +136,7 @@ def _saved_states(
                     f"state_dict['state'] must have states of the parameters in 'param_groups', got one of "
                     f"{param_id!r}, which no parameter group lists; {_OWN}"
                 )
-        elif state is not None and not isinstance(state, Mapping):
+        elif not isinstance(state, Mapping):
             raise TypeError(f"state_dict['state'][{param_id!r}] must be a dict, got {_brief(state)}; {_OWN}")
         elif state:
             name = f"state_dict['state'][{param_id!r}]"

@@ -28,7 +28,13 @@ class FSDP1Parameters:
 
     @classmethod
     def of(cls, model: nn.Module) -> FSDP1Parameters:
-        """Read the handles of all FSDP1 modules in ``model``. Collective: none."""
+        """Read the handles of all FSDP1 modules in ``model``.
+
+        Raises:
+            RuntimeError: FSDP1 shards what tensor parallelism has sharded before.
+
+        Collective: none.
+        """
         from torch.distributed.fsdp import FullyShardedDataParallel
 
         flat_params: dict[Tensor, Any] = {}
@@ -37,6 +43,7 @@ class FSDP1Parameters:
             handle: Any = module._handle
             if handle is None:  # all parameters of the module are in other modules, or ignored
                 continue
+            _check_no_dtensors(handle.flat_param)
             of_module = [Spread(handle.process_group, handle.uses_sharded_strategy)]
             inter_node: Any = getattr(module, "_inter_node_pg", None)
             if inter_node is not None:  # a hybrid strategy
@@ -69,3 +76,11 @@ class FSDP1Parameters:
         if param.grad is None and param.requires_grad and param.numel() == 0 and param in self.flat_params:
             return None if self.flat_params[param].grad is None else torch.empty_like(param)
         return param.grad
+
+
+def _check_no_dtensors(flat_param: Any) -> None:
+    if any(extension is not None for extension in flat_param._param_extensions):
+        raise RuntimeError(
+            "parameters that are tensor parallel must be sharded further by FSDP2, got FSDP1 over DTensors, whose "
+            "flat parameter mixes sharded and copied elements; use torch.distributed.fsdp.fully_shard"
+        )

@@ -119,46 +119,6 @@ def test_one_process_group_serves_dtensors_and_plain_parameters_with_one_collect
         assert num_calls == PROBLEM.steps
 
 
-def walk_with_zero_redundancy() -> dict[str, np.ndarray]:
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # importing it warns, so not in the test process
-
-    parameters = UNIFORM.parameters()
-    optimizer = ZeroRedundancyOptimizer(list(parameters.values()), AdaiV2, **UNIFORM.hyperparameters(0))
-    optimizer.optim.configure_sharding(dist.group.WORLD, num_replicas=1)
-    for step in range(UNIFORM.steps):
-        UNIFORM.set_gradients(parameters, step)
-        optimizer.step()
-    optimizer.consolidate_state_dict(0)
-    return {name: to_numpy(parameter) for name, parameter in parameters.items()}
-
-
-def test_torch_zero_redundancy_optimizer_can_be_told_to_share_the_mean() -> None:
-    oracle, _ = UNIFORM.solve()
-    for parameters in run_ranks(walk_with_zero_redundancy, 2):
-        assert worst_relative_error(parameters, oracle, UNIFORM) < 1e-13
-
-
-def refusal_of_fsdp1() -> str:
-    """FSDP1 does not start without an accelerator; this is what its parameters look like."""
-    parameter = torch.nn.Parameter(torch.zeros(4))
-    parameter._fsdp_flattened = True  # type: ignore[attr-defined]
-    parameter.grad = torch.full((4,), dist.get_rank() + 1.0)
-    optimizer = Adai([parameter], lr=0.1)
-    with pytest.raises(RuntimeError) as refusal:
-        optimizer.step()
-    assert torch.equal(parameter.detach(), torch.zeros(4))
-    optimizer.configure_sharding(dist.group.WORLD, num_replicas=1)
-    optimizer.step()
-    assert optimizer.inertia_mean.item() == pytest.approx(2.5, rel=1e-6)
-    return str(refusal.value)
-
-
-def test_fsdp1_is_refused_until_it_is_told_who_holds_what() -> None:
-    for message in run_ranks(refusal_of_fsdp1, 2):
-        assert "FSDP1" in message
-        assert "configure_sharding" in message
-
-
 def means_of_separate_groups() -> tuple[float, float]:
     """Each rank alone, then both together; rank r has gradients of size r + 1."""
     alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
@@ -185,6 +145,7 @@ def wrong_settings() -> dict[str, str]:
     groups = [dist.new_group([0]), dist.new_group([1])]
     parameter = torch.nn.Parameter(torch.zeros(4))
     parameter.grad = torch.ones(4)
+    optimizer_like = Adai([parameter], lr=0.1)
 
     def attempt(name: str, *args: Any, **kwargs: Any) -> None:
         optimizer = Adai([parameter], lr=0.1)
@@ -201,13 +162,24 @@ def wrong_settings() -> dict[str, str]:
     attempt("zero", num_replicas=0)
     attempt("many", num_replicas=3)
     attempt("function", num_replicas=lambda p: 7)
+    attempt("two ways", num_replicas=2, stages=dist.group.WORLD)
+    attempt("no module", model=optimizer_like)
+    attempt("no group", stages=[0, 1])
+    attempt("foreign stages", stages=groups[1 - dist.get_rank()])
     attempt("good", num_replicas=2)
+    attempt("good, too", stages=dist.group.WORLD)
     return messages
 
 
 def test_wrong_settings_are_refused_with_their_name_and_value() -> None:
     for messages in run_ranks(wrong_settings, 2):
-        assert set(messages) == {"foreign", "text", "float", "bool", "zero", "many", "function"}
+        of_num_replicas = {"text", "float", "bool", "zero", "many", "function"}
+        of_the_others = {"foreign", "two ways", "no module", "no group", "foreign stages"}
+        assert set(messages) == of_num_replicas | of_the_others
+        assert messages["two ways"].startswith("ValueError: process_group and num_replicas say all there is to say")
+        assert messages["no module"].startswith("TypeError: model must be a torch.nn.Module, got Adai")
+        assert messages["no group"].startswith("TypeError: stages must be a torch.distributed.ProcessGroup, got [0, 1]")
+        assert messages["foreign stages"].startswith("ValueError: stages must contain this rank")
         assert messages["foreign"].startswith("ValueError: process_group")
         for name, value in {"text": "'2'", "float": "2.0", "bool": "True"}.items():
             assert messages[name].startswith("TypeError: num_replicas")
