@@ -66,7 +66,7 @@ class AdaptiveInertia(torch.optim.Optimizer):
         max_grad_norm: as given; may be changed between steps.
 
     Numerics: states and arithmetic are float32, or float64 for float64 parameters; sums are float64. A step makes the
-    host wait for no device, unless a parameter's gradients come and go.
+    host wait for no device, unless a parameter's gradients come and go, or a state retires.
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves unscaling and skipping to step()
