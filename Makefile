@@ -17,7 +17,7 @@ EXTRAS_docs  := docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow test-gpu lint format bench docs clean
+.PHONY: help train test test-slow test-gpu lint format bench soak docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,10 @@ format: $(VENV)/.installed-lint ## let ruff rewrite what it can
 
 bench: $(VENV)/.installed-train ## measure the optimizer on this machine (ARGS="options of adai-dist bench")
 	$(BIN)/adai-dist bench $(ARGS)
+
+soak: $(VENV)/.installed-train ## train 100,000 steps on two ranks and watch drift and memory (ARGS="options", NPROC=n)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) \
+	    -m adai_dist soak $(ARGS)
 
 docs: $(VENV)/.installed-docs ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1,7 +1,8 @@
-"""The command line: `adai-dist train | run | compare | bench | build | to-universal`.
+"""The command line: `adai-dist train | run | compare | bench | soak | build | to-universal`.
 
-What the user got wrong is one line on stderr and exit code 2, on every rank. Ctrl-C exits with 130, a failure with
-its traceback and 1; a program under `run` ends as it would have ended by itself.
+What the user got wrong is one line on stderr and exit code 2, on every rank. Ctrl-C exits with 130, a checkpoint that
+cannot be written or read with one line and 1, another failure with its traceback and 1; a program under `run` ends as
+it would have ended by itself.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = options.run(options)
     except KeyboardInterrupt as error:
         _complain(str(error) or "interrupted")
-        code = EXIT_INTERRUPTED
+        _leave(EXIT_INTERRUPTED)
     except Exception:
         traceback.print_exc()
-        code = EXIT_FAILURE
+        _leave(EXIT_FAILURE)
     _leave(code)
 
 
@@ -112,6 +113,20 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw a bar chart, a PNG file")
     bench.set_defaults(run=_bench)
 
+    soak = commands.add_parser(
+        "soak",
+        help="train a tiny model for very long, to see that ranks do not drift apart and memory stays",
+        description="Train a tiny model on the ranks that a launcher started, and compare them now and then. "
+        "Ends with 1 where ranks drift apart, or where memory grows.",
+    )
+    soak.add_argument("--steps", type=int, metavar="N", help="default: 100000")
+    soak.add_argument("--layout", choices=("ddp", "fsdp2", "local"), help="default: ddp, then fsdp2; local must fail")
+    soak.add_argument("--check-every", type=int, metavar="N", help="steps between two checks; default: 1000")
+    soak.add_argument("--overflow-every", type=int, metavar="N", help="steps between two infinities; default: 997")
+    soak.add_argument("--max-growth", type=float, metavar="MIB", help="memory that a rank may gain; default: 8")
+    soak.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: %(default)s")
+    soak.set_defaults(run=_soak)
+
     build = commands.add_parser(
         "build",
         help="compile the kernels ahead of time",
@@ -137,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> int:
     try:
+        from adai_dist.recipes.checkpoint import CheckpointError
         from adai_dist.recipes.config import RecipeError, load_recipe
         from adai_dist.recipes.summary import summary_table
         from adai_dist.recipes.train import train
@@ -151,7 +167,10 @@ def _train(options: argparse.Namespace) -> int:
             if world.is_main:
                 print(f"\n{summary_table(summary)}", flush=True)
     except RecipeError as error:
-        return _complain(str(error))
+        _leave(_complain(str(error)))
+    except CheckpointError as error:  # of which the traceback says nothing more
+        _complain(str(error))
+        _leave(EXIT_FAILURE)
     return 0
 
 
@@ -190,6 +209,34 @@ def _bench(options: argparse.Namespace) -> int:
     except OSError as error:
         return _complain(f"--json and --plot must name files that can be written; got {error}; name others")
     except ValueError as error:
+        return _complain(str(error))
+    return 0
+
+
+def _soak(options: argparse.Namespace) -> int:
+    try:
+        from adai_dist.recipes.config import RecipeError
+        from adai_dist.recipes.world import join_world
+        from adai_dist.tools.soak import Soak, row, soak
+    except ModuleNotFoundError as error:
+        return _complain(f"soak needs the package {error.name}; got none; run: pip install 'adai-dist[train]'")
+    names = ("steps", "check_every", "overflow_every", "max_growth")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    logging.getLogger("adai_dist").setLevel(logging.ERROR)  # the skipped steps are wanted
+    try:
+        plans = [Soak(layout=layout, **given) for layout in ([options.layout] if options.layout else ["ddp", "fsdp2"])]
+        with join_world(options.device) as world:
+            for plan in plans:
+                if world.is_main:
+                    print(f"\n{plan.layout}, {world.size} ranks, {plan.steps:,} steps\n{row(None)}", flush=True)
+                for check in soak(plan, world.device):
+                    if world.is_main:
+                        print(row(check), flush=True)
+                    if check.fault:
+                        if world.is_main:
+                            _complain(f"{plan.layout}, step {check.step:,}: {check.fault}")
+                        return EXIT_FAILURE
+    except (RecipeError, ValueError) as error:
         return _complain(str(error))
     return 0
 
@@ -238,7 +285,11 @@ def _complain(message: str) -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process; after a distributed run without destructors: gloo's abort now and then, after all went well."""
+    """Ends the process; after a distributed run without destructors.
+
+    Gloo's abort now and then, after all went well, and may wait for peers that are gone after an error: call this while
+    the error, which keeps everything alive, is being handled.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     world = sys.modules.get("adai_dist.recipes.world")

@@ -20,7 +20,8 @@ PAGES = [
 EXAMPLES = [
     pytest.param(block, id=f"{page.name}-{k}")
     for page in PAGES
-    if page.name != "sharding.md"  # those need several ranks: tests/distributed/test_sharding_documentation.py
+    if page.name
+    not in ("sharding.md", "checkpoints.md")  # those need ranks: tests/distributed/test_documentation_of_*.py
     for k, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
     if "deepspeed.initialize" not in block  # this one needs an engine: tests/integrations
 ]

@@ -149,41 +149,6 @@ def test_stepping_in_pieces_changes_nothing_but_the_order_of_sums(monkeypatch: p
         torch.testing.assert_close(parameter, twin, rtol=1e-13, atol=1e-13)
 
 
-def reference_checkpoint(decoupled: bool, steps: int) -> tuple[Oracle, dict[str, Any]]:
-    """What the authors' Adai saves after some steps: Python numbers as steps, groups without our extra keys."""
-    shapes = SHAPES[:3]
-    starts = {str(k): parameters(torch.float64)[k].detach().numpy() for k in range(3)}
-    hyper = {"lr": 0.2, "betas": (0.1, 0.99), "eps": 1e-3, "weight_decay": 0.1, "decoupled": decoupled}
-    oracle = Oracle(starts, [OracleGroup(tuple(starts), **hyper)], None)
-    for step in range(steps):
-        oracle.step({str(k): gradient(step, k, shape).numpy() for k, shape in enumerate(shapes)})
-    state: dict[int, dict[str, Any]] = {}
-    for k in range(3):
-        values = oracle.states[str(k)]
-        moments = {name: torch.tensor(getattr(values, name)) for name in STATES}
-        state[k] = {"step": values.step, **moments}
-    return oracle, {"state": state, "param_groups": [{**hyper, "params": [0, 1, 2]}]}
-
-
-@pytest.mark.parametrize("decoupled", [False, True])
-def test_a_checkpoint_of_the_reference_goes_on_where_it_stopped(decoupled: bool) -> None:
-    oracle, checkpoint = reference_checkpoint(decoupled, steps=6)
-    params = [Parameter(torch.tensor(oracle.parameters[str(k)])) for k in range(3)]
-    optimizer = Adai(params, lr=9.0)
-    optimizer.load_state_dict(checkpoint)
-    for step in range(6, 20):
-        gradients = {str(k): gradient(step, k, SHAPES[k]).numpy() for k in range(3)}
-        oracle.step(gradients)
-        for k, parameter in enumerate(params):
-            parameter.grad = torch.from_numpy(np.array(gradients[str(k)]))
-        optimizer.step()
-    for k, parameter in enumerate(params):
-        np.testing.assert_allclose(parameter.detach(), oracle.parameters[str(k)], rtol=1e-12, atol=1e-12)
-        assert optimizer.state[parameter]["step"].item() == 20
-    assert optimizer.param_groups[0]["dampening"] == 1.0
-    assert optimizer.param_groups[0]["decoupled"] is decoupled
-
-
 def test_groups_of_an_older_version_get_the_missing_keys() -> None:
     params = parameters()
     optimizer = make("AdaiV2", params)
@@ -196,17 +161,6 @@ def test_groups_of_an_older_version_get_the_missing_keys() -> None:
     assert other.param_groups[0]["dampening"] == 0.25
     train(other, params, 2, 3)
     assert other.state[params[0]]["step"].item() == 3
-
-
-def test_a_checkpoint_of_another_shape_is_refused_with_the_shapes() -> None:
-    optimizer = Adai([Parameter(torch.ones(3))], lr=0.1)
-    optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
-    optimizer.step()
-    other = Adai([Parameter(torch.ones(4))], lr=0.1)
-    other.load_state_dict(optimizer.state_dict())
-    other.param_groups[0]["params"][0].grad = torch.ones(4)
-    with pytest.raises(ValueError, match=r"exp_avg must have the local shape of its parameter, \(4,\), got \(3,\)"):
-        other.step()
 
 
 def test_lr_as_a_tensor_is_the_same_number() -> None:

@@ -384,6 +384,10 @@ class AdaptiveInertia(torch.optim.Optimizer):
             TypeError, ValueError: as the constructor.
         """
         if isinstance(param_group, dict):  # pyright: ignore[reportUnnecessaryIsInstance] torch refuses the others
+            if "params" not in param_group:
+                raise ValueError(
+                    f"a parameter group must have the key 'params', got {sorted(param_group)}; list parameters there"
+                )
             Hyper.from_param_group({**self._hyper.as_defaults(), **param_group})
             param_group.setdefault("betas", self._hyper.betas)
         super().add_param_group(param_group)

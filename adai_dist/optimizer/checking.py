@@ -93,7 +93,7 @@ def _check_groups(saved_groups: Any, param_groups: list[dict[str, Any]]) -> None
         )
     if sizes != saved_sizes:
         raise ValueError(
-            f"parameter groups must have {sizes} parameters, as those of this optimizer, got {saved_sizes}, which "
+            f"state_dict['param_groups'] must have {sizes} parameters, as this optimizer's, got {saved_sizes}, which "
             "doesn't match; make the model and the parameter groups that were saved"
         )
     _check_ids([group["params"] for group in saved_groups])

@@ -60,15 +60,15 @@ class RunConfig:
     steps: int = 1000
     """Number of optimizer steps."""
     log_every: int = 10
-    """Steps between two lines of metrics.jsonl; the only steps on which the host waits for the device."""
+    """Steps between two lines of metrics.jsonl; only then, and for checkpoints, the host waits for the device."""
     eval_every: int = 100
     """Steps between two evaluations; the last step is always evaluated."""
     checkpoint_every: int = 0
-    """Steps between two checkpoints; 0 writes none."""
+    """Steps between two checkpoints, each after a line of metrics.jsonl; 0 writes none."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints that are kept."""
     resume: bool = False
-    """Continue the run of this name from its newest complete checkpoint; start anew if it has none."""
+    """Continue the run of this name from its newest undamaged checkpoint; start anew if it has none at all."""
     overwrite: bool = False
     """Delete a run of this name first, instead of choosing another name."""
 
@@ -276,12 +276,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def _refuse_unknown_keys(given: Any, schema: type, prefix: str, origin: str) -> None:
     """The merge would refuse them too, but without saying what the valid keys are."""
-    require(
-        isinstance(given, dict),
-        f"{prefix.rstrip('.') or 'a recipe'} must be a mapping of keys to values",
-        given,
-        f"see {origin}",
-    )
+    _require_mapping(prefix.rstrip(".") or "a recipe", given, origin)
     fields = {f.name: f for f in dataclasses.fields(schema)}
     for key, value in cast("dict[Any, Any]", given).items():
         if key not in fields:
@@ -291,6 +286,15 @@ def _refuse_unknown_keys(given: Any, schema: type, prefix: str, origin: str) -> 
         section = fields[key].default_factory
         if isinstance(section, type) and dataclasses.is_dataclass(section):
             _refuse_unknown_keys(value, section, f"{prefix}{key}.", origin)
+        elif section is not dataclasses.MISSING:  # free keys, for models and optimizers
+            _require_mapping(f"{prefix}{key}", value, origin)
+            if key == "optimizers":
+                for name, arguments in value.items():
+                    _require_mapping(f"{prefix}{key}.{name}", arguments or {}, origin)
+
+
+def _require_mapping(key: str, given: Any, origin: str) -> None:
+    require(isinstance(given, dict), f"{key} must be a mapping of keys to values", given, f"see {origin}")
 
 
 def _refuse_idle_overrides(recipe: Recipe, overrides: Sequence[str]) -> None:

@@ -28,6 +28,11 @@ class Engine(ABC):
         """Of the whole model."""
         return sum(param.numel() for param in self.model.parameters())
 
+    def parameter_shapes(self) -> dict[str, list[int]]:
+        """The shape of every parameter in the whole model, by name: what tells one model from another."""
+        named = self.model.named_parameters()
+        return {name: list(getattr(param, "ds_shape", param.shape)) for name, param in named}  # DeepSpeed's ZeRO 3
+
     @abstractmethod
     def backward(self, rows: Tensor, is_last: bool) -> Tensor:
         """Adds the gradient of one micro-batch.

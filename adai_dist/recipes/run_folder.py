@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
+from adai_dist.recipes import durable
 from adai_dist.recipes.config import Recipe, RecipeError, load_recipe
 from adai_dist.recipes.world import World
 from adai_dist.tools.plots import read_records
@@ -31,6 +32,8 @@ from adai_dist.tools.plots import read_records
 logger = logging.getLogger("adai_dist")
 
 _BAR_SECONDS = 15.0  # between two updates of the bar where no person watches
+_CONFIG_IN_PROGRESS = "config.yaml.writing"
+_LINES = ("metrics.jsonl", "inertia.jsonl")
 
 
 def open_run_folder(recipe: Recipe, world: World) -> Path:
@@ -68,13 +71,16 @@ def _make(recipe: Recipe) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     # What is asked for once is not a property of the run, which is to be resumed from this file.
     once = dataclasses.replace(recipe.run, resume=False, overwrite=False)
-    dataclasses.replace(recipe, run=once).save(folder / "config.yaml")
+    writing = folder / _CONFIG_IN_PROGRESS
+    dataclasses.replace(recipe, run=once).save(writing)
+    durable.sync(writing)
+    writing.replace(folder / "config.yaml")
     return folder
 
 
 def _choose(recipe: Recipe) -> Path:
     wanted = Path(recipe.run.out) / recipe.run.name
-    if not wanted.exists():
+    if not wanted.exists() or (recipe.run.resume and _was_killed_at_its_start(wanted)):
         return wanted
     is_run = (wanted / "config.yaml").exists()
     if recipe.run.resume and is_run:
@@ -91,6 +97,10 @@ def _choose(recipe: Recipe) -> Path:
     while (taken := wanted.with_name(f"{wanted.name}-{number}")).exists():
         number += 1
     return taken
+
+
+def _was_killed_at_its_start(folder: Path) -> bool:
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {_CONFIG_IN_PROGRESS}
 
 
 def _refuse_other_run(recipe: Recipe, folder: Path) -> None:
@@ -122,8 +132,8 @@ class Journal:
         if not self._is_main:
             return
         (folder / "summary.json").unlink(missing_ok=True)  # a run that goes on has not finished
-        for name in ("metrics.jsonl", "inertia.jsonl"):
-            _keep_until(folder / name, first_step)
+        for name in _LINES:
+            _keep_until(folder / name, first_step, is_done=first_step == num_steps)
         self._events = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
         watched = sys.stderr.isatty()
         self._bar = tqdm(
@@ -140,6 +150,12 @@ class Journal:
         if self._is_main:
             self._bar.close()
             self._events.close()
+
+    def sync(self) -> None:
+        """Waits until the lines are on the disk, as a checkpoint is after them."""
+        if self._is_main:
+            for path in filter(Path.exists, (self._folder / name for name in _LINES)):
+                durable.sync(path)
 
     def advance(self) -> None:
         """Moves the bar by one step."""
@@ -174,8 +190,13 @@ def _append(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drops what a resumed run is about to write again, and what a killed one left half written."""
+def _keep_until(path: Path, step: int, is_done: bool) -> None:
+    """Drops what a resumed run is about to write again, and what a killed one left half written.
+
+    That is all after `step`, and of a run that is done, but was killed before it said so, the last evaluation.
+    """
     if path.exists():
         kept = [record for record in read_records(path) if record["step"] <= step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        if is_done:
+            kept = [record for record in kept if record["step"] < step or "loss" in record]
+        durable.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -73,12 +73,14 @@ def train(recipe: Recipe, world: World) -> Summary:
             journal.advance()
 
             done, is_last = step + 1, step + 1 == run.steps
-            if done % run.log_every == 0 or is_last:
+            keeps = run.checkpoint_every > 0 and (done % run.checkpoint_every == 0 or is_last)
+            if done % run.log_every == 0 or is_last or keeps:
                 log(journal, done, recipe, meter, grad_norm)
-            if run.checkpoint_every and (done % run.checkpoint_every == 0 or is_last):
-                checkpoints.save(engine, done)
             if done % run.eval_every == 0 and not is_last:
                 evaluate(journal, done, engine, windows, weights, data.batch // num_parts, world)
+            if keeps:  # after everything that a resumed run does not write again
+                journal.sync()
+                checkpoints.save(engine, done)
         val_loss = evaluate(journal, run.steps, engine, windows, weights, data.batch // num_parts, world)
 
     summary = summarize(recipe, folder, engine, meter, val_loss, world)

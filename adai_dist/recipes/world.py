@@ -86,8 +86,8 @@ def join_world(device: str) -> Generator[World, None, None]:
     try:
         yield world
     except BaseException:
-        # NCCL would first wait for kernels whose peers may be gone; the end of the process frees it as well.
-        if is_ours and not on_cuda:
+        # Others would first wait for what their peers, who may be gone, owe them; the process's end frees them as well.
+        if is_ours and launched is None and not on_cuda:
             dist.destroy_process_group()
         raise
     if is_ours:

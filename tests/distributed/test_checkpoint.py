@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint: what two ranks saved, one, two and four go on from."""
+"""torch.distributed.checkpoint: parameters with late gradients, two mesh dimensions, and optimizers without a state."""
 
 from __future__ import annotations
 
@@ -76,8 +76,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Wal
     return folder, run_ranks(save_and_go_on, 2, "fsdp2-2", str(folder))[0]
 
 
-@pytest.mark.parametrize("layout", ["plain-1", "fsdp2-2", "fsdp2-4", "ddp-2", "tp-fsdp2-2x2"])
-def test_a_checkpoint_of_two_ranks_goes_on_in_any_layout(layout: str, saved: tuple[Path, dict[str, Walk]]) -> None:
+@pytest.mark.parametrize("layout", ["fsdp2-2", "hsdp-2x2", "tp-fsdp2-2x2"])
+def test_a_checkpoint_of_two_ranks_goes_on_over_two_mesh_dimensions(
+    layout: str, saved: tuple[Path, dict[str, Walk]]
+) -> None:
     folder, uninterrupted = saved
     for walks in run_ranks(load_and_go_on, LAYOUTS[layout].world_size, layout, str(folder)):
         if layout == "fsdp2-2":
@@ -123,27 +125,3 @@ def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(layout: str) -> 
             assert {k: s["step"].item() for k, s in walks[name].states.items()} == {
                 k: s.step for k, s in oracle.states.items()
             }
-
-
-def round_trip_of_full_state_dict(layout: str) -> Walk:
-    problem = PROBLEMS["float64"]
-    options = StateDictOptions(full_state_dict=True)
-    model, wrapped, optimizer = make(layout, problem)
-    train(problem, wrapped, optimizer, range(SAVED_AFTER))
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
-    fresh_model, fresh_wrapped, fresh_optimizer = make(layout, problem)
-    set_state_dict(
-        fresh_model,
-        fresh_optimizer,
-        model_state_dict=model_state,
-        optim_state_dict=optimizer_state,
-        options=options,
-    )
-    train(problem, fresh_wrapped, fresh_optimizer, range(SAVED_AFTER, problem.steps))
-    return gather(fresh_model, fresh_optimizer)
-
-
-def test_a_full_state_dict_goes_back_into_shards() -> None:
-    oracle, _ = PROBLEMS["float64"].solve()
-    for seen in run_ranks(round_trip_of_full_state_dict, 2, "fsdp2-2"):
-        assert worst_relative_error(seen.parameters, oracle, PROBLEMS["float64"]) < 1e-13

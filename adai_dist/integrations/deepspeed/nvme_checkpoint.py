@@ -14,6 +14,7 @@ import torch
 from deepspeed.checkpoint.constants import FP32_FLAT_GROUPS, OPTIMIZER_STATE_DICT, PARAM_GROUPS
 
 from adai_dist.integrations.deepspeed.driver import CHECKPOINT_KEY
+from adai_dist.integrations.deepspeed.files import load_file
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.state import new_state, step_tensor
 from adai_dist.sharding.shards import STATE_NAMES
@@ -67,7 +68,7 @@ def _restore(wrapper: Any, optimizer: AdaptiveInertia, in_memory_path: Path) -> 
             f"a checkpoint with states on NVMe must hold {IN_MEMORY_FILE} in offloaded_tensors, but there is "
             "none: it was saved without adai_dist. Load the weights only, or continue with the optimizer that saved it"
         )
-    saved: dict[str, Any] = torch.load(in_memory_path, map_location="cpu", weights_only=False)
+    saved: dict[str, Any] = load_file(in_memory_path)
     states, flats = saved[OPTIMIZER_STATE_DICT]["state"], wrapper.fp32_partitioned_groups_flat
     param_groups = saved[OPTIMIZER_STATE_DICT][PARAM_GROUPS]
     if len(saved[FP32_FLAT_GROUPS]) != len(flats) or len(param_groups) != len(optimizer.param_groups):

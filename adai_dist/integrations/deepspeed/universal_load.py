@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import zipfile
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from deepspeed import __version__ as deepspeed_version
 from deepspeed.checkpoint.constants import PARAM_GROUPS
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
+from adai_dist.integrations.deepspeed.files import load_file
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.state import new_state
 
@@ -122,7 +122,7 @@ class UniversalCheckpoint:
                 "'adai-dist to-universal IN OUT'"
             )
         # Of a checkpoint of ZeRO 3 it may hold rank 0's states too: leave them in the file.
-        content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=False)
+        content = load_file(path)
         self.param_groups: list[dict[str, Any]] = content[PARAM_GROUPS]
 
     def check(self, param_names: Iterable[str], optimizer: AdaptiveInertia) -> None:
@@ -151,7 +151,7 @@ class UniversalCheckpoint:
         for name in param_names:
             path = self.zero_folder / name / "step.pt"
             if path.is_file():
-                return torch.load(path, map_location="cpu", weights_only=False)
+                return load_file(path)
         return None
 
     def load_beta1_prod(self, names: list[list[str]], wrapper: Any, optimizer: AdaptiveInertia) -> None:

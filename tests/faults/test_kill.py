@@ -1,0 +1,168 @@
+"""kill -9 at any moment of a run: it goes on from the last checkpoint, and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from adai_dist.tools.plots import read_records
+from tests.faults.started import Rank, Starter, words_of
+from tests.recipe_runs import LLAMA, losses, read_lines, write_recipe
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 30
+NUM_KILLS = 10  # per engine
+BOUND_SECONDS = 30.0  # within which a rank must end by itself when its peer is gone; gloo notices in milliseconds
+EXACT = ("loss", "lr", "grad_norm", "val_loss")  # the other metrics are times
+
+
+@dataclass(frozen=True)
+class Attack:
+    """When ranks are killed, and which."""
+
+    victims: tuple[int, ...]
+    while_writing: bool
+    """Once a checkpoint is being written; else a few steps after the start."""
+    delay: float
+    """Seconds after that."""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_recipe(tmp_path_factory.mktemp("killed"), LLAMA)
+    text = path.read_text()
+    for old, new in (("steps: 6", f"steps: {STEPS}"), ("eval_every: 2", "eval_every: 3")):
+        text = text.replace(old, new)
+    path.write_text(
+        text.replace("checkpoint_every: 2, keep_checkpoints: 5", "checkpoint_every: 3, keep_checkpoints: 1")
+    )
+    return path
+
+
+def attacks(engine: str) -> list[Attack]:
+    numbers = random.Random(engine)
+    made: list[Attack] = []
+    for k in range(NUM_KILLS):
+        victims = ((0, 1), (0,), (1,))[k % 3]
+        while_writing = k % 2 == 0
+        made.append(Attack(victims, while_writing, numbers.uniform(0, 0.05 if while_writing else 0.3)))
+    numbers.shuffle(made)
+    return made
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_run_killed_ten_times_ends_with_the_bits_of_the_uninterrupted_one(
+    starter: Starter, recipe: Path, engine: str
+) -> None:
+    whole = run_to_the_end(starter, recipe, engine, f"{engine}-whole")
+    killed_while_writing = 0
+    planned = attacks(engine)
+    started = recipe.parent / "runs" / f"{engine}-once"  # and killed before its folder was complete
+    started.mkdir()
+    (started / "config.yaml.writing").write_text("run:")
+    for name, some in ((f"{engine}-once", planned[:5]), (f"{engine}-again", planned[5:])):
+        for attack in some:
+            killed_while_writing += start_and_kill(starter, recipe, engine, name, attack)
+        run = run_to_the_end(starter, recipe, engine, name)
+        assert_same_run(run, whole)
+    assert killed_while_writing >= 2, "no kill hit a checkpoint that was being written"
+    assert not [path.name for path in started.parent.iterdir() if path.name.endswith("-2")], "a run got a second folder"
+
+
+def arguments(recipe: Path, engine: str, name: str) -> tuple[str | Path, ...]:
+    return ("train", "--config", recipe, "--resume", f"engine={engine}", f"run.name={name}")
+
+
+def run_to_the_end(starter: Starter, recipe: Path, engine: str, name: str) -> Path:
+    ranks = starter.start(recipe.with_name(name), 2, *arguments(recipe, engine, name))
+    assert [rank.wait(60) for rank in ranks] == [0, 0], words_of(ranks)
+    return recipe.parent / "runs" / name
+
+
+def start_and_kill(starter: Starter, recipe: Path, engine: str, name: str, attack: Attack) -> bool:
+    """Starts or resumes a run and kills ranks of it; returns whether a checkpoint was being written."""
+    run = recipe.parent / "runs" / name
+    lines, leftovers = last_line(run), being_written(run)
+    ranks = starter.start(recipe.with_name(name), 2, *arguments(recipe, engine, name))
+    if attack.while_writing:
+        wait_until(lambda: bool(being_written(run) - leftovers), ranks)
+    else:
+        wait_until(lambda: last_line(run) != lines, ranks)
+    time.sleep(attack.delay)
+    for victim in attack.victims:
+        os.kill(ranks[victim].pid, signal.SIGKILL)
+    codes = [rank.wait(BOUND_SECONDS) for rank in ranks]
+    for rank, code in enumerate(codes):
+        if rank in attack.victims:
+            assert code == -signal.SIGKILL, "the run was over before the kill; choose shorter delays"
+        else:
+            assert code != 0, f"a rank ended well without its peer: {words_of(ranks)}"
+    assert_lines_reach_the_checkpoint(run)
+    return bool(being_written(run) - leftovers)
+
+
+def assert_lines_reach_the_checkpoint(run: Path) -> None:
+    """A resumed run writes no line of the steps before its checkpoint again."""
+    newest = max((int(path.name[5:13]) for path in run.glob("checkpoints/step_*")), default=0)
+    for key, every in (("loss", 1), ("val_loss", 3)):
+        found = {record["step"] for record in read_records(run / "metrics.jsonl") if key in record}
+        assert found.issuperset(range(every, min(newest, STEPS - 1) + 1, every)), f"{key} up to step {newest}"
+
+
+def being_written(run: Path) -> set[str]:
+    return {path.name for path in run.glob("checkpoints/writing-*")}
+
+
+def last_line(run: Path) -> tuple[int, int]:
+    """Changes with every line; a resumed run drops lines at its start."""
+    path = run / "metrics.jsonl"
+    return (path.stat().st_ino, path.stat().st_size) if path.exists() else (0, 0)
+
+
+def wait_until(holds: Callable[[], bool], ranks: list[Rank], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, words_of(ranks)
+        assert all(rank.poll() is None for rank in ranks), words_of(ranks)
+        time.sleep(0.001)
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    for key in EXACT:
+        assert losses(run, key) == losses(whole, key), key
+    for name in ("metrics.jsonl", "inertia.jsonl"):
+        steps, expected = ([line["step"] for line in read_lines(of / name)] for of in (run, whole))
+        assert steps == expected, "a step is missing, or there twice"
+    assert (run / "inertia.jsonl").read_text() == (whole / "inertia.jsonl").read_text()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{STEPS:08d}"]
+    assert_same_tensors(final_state(run), final_state(whole), "")
+
+
+def final_state(run: Path) -> dict[str, Any]:
+    whole = run / "final.pt"
+    dcp_to_torch_save(run / "checkpoints" / f"step_{STEPS:08d}", whole)
+    return torch.load(whole, weights_only=True)
+
+
+def assert_same_tensors(a: Any, b: Any, where: str) -> None:
+    if isinstance(b, dict):
+        assert a.keys() == b.keys(), where
+        assert b, where
+        for key in b:
+            assert_same_tensors(a[key], b[key], f"{where}/{key}")
+    elif isinstance(b, torch.Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a.cpu().view(torch.uint8) if a.ndim else a, b.view(torch.uint8) if b.ndim else b), where
+    else:
+        assert a == b, where
