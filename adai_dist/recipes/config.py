@@ -290,7 +290,7 @@ def _refuse_unknown_keys(given: Any, schema: type, prefix: str, origin: str) -> 
             _require_mapping(f"{prefix}{key}", value, origin)
             if key == "optimizers":
                 for name, arguments in value.items():
-                    _require_mapping(f"{prefix}{key}.{name}", arguments or {}, origin)
+                    _require_mapping(f"{prefix}{key}.{name}", {} if arguments is None else arguments, origin)
 
 
 def _require_mapping(key: str, given: Any, origin: str) -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from adai_dist import Adai, AdaiV2, share_mean
 from tests.distributed.layouts import LAYOUTS, SHARDED, CollectiveCounter, Prescribed, Walk, backward, gather
@@ -136,6 +138,30 @@ def test_parameters_that_are_added_later_join_the_mean() -> None:
             optimizer.step()
     for param, expected in zip(params, expected_params, strict=True):
         np.testing.assert_allclose(param.detach(), expected.detach(), rtol=1e-6)
+
+
+def means_with_a_late_dtensor() -> list[float]:
+    """A plain parameter, a copy on each of two ranks; from the second step on a sharded one in the other optimizer."""
+    mesh = init_device_mesh("cpu", (2,))
+    params, optimizers = pair()
+    share_mean(optimizers)
+    means: list[float] = []
+    for step in range(2):
+        if step == 1:
+            late = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+            optimizers[1].add_param_group({"params": [late]})
+            late.grad = distribute_tensor(torch.full((4,), 3.0), mesh, [Shard(0)])
+        for param in params:
+            param.grad = torch.ones_like(param)
+        for optimizer in optimizers:
+            optimizer.step()
+        means.append(optimizers[0].inertia_mean.item())
+    return means
+
+
+def test_a_sharded_parameter_that_is_added_later_changes_the_weights_of_all() -> None:
+    for means in run_ranks(means_with_a_late_dtensor, 2):
+        assert means == pytest.approx([1.0, (5 * 1.0 + 4 * 9.0) / 9], rel=1e-6)
 
 
 def test_wrong_uses_are_refused() -> None:

@@ -218,7 +218,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
 
 COMMANDS: tuple[tuple[str, ...], ...] = (
     (),
-    ("trian",),
+    ("trani",),
     ("train",),
     ("train", "--config"),
     ("train", "--config", "nowhere.yaml"),
