@@ -77,8 +77,7 @@ class ModelAndStages(_Shared):
     def plan(self, params: tuple[Tensor, ...]) -> ShardingPlan:
         if self.model is None:
             return plan_by_spreads(params, spreads_of_tensor, self.stages)
-        found = FSDP1Parameters.of(self.model)
-        return replace(plan_by_spreads(params, found.spreads_of, self.stages), gradient_of=found.gradient_of)
+        return plan_by_spreads(params, FSDP1Parameters.of(self.model).spreads_of, self.stages)
 
 
 @dataclass(frozen=True)

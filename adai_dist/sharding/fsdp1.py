@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from adai_dist.sharding.plan import Spread, spreads_of_tensor
@@ -19,12 +18,10 @@ from adai_dist.sharding.plan import Spread, spreads_of_tensor
 
 @dataclass(frozen=True)
 class FSDP1Parameters:
-    """The flat parameters of a model, and the original ones where the optimizer sees those."""
+    """The parameters that FSDP1 modules of a model have sharded, or copied."""
 
-    flat_params: dict[Tensor, Any]
-    """The flat parameter that holds each parameter; a flat parameter holds itself."""
     spreads: dict[Tensor, tuple[Spread, ...]]
-    """Of every flat parameter."""
+    """Of every flat parameter, and of the original ones in it where the optimizer sees those."""
 
     @classmethod
     def of(cls, model: nn.Module) -> FSDP1Parameters:
@@ -37,21 +34,18 @@ class FSDP1Parameters:
         """
         from torch.distributed.fsdp import FullyShardedDataParallel
 
-        flat_params: dict[Tensor, Any] = {}
         spreads: dict[Tensor, tuple[Spread, ...]] = {}
         for module in FullyShardedDataParallel.fsdp_modules(model):
             handle: Any = module._handle
             if handle is None:  # all parameters of the module are in other modules, or ignored
                 continue
             _check_no_dtensors(handle.flat_param)
-            of_module = [Spread(handle.process_group, handle.uses_sharded_strategy)]
+            of_module = (Spread(handle.process_group, handle.uses_sharded_strategy),)
             inter_node: Any = getattr(module, "_inter_node_pg", None)
             if inter_node is not None:  # a hybrid strategy
-                of_module.append(Spread(inter_node, is_sharded=False))
-            spreads[handle.flat_param] = tuple(of_module)
-            originals = handle.flat_param._params or ()
-            flat_params.update(dict.fromkeys([handle.flat_param, *originals], handle.flat_param))
-        return cls(flat_params, spreads)
+                of_module += (Spread(inter_node, is_sharded=False),)
+            spreads.update(dict.fromkeys((handle.flat_param, *(handle.flat_param._params or ())), of_module))
+        return cls(spreads)
 
     def spreads_of(self, param: Tensor) -> Sequence[Spread]:
         """Over which process groups a parameter of the optimizer is spread.
@@ -59,23 +53,14 @@ class FSDP1Parameters:
         Raises:
             ValueError: it belongs to an FSDP1 module that is not in the model.
         """
-        if param in self.flat_params:
-            return self.spreads[self.flat_params[param]]
+        if param in self.spreads:
+            return self.spreads[param]
         if getattr(param, "_fsdp_flattened", False):
             raise ValueError(
-                "model must contain every FSDP1 module whose parameters are optimized, got a parameter of local shape "
-                f"{tuple(param.shape)} that is in none of its {len(self.spreads)} FSDP1 modules; pass the whole model"
+                "model must contain every FSDP1 module whose parameters are optimized, got one in whose FSDP1 modules "
+                f"a parameter of local shape {tuple(param.shape)} is not; pass the whole model"
             )
         return spreads_of_tensor(param)
-
-    def gradient_of(self, param: Tensor) -> Tensor | None:
-        """The gradient; empty where this rank holds none of the parameter's elements and other ranks have one.
-
-        Without it ``step`` would stand still on such ranks, and FSDP1 refuses to save states that differ.
-        """
-        if param.grad is None and param.requires_grad and param.numel() == 0 and param in self.flat_params:
-            return None if self.flat_params[param].grad is None else torch.empty_like(param)
-        return param.grad
 
 
 def _check_no_dtensors(flat_param: Any) -> None:

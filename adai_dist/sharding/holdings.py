@@ -52,7 +52,7 @@ class Holdings:
         found: dict[tuple[Any, ...], list[tuple[Holding, Tensor]]] = {}
         for index, param_group in enumerate(param_groups):
             for param in param_group["params"]:
-                grad = aligned_gradient(param, plan.gradient_of(param))
+                grad = aligned_gradient(param)
                 if grad is not None:
                     grad = local_tensor(grad)
                     holding = self._holding(param, grad, states[param])

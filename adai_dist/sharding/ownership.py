@@ -42,8 +42,8 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def aligned_gradient(param: Tensor, grad: Tensor | None) -> Tensor | None:
-    """The gradient of ``param``, held like ``param``; None where there is none. ``grad`` stays as it is.
+def aligned_gradient(param: Tensor) -> Tensor | None:
+    """The gradient of ``param``, held like ``param``; None where there is none. ``param.grad`` stays as it is.
 
     Raises:
         TypeError: the gradient is sparse, or only one of parameter and gradient is a DTensor.
@@ -51,6 +51,7 @@ def aligned_gradient(param: Tensor, grad: Tensor | None) -> Tensor | None:
     Collective: all ranks of the parameter's mesh where the placements differ (tensor parallelism with sequence
     parallelism leaves partial sums), to redistribute the gradient; otherwise none.
     """
+    grad = param.grad
     if grad is None:
         return None
     if grad.layout is not torch.strided:

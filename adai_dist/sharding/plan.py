@@ -46,10 +46,6 @@ class ModelSharding(Protocol):
         ...
 
 
-def _as_it_is(param: Tensor) -> Tensor | None:
-    return param.grad
-
-
 @dataclass(frozen=True)
 class ShardingPlan:
     """The process groups of the mean, and the weight of every parameter in it."""
@@ -59,8 +55,6 @@ class ShardingPlan:
     """All-reduced one after the other, in this order; the same on all their members. Empty: no collective."""
     weights: dict[Tensor, float]
     """Over all ranks of the process groups, the weights of the copies of an element add up to 1."""
-    gradient_of: Callable[[Tensor], Tensor | None] = _as_it_is
-    """The gradient of a parameter, also where its engine leaves it out on ranks that hold none of its elements."""
 
     def fits(self, params: list[Tensor]) -> bool:
         """Whether the plan was made for exactly these parameters; engines replace them after construction."""

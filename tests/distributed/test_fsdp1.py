@@ -61,7 +61,7 @@ def test_every_strategy_follows_the_oracle(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_states_gathered_for_a_checkpoint_are_the_oracles(layout: str) -> None:
-    """FSDP1 refuses to gather a ``step`` that differs between ranks, those without an element included."""
+    """On a rank without an element of a parameter FSDP1 leaves out its gradient; it gathers from the other ranks."""
     oracle, _ = PROBLEMS["float64"].solve()
     for walks in walks_in(layout):
         states = walks["float64"].states
