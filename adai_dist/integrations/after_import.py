@@ -1,14 +1,18 @@
-"""Do something right after a module of another project has been imported, without importing it."""
+"""Change something right after a module of another project has been imported, without importing it."""
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 Hook = Callable[[ModuleType], None]
+
+_MARK = "_is_of_adai_dist"
 
 
 def after_import(name: str, hook: Hook) -> None:
@@ -25,6 +29,17 @@ def after_import(name: str, hook: Hook) -> None:
     _finder.hooks.setdefault(name, []).append(hook)
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
+
+
+def wrap_once(cls: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:
+    """Replace a method by ``wrap(method)``; returns False, with nothing changed, where that has been done before."""
+    original = getattr(cls, name)
+    if hasattr(original, _MARK):
+        return False
+    wrapped = functools.wraps(original)(wrap(original))
+    setattr(wrapped, _MARK, True)
+    setattr(cls, name, wrapped)
+    return True
 
 
 class _Finder(MetaPathFinder):

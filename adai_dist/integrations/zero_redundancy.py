@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from adai_dist.integrations.after_import import after_import
+from adai_dist.integrations.after_import import after_import, wrap_once
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
-
-_MARK = "_is_of_adai_dist"
 
 
 def register() -> None:
@@ -21,16 +19,12 @@ def register() -> None:
 
 
 def _register_with(module: ModuleType) -> None:
-    outer_class = module.ZeroRedundancyOptimizer
-    original = outer_class._init_local_optimizer
-    if hasattr(original, _MARK):
-        return
+    def wrap(original: Callable[[Any], None]) -> Callable[[Any], None]:
+        def _init_local_optimizer(outer: Any) -> None:
+            original(outer)
+            if isinstance(outer.optim, AdaptiveInertia):
+                outer.optim.configure_sharding(outer.process_group, num_replicas=1)
 
-    @functools.wraps(original)
-    def _init_local_optimizer(outer: Any) -> None:
-        original(outer)
-        if isinstance(outer.optim, AdaptiveInertia):
-            outer.optim.configure_sharding(outer.process_group, num_replicas=1)
+        return _init_local_optimizer
 
-    setattr(_init_local_optimizer, _MARK, True)
-    outer_class._init_local_optimizer = _init_local_optimizer
+    wrap_once(module.ZeroRedundancyOptimizer, "_init_local_optimizer", wrap)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
@@ -92,6 +95,25 @@ class Training:
         with torch.no_grad():
             for parameter in self.wrapped.parameters():
                 parameter.mul_(100.0)
+
+    def state(self) -> dict[str, Any]:
+        """What torch.distributed.checkpoint saves, and loads into."""
+        model_state, optimizer_state = get_state_dict(self.wrapped, self.optimizer)
+        return {"model": model_state, "optimizer": optimizer_state}
+
+    def take(self, state: dict[str, Any]) -> None:
+        set_state_dict(
+            self.wrapped, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+
+    def save(self, folder: str | Path, alone: bool = False) -> None:
+        """`alone`: this rank without the others."""
+        dcp.save(self.state(), checkpoint_id=folder, no_dist=alone)
+
+    def load(self, folder: str | Path, alone: bool = False) -> None:
+        state = self.state()
+        dcp.load(state, checkpoint_id=folder, no_dist=alone)
+        self.take(state)
 
     def seen(self) -> Walk:
         """Parameters and states, whole; as checkpoints have them, so with zeros for a retired beta1_prod."""

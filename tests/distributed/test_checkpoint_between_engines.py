@@ -11,13 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
-    set_state_dict,
 )
 from torch.distributed.fsdp import FullOptimStateDictConfig, ShardedOptimStateDictConfig, StateDictType
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -48,21 +46,11 @@ def wander(folder: str) -> Walk:
         alone = layout == "plain"
         if not alone or dist.get_rank() == 0:
             training = Training(layout, PROBLEM)
-            model_state, optimizer_state = get_state_dict(training.wrapped, training.optimizer)
-            state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
             if index:
                 training.spoil()
-                dcp.load(state, checkpoint_id=f"{folder}/{index - 1}", no_dist=alone)
-                set_state_dict(
-                    training.wrapped,
-                    training.optimizer,
-                    model_state_dict=state["model"],
-                    optim_state_dict=state["optimizer"],
-                )
+                training.load(f"{folder}/{index - 1}", alone)
             training.train(2 * index, min(2 * index + 2, PROBLEM.steps))
-            model_state, optimizer_state = get_state_dict(training.wrapped, training.optimizer)
-            state = {"model": model_state, "optimizer": optimizer_state}
-            dcp.save(state, checkpoint_id=f"{folder}/{index}", no_dist=alone)
+            training.save(f"{folder}/{index}", alone)
         dist.barrier()
     return training.seen()
 

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from tests.distributed.checkpoint_layouts import PROBLEM, SAVED_AFTER, Training, assert_same_bits
 from tests.spawn import run_ranks
 
 pytestmark = pytest.mark.distributed
-
-
-def state_of(training: Training) -> dict[str, Any]:
-    return dict(zip(("model", "optimizer"), get_state_dict(training.wrapped, training.optimizer), strict=True))
 
 
 def truncate(folder: Path) -> None:
@@ -45,7 +39,7 @@ def load_damaged(folder: str) -> list[str]:
     training.train(0, SAVED_AFTER)
     for name, damage in DAMAGES.items():
         path = Path(folder, name)
-        dcp.save(state_of(training), checkpoint_id=path)
+        training.save(path)
         if dist.get_rank() == 0:
             damage(path)
         dist.barrier()
@@ -53,18 +47,13 @@ def load_damaged(folder: str) -> list[str]:
     dcp.save({"something": {"else": 1}}, checkpoint_id=foreign)
     before = training.seen()
     for name in (*DAMAGES, "foreign"):
-        state = copy.deepcopy(state_of(training))
+        state = copy.deepcopy(training.state())
         try:
             dcp.load(state, checkpoint_id=Path(folder, name))
         except (Exception, CheckpointException) as error:
             errors.append(type(error).__name__)
         else:
-            set_state_dict(
-                training.wrapped,
-                training.optimizer,
-                model_state_dict=state["model"],
-                optim_state_dict=state["optimizer"],
-            )
+            training.take(state)
         assert_same_bits(before, training.seen())
     twin = Training("fsdp2", PROBLEM)
     twin.train(0, PROBLEM.steps)

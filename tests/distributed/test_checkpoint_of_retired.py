@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from adai_dist.optimizer import retirement
 from adai_dist.optimizer.retirement import is_retired
@@ -47,9 +45,7 @@ def save(folder: str) -> dict[str, Walk]:
             training = Training(layout, some_retire(), retire_beta1_prod=retires)
             training.train(0, SAVED_AFTER)
             assert (num_retired(training) > 0) == retires
-            model_state, optimizer_state = get_state_dict(training.wrapped, training.optimizer)
-            name = f"{folder}/{layout}-{retires}"
-            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=name)
+            training.save(f"{folder}/{layout}-{retires}")
             training.train(SAVED_AFTER, training.problem.steps)
             of_both.append(training.seen())
         for name, parameter in of_both[1].parameters.items():
@@ -68,15 +64,7 @@ def load(folder: str, ends: dict[str, Walk]) -> None:
             for was_retired, retires in ((True, False), (False, True)):
                 training = Training(layout, some_retire(), retire_beta1_prod=retires)
                 training.spoil()
-                model_state, optimizer_state = get_state_dict(training.wrapped, training.optimizer)
-                state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-                dcp.load(state, checkpoint_id=f"{folder}/{saved}-{was_retired}")
-                set_state_dict(
-                    training.wrapped,
-                    training.optimizer,
-                    model_state_dict=state["model"],
-                    optim_state_dict=state["optimizer"],
-                )
+                training.load(f"{folder}/{saved}-{was_retired}")
                 training.train(SAVED_AFTER, training.problem.steps)
                 assert (num_retired(training) > 0) == retires
                 seen = training.seen()

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from tests.distributed.checkpoint_layouts import PROBLEMS, SAVED_AFTER, Training, assert_same_bits
 from tests.distributed.layouts import Walk
@@ -47,9 +45,7 @@ def save_and_go_on(folder: str) -> dict[tuple[str, str], Run] | None:
         for dtype, problem in PROBLEMS.items():
             training = Training(layout, problem)
             training.train(0, SAVED_AFTER)
-            model_state, optimizer_state = get_state_dict(training.wrapped, training.optimizer)
-            name = f"{folder}/{layout}-{dist.get_world_size()}-{dtype}"
-            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=name)
+            training.save(f"{folder}/{layout}-{dist.get_world_size()}-{dtype}")
             at_checkpoint = training.seen()
             training.train(SAVED_AFTER, problem.steps)
             runs[layout, dtype] = Run(at_checkpoint, training.seen())
@@ -62,15 +58,7 @@ def load_and_go_on(folder: str, wanted: list[Wanted]) -> list[Run] | None:
         problem = PROBLEMS[dtype]
         training = Training(layout, problem)
         training.spoil()
-        model_state, optimizer_state = get_state_dict(training.wrapped, training.optimizer)
-        state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-        dcp.load(state, checkpoint_id=f"{folder}/{layout_saved}-{ranks_saved}-{dtype}")
-        set_state_dict(
-            training.wrapped,
-            training.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
+        training.load(f"{folder}/{layout_saved}-{ranks_saved}-{dtype}")
         assert training.state_dtypes() == {torch.float64 if dtype == "float64" else torch.float32}
         at_checkpoint = training.seen()
         training.train(SAVED_AFTER, problem.steps)

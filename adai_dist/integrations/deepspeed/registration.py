@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from adai_dist.integrations.after_import import after_import
+from adai_dist.integrations.after_import import after_import, wrap_once
 from adai_dist.kernels.build import Extension, set_compiler
 from adai_dist.optimizer import Adai, AdaiV2, AdaiW
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
@@ -20,8 +20,6 @@ OPTIMIZERS: dict[str, type[AdaptiveInertia]] = {
     spelling: cls for cls in (Adai, AdaiW, AdaiV2) for spelling in (cls.__name__, cls.__name__.lower())
 }
 """Optimizers by what may stand as their type in a DeepSpeed configuration."""
-
-_MARK = "_is_of_adai_dist"
 
 
 def register() -> None:
@@ -36,20 +34,17 @@ def register() -> None:
 
 
 def _register_with(engine_module: ModuleType) -> None:
-    engine_class = engine_module.DeepSpeedEngine
-    original = engine_class._configure_optimizer
-    if hasattr(original, _MARK):
+    def wrap(original: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
+        def _configure_optimizer(engine: Any, client_optimizer: Any, model_parameters: Any) -> None:
+            from adai_dist.integrations.deepspeed.binding import configure_and_bind
+
+            named = OPTIMIZERS.get(engine.optimizer_name()) if client_optimizer is None else None
+            configure_and_bind(engine, client_optimizer, named, model_parameters, functools.partial(original, engine))
+
+        return _configure_optimizer
+
+    if not wrap_once(engine_module.DeepSpeedEngine, "_configure_optimizer", wrap):
         return
-
-    @functools.wraps(original)
-    def _configure_optimizer(engine: Any, client_optimizer: Any, model_parameters: Any) -> None:
-        from adai_dist.integrations.deepspeed.binding import configure_and_bind
-
-        named = OPTIMIZERS.get(engine.optimizer_name()) if client_optimizer is None else None
-        configure_and_bind(engine, client_optimizer, named, model_parameters, functools.partial(original, engine))
-
-    setattr(_configure_optimizer, _MARK, True)
-    engine_class._configure_optimizer = _configure_optimizer
     for name, cls in OPTIMIZERS.items():
         setattr(torch.optim, name, cls)  # where DeepSpeed looks up names that it does not know
     AdaptiveInertia._step_within_engine = _step_within_deepspeed
