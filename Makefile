@@ -11,13 +11,14 @@ CONFIG ?= configs/recipes/lm_tiny.yaml
 NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
 EXTRAS_train := train,kernels
-EXTRAS_test  := train,kernels,test,deepspeed,mpi
-EXTRAS_lint  := train,kernels,test,deepspeed,mpi,dev
+EXTRAS_sweep := train,kernels,images
+EXTRAS_test  := train,images,kernels,test,deepspeed,mpi
+EXTRAS_lint  := train,images,kernels,test,deepspeed,mpi,dev
 EXTRAS_docs  := docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow test-gpu lint format bench soak docs clean
+.PHONY: help train sweep test test-slow test-gpu lint format bench soak docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +26,9 @@ help: ## show this list
 train: $(VENV)/.installed-train ## train a small language model on two ranks (ARGS="key=value ...", NPROC=n, CONFIG=file)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) \
 	    -m adai_dist train --config $(CONFIG) $(ARGS)
+
+sweep: $(VENV)/.installed-sweep ## compare six optimizers on scanned digits, three seeds each (ARGS="key=value ...")
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/adai-dist sweep --config configs/recipes/digits_cnn.yaml $(ARGS)
 
 test: $(VENV)/.installed-test ## run the tests, less those marked slow or gpu (ARGS="pytest options")
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
@@ -35,11 +39,12 @@ test-slow: $(VENV)/.installed-test ## run the tests marked slow
 test-gpu: $(VENV)/.installed-test ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-lint: $(VENV)/.installed-lint ## ruff, pyright (strict on adai_dist), codespell
+lint: $(VENV)/.installed-lint ## ruff, pyright (strict on adai_dist), codespell, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/codespell
+	$(BIN)/shellcheck .ci/run launch/*.sh launch/*.sbatch
 
 format: $(VENV)/.installed-lint ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

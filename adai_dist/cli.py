@@ -1,4 +1,4 @@
-"""The command line: `adai-dist train | run | compare | bench | soak | build | to-universal`.
+"""The command line: `adai-dist train | sweep | run | compare | bench | soak | build | to-universal`.
 
 What the user got wrong is one line on stderr and exit code 2, on every rank. Ctrl-C exits with 130, a checkpoint that
 cannot be written or read with one line and 1, another failure with its traceback and 1; a program under `run` ends as
@@ -13,14 +13,18 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import adai_dist
 from adai_dist.integrations.run import NoProgramError, run_program, split_local_rank
 
-EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+if TYPE_CHECKING:
+    from adai_dist.recipes.config import Recipe
+    from adai_dist.recipes.world import World
+
+EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_STOPPED = 1, 2, 130, 143  # the last two are 128 + the signal
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,9 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, rest = parser.parse_known_args(words)
     # argparse takes no positional argument after an option; key=value may stand anywhere.
     stray = [word for word in rest if word.startswith("-") or "=" not in word]
-    if stray or (rest and options.command != "train"):
+    if stray or (rest and options.command not in ("train", "sweep")):
         parser.error(f"unrecognized arguments: {' '.join(stray or rest)}")
-    if options.command == "train":
+    if options.command in ("train", "sweep"):
         options.overrides = [*options.overrides, *rest]
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
@@ -73,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"adai-dist {adai_dist.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train a language model from a recipe, alone or under a launcher")
+    train = commands.add_parser("train", help="train a model from a recipe, alone or under a launcher")
     train.add_argument(
         "--config", required=True, metavar="FILE", help="the recipe, such as configs/recipes/lm_tiny.yaml"
     )
@@ -82,6 +86,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")
     train.set_defaults(run=_train)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="train a recipe with each of its optimizers and several seeds, and compare them",
+        description="Run a recipe once for every optimizer and seed, into OUT/NAME/OPTIMIZER-seedSEED. What has "
+        "finished is not run again. Leaves a picture (OUT/NAME/sweep.png) and prints a table.",
+    )
+    sweep.add_argument("--config", required=True, metavar="FILE", help="the recipe")
+    sweep.add_argument("--optimizers", default="", metavar="A,B", help="default: all that the recipe has settings for")
+    sweep.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each; default: %(default)s")
+    sweep.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")
+    sweep.set_defaults(run=_sweep)
 
     run = commands.add_parser(
         "run",
@@ -151,27 +167,60 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
+    return _on_all_ranks(options, _train_one, ["run.resume=true"] if options.resume else [])
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    return _on_all_ranks(options, _train_all, [])
+
+
+def _on_all_ranks(
+    options: argparse.Namespace, work: Callable[[argparse.Namespace, Recipe, World], str], overrides: list[str]
+) -> int:
+    """Reads the recipe, joins the other ranks, and prints on one of them what the work comes to."""
     try:
         from adai_dist.recipes.checkpoint import CheckpointError
-        from adai_dist.recipes.config import RecipeError, load_recipe
-        from adai_dist.recipes.summary import summary_table
-        from adai_dist.recipes.train import train
+        from adai_dist.recipes.interrupt import Stopped
+        from adai_dist.recipes.recipe_file import load_recipe
+        from adai_dist.recipes.refusal import RecipeError
         from adai_dist.recipes.world import join_world
     except ModuleNotFoundError as error:
         return _complain(f"training needs the package {error.name}; got none; run: pip install 'adai-dist[train]'")
     try:
-        recipe = load_recipe(options.config, [*options.overrides, *(["run.resume=true"] if options.resume else [])])
-        with join_world(recipe.device) as world:
+        recipe = load_recipe(options.config, [*options.overrides, *overrides])
+        with join_world(recipe.device, recipe.run.timeout) as world:
             logging.getLogger("adai_dist").setLevel(logging.WARNING if world.is_main else logging.ERROR)
-            summary = train(recipe, world)
+            outcome = work(options, recipe, world)
             if world.is_main:
-                print(f"\n{summary_table(summary)}", flush=True)
+                print(f"\n{outcome}", flush=True)
     except RecipeError as error:
         _leave(_complain(str(error)))
+    except Stopped as error:
+        _complain(str(error))
+        _leave(EXIT_STOPPED)
     except CheckpointError as error:  # of which the traceback says nothing more
         _complain(str(error))
         _leave(EXIT_FAILURE)
     return 0
+
+
+def _train_one(options: argparse.Namespace, recipe: Recipe, world: World) -> str:
+    from adai_dist.recipes.summary import summary_table
+    from adai_dist.recipes.train import train
+
+    return summary_table(train(recipe, world))
+
+
+def _train_all(options: argparse.Namespace, recipe: Recipe, world: World) -> str:
+    from adai_dist.recipes.sweep import plan_sweep, sweep
+    from adai_dist.tools.plots import plot_seeds, seeds_table
+
+    chosen = [name for name in options.optimizers.split(",") if name]
+    summaries = sweep(plan_sweep(recipe, chosen, options.seeds), world)
+    picture = Path(recipe.run.out) / recipe.run.name / "sweep.png"
+    if world.is_main:
+        plot_seeds(summaries, picture)
+    return f"{seeds_table(summaries)}\n\n{picture}"
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -215,7 +264,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _soak(options: argparse.Namespace) -> int:
     try:
-        from adai_dist.recipes.config import RecipeError
+        from adai_dist.recipes.refusal import RecipeError
         from adai_dist.recipes.world import join_world
         from adai_dist.tools.soak import Soak, row, soak
     except ModuleNotFoundError as error:

@@ -28,7 +28,7 @@ CORE = {name for layer in LAYERS[:4] for name in layer} | {"__init__"}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer} | {"__init__": 4.5}
 
 # Distributions whose modules have another name.
-MODULE_NAMES = {"pyyaml": "yaml"}
+MODULE_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 
 
 class Import(NamedTuple):

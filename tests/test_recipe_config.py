@@ -7,10 +7,13 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 
-from adai_dist.recipes import config, engines
-from adai_dist.recipes.config import Recipe, RecipeError, ScheduleConfig, load_recipe
+from adai_dist.recipes import config, data_config, engines
+from adai_dist.recipes.config import Recipe, ScheduleConfig
 from adai_dist.recipes.optimizers import OPTIMIZERS
+from adai_dist.recipes.recipe_file import load_recipe
+from adai_dist.recipes.refusal import RecipeError
 from tests.recipe_runs import ROOT, TINY_RECIPE
 
 SHIPPED = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
@@ -32,7 +35,20 @@ def test_every_shipped_recipe_runs_with_every_optimizer(shipped: Path, optimizer
 
 
 def test_there_are_recipes_to_ship() -> None:
-    assert {path.stem for path in SHIPPED} >= {"lm_tiny", "lm_124m"}
+    names = {"lm_tiny", "lm_124m", "lm_1b", "cifar10_resnet18", "cifar100_resnet34", "digits_cnn"}
+    assert {path.stem for path in SHIPPED} == names
+
+
+@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda shipped: shipped.stem)
+def test_every_shipped_recipe_states_its_clipping_precision_and_batch(shipped: Path) -> None:
+    given = yaml.safe_load(shipped.read_text())
+    assert {"max_grad_norm", "precision", "engine"} <= given.keys()
+    assert "batch" in given["data"]
+
+
+def test_the_learning_rate_falls_at_milestones() -> None:
+    schedule = ScheduleConfig(warmup=2, shape="multistep", milestones=[4, 6], gamma=0.5)
+    assert [schedule.factor(step, 8) for step in range(8)] == [0.5, 1.0, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
 
 
 def test_a_saved_recipe_reads_back_the_same(path: Path, tmp_path: Path) -> None:
@@ -54,21 +70,28 @@ WRONG = {
     "run=5": r"run must be a mapping of keys to values; got 5",
     "engine=horovod": r"engine must be one of ddp, fsdp2, deepspeed; got 'horovod'",
     "precision=fp8": r"precision must be one of auto, fp32, bf16; got 'fp8'",
-    "data.source=web": r"data.source must be one of stdlib, path, dataset; got 'web'",
+    "data.source=web": r"data.source must be one of stdlib, path, dataset, tokens, digits, cifar.*; got 'web'",
     "data.source=stdlib": r"data.path has no effect with data.source=stdlib; got 'texts'",
     "data.subset=en": r"data.subset has no effect with data.source=path; got 'en'",
-    "data.path=''": r"data.source=path needs data.path",
+    "data.path=''": r"data.source=path needs data.path; got ''; say there where the text is",
     "data.val_fraction=1": r"data.val_fraction must be between 0 and 1; got 1.0",
     "schedule.min_ratio=2": r"schedule.min_ratio must be between 0 and 1; got 2.0",
     "max_grad_norm=0": r"max_grad_norm must be positive; got 0.0; set it to null",
-    "model.architecture=null": r"model.architecture must name a model_type of transformers; got None",
-    "optimizer=adam": r"optimizer must be one of adaiv2, adai, adaiw, adamw, sgd; got 'adam'",
+    "model.architecture=null": r"model.architecture must name a kind of model; got None",
+    "data.source=digits": r"unknown key 'data.seq_len' in .*mine.yaml; valid keys are .*data.crop_padding",
+    "data.crop_padding=4": r"unknown key 'data.crop_padding' in the command line; valid keys are .*seq_len",
+    "run.timeout=0": r"run.timeout must be at least 1; got 0",
+    "schedule.shape=multistep": r"schedule.milestones must be .*, and only then; got \[\]; write \[100, 200\]",
+    "schedule.milestones=[5]": r"schedule.milestones must be .*, and only then; got \[5\]",
+    "schedule.milestones=5": r"schedule.milestones must have the type of its default",
+    "schedule.gamma=2": r"schedule.gamma must be between 0 and 1; got 2.0",
+    "optimizer=lion": r"optimizer must be one of adaiv2, adai, adaiw, adam, adamw, sgd; got 'lion'",
     "optimizers.adaiv2.momentum=0.9": r"unknown key 'optimizers.adaiv2.momentum'; valid keys are lr, betas, eps",
     "optimizers.adaiv2.max_grad_norm=1": r"unknown key 'optimizers.adaiv2.max_grad_norm'",
     "optimizers.adaiv2.lr=-1": r"optimizers.adaiv2: lr must be .*-1",
     "optimizers.adaiv2.dampening=2": r"optimizers.adaiv2: dampening must be .*2",
     "optimizers.adaiv2.betas=0.9": r"optimizers.adaiv2: betas must be .*0.9",
-    "optimizers.adam.lr=1": r"unknown key 'optimizers.adam'; valid keys are adaiv2, adai, adaiw, adamw, sgd",
+    "optimizers.lion.lr=1": r"unknown key 'optimizers.lion'; valid keys are adaiv2, adai, adaiw, adam, adamw, sgd",
     "optimizers.adamw.lr=1": r"'optimizers.adamw.lr=1' has no effect; the optimizer is 'adaiv2'",
     "steps": r"an override must read key=value; got 'steps'",
 }
@@ -103,8 +126,9 @@ def test_an_optimizer_without_a_learning_rate_is_refused(path: Path) -> None:
 
 
 def test_every_setting_has_a_sentence_and_every_engine_a_name() -> None:
-    source = Path(config.__file__).read_text()
-    for schema in (Recipe, config.RunConfig, config.DataConfig, config.DeepSpeedSettings, ScheduleConfig):
+    source = Path(config.__file__).read_text() + Path(data_config.__file__).read_text()
+    sections = (config.RunConfig, data_config.TextConfig, data_config.ImagesConfig, config.DeepSpeedSettings)
+    for schema in (Recipe, *sections, ScheduleConfig):
         for field in dataclasses.fields(schema):
             assert f"    {field.name}: " in source
     assert tuple(engines.ENGINES) == config.ENGINES

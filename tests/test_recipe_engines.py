@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 
 def run(recipe: str, *overrides: str, **settings: Any) -> dict[int, float]:
     """Trains on the ranks of the process group that is there; returns the training loss by step."""
-    from adai_dist.recipes.config import load_recipe
+    from adai_dist.recipes.recipe_file import load_recipe
     from adai_dist.recipes.train import train
     from adai_dist.recipes.world import join_world
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from adai_dist.recipes.config import RecipeError
 from adai_dist.recipes.model import block_modules, build_model, row_losses
+from adai_dist.recipes.recipe_file import load_recipe
+from adai_dist.recipes.refusal import RecipeError
+from tests.recipe_runs import ROOT
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 
@@ -50,3 +52,11 @@ def test_a_model_that_cannot_be_is_refused_in_one_line(settings: dict[str, objec
     with pytest.raises(RecipeError, match=message) as caught:
         build_model(settings, 256, 8, seed=0)
     assert "\n" not in str(caught.value)
+
+
+def test_the_recipe_of_a_billion_parameters_has_them() -> None:
+    recipe = load_recipe(ROOT / "configs" / "recipes" / "lm_1b.yaml")
+    with torch.device("meta"):
+        model = build_model(recipe.model, recipe.model["vocab_size"], 1024, recipe.run.seed)
+    assert sum(param.numel() for param in model.parameters()) == 1_175_021_568
+    assert len(block_modules(model)) == 22

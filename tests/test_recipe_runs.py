@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from adai_dist.cli import main
+from adai_dist.recipes.interrupt import STOP_SIGNALS, StopRequest
+from adai_dist.recipes.world import join_world
 from tests.recipe_runs import cli_command, cli_environment, losses, read_lines, run_cli, write_recipe
 
 pytestmark = pytest.mark.distributed
@@ -39,6 +43,26 @@ def runs(recipe: Path) -> dict[str, Path]:
         folders[engine] = recipe.parent / "runs" / engine
         folders[f"{engine}-resumed"] = _cut_and_resume(folders[engine])
     return folders
+
+
+def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "not within a minute"
+        time.sleep(0.05)
+
+
+def _ranks_of(launcher: int) -> dict[str, int]:
+    """The processes that a launcher has started, by rank."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    variables = {int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
+    return {
+        entry.removeprefix(b"RANK=").decode(): pid
+        for pid, entries in variables.items()
+        for entry in entries
+        if entry.startswith(b"RANK=")
+    }
 
 
 def _cut_and_resume(run: Path) -> Path:
@@ -137,6 +161,51 @@ def test_the_comparison_shows_every_run(
     ]
 
 
+def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_continues_to_the_same_bits(recipe: Path) -> None:
+    """The signal reaches one of two ranks, in the middle of a step."""
+    name = "asked"
+    run = recipe.parent / "runs" / name
+    settings = ("run.checkpoint_every=0", "schedule.shape=constant", "run.log_every=3", "run.eval_every=4")
+    command = cli_command("train", "--config", recipe, "run.steps=100000", f"run.name={name}", *settings, num_ranks=2)
+    process = subprocess.Popen(
+        command, env=cli_environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        _wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 1, process)
+        os.kill(_ranks_of(process.pid)["1"], signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert "exitcode  : 143" in stderr
+    assert f"stopped; continue with: adai-dist train --config {run / 'config.yaml'} --resume" in stderr
+    assert not (run / "summary.json").exists()
+    (checkpoint,) = (run / "checkpoints").glob("step_*")
+    done = int(checkpoint.name.removeprefix("step_"))
+    assert done % 3 == 0, "at a logged step"
+    assert max(losses(run)) == done
+
+    for other in (name, f"{name}-whole"):
+        words = ("--config", recipe, f"run.name={other}", f"run.steps={done + 4}", *settings, "run.resume=true")
+        result = run_cli("train", *words, num_ranks=2)
+        assert result.returncode == 0, result.stderr
+    for key in ("loss", "grad_norm", "val_loss"):
+        assert losses(run, key) == losses(run.with_name(f"{name}-whole"), key)
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGTERM, signal.SIGUSR1])
+def test_the_signals_that_ask_a_run_to_stop_are_noted_and_their_handlers_come_back(
+    number: signal.Signals | None,
+) -> None:
+    before = [signal.getsignal(each) for each in STOP_SIGNALS]
+    stop = StopRequest()
+    with join_world("cpu") as world, stop.listening():
+        if number is not None:
+            os.kill(os.getpid(), number)
+        assert stop.reached_any_rank(world) == (number is not None)
+    assert [signal.getsignal(each) for each in STOP_SIGNALS] == before
+
+
 def test_ctrl_c_ends_a_run_with_its_logs_written_and_says_how_to_continue(recipe: Path) -> None:
     command = cli_command("train", "--config", recipe, "run.steps=1000000", "run.name=stopped")
     process = subprocess.Popen(
@@ -144,11 +213,7 @@ def test_ctrl_c_ends_a_run_with_its_logs_written_and_says_how_to_continue(recipe
     )
     run = recipe.parent / "runs" / "stopped"
     try:
-        deadline = time.monotonic() + 60
-        while not (run / "checkpoints" / "step_00000004").exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, "no checkpoint within a minute"
-            time.sleep(0.05)
+        _wait_for((run / "checkpoints" / "step_00000004").exists, process)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=30)
     finally:

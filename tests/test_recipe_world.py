@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adai_dist.recipes.config import RecipeError
+from adai_dist.recipes.refusal import RecipeError
 from adai_dist.recipes.world import is_launched, read_launcher
 
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from adai_dist.tools import plots
 from adai_dist.tools.plots import comparison_table, plot_comparison, plot_inertia, plot_loss, read_records
+from adai_dist.tools.plots.drawing import smoothed
 
 
 def write_run(folder: Path, num_layers: int = 3, num_records: int = 4, last_loss: float = 2.0) -> Path:
@@ -21,6 +21,7 @@ def write_run(folder: Path, num_layers: int = 3, num_records: int = 4, last_loss
     (folder / "inertia.jsonl").write_text("".join(json.dumps(line) + "\n" for line in inertia))
     summary = {
         "run": folder.name,
+        "unit": "token",
         "optimizer": "adaiv2",
         "engine": "ddp",
         "world_size": 2,
@@ -89,5 +90,5 @@ def test_half_a_line_at_the_end_is_left_out(tmp_path: Path) -> None:
 
 def test_smoothing_keeps_a_line_and_does_not_lag() -> None:
     line = [float(i) for i in range(200)]
-    assert plots._smoothed(line) == pytest.approx(line)
-    assert max(plots._smoothed([0.0, 10.0] * 100)[10:-10]) < 6.0
+    assert smoothed(line) == pytest.approx(line)
+    assert max(smoothed([0.0, 10.0] * 100)[10:-10]) < 6.0

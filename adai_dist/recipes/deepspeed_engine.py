@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from adai_dist.hyper import Hyper
 from adai_dist.optimizer import AdaptiveInertia
 from adai_dist.recipes import deepspeed_file, optimizers
-from adai_dist.recipes.config import Recipe, RecipeError, require
+from adai_dist.recipes.config import Recipe
 from adai_dist.recipes.engine import Engine
-from adai_dist.recipes.model import row_losses
+from adai_dist.recipes.refusal import RecipeError, require
+from adai_dist.recipes.task import Rows, Task
 from adai_dist.recipes.world import World, read_launcher
 from adai_dist.tools.telemetry import MomentOfLayer, horizon_shares, layer_of
 
@@ -26,7 +27,7 @@ _TAG = "deepspeed"
 class DeepSpeedEngine(Engine):
     """ZeRO and offload. The optimizer is the recipe's, and DeepSpeed clips."""
 
-    def __init__(self, recipe: Recipe, model: nn.Module, world: World) -> None:
+    def __init__(self, recipe: Recipe, task: Task, model: nn.Module, world: World) -> None:
         settings = deepspeed_file.read(recipe, world)
         import deepspeed
 
@@ -37,7 +38,7 @@ class DeepSpeedEngine(Engine):
         # DeepSpeed 0.19 calls what torch 2.13 renamed, several times per step.
         warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning, "torch.distributed")
         model = model.to(world.device)
-        optimizer = optimizers.build(recipe.optimizer, recipe.optimizer_arguments, model.named_parameters(), None)
+        optimizer = optimizers.build(recipe, model, max_grad_norm=None)
         if not isinstance(optimizer, AdaptiveInertia):  # for the comparison: the same optimizer as in other engines
             settings.update(zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=False)
         try:
@@ -46,6 +47,7 @@ class DeepSpeedEngine(Engine):
         except UnsupportedSetting as error:
             raise RecipeError(f"deepspeed.config: {error}; see {recipe.deepspeed.config}") from error
         self._engine: Any = engine[0]
+        self._task = task
         self.model = model
         self.optimizer = optimizer
         self.precision = deepspeed_file.precision_of(settings) or "fp32"
@@ -56,8 +58,8 @@ class DeepSpeedEngine(Engine):
     def num_parameters(self) -> int:
         return sum(getattr(param, "ds_numel", param.numel()) for param in self.model.parameters())
 
-    def backward(self, rows: Tensor, is_last: bool) -> Tensor:
-        loss = row_losses(self._engine, rows).mean()
+    def backward(self, rows: Rows, is_last: bool) -> Tensor:
+        loss = self._task.losses(self._engine, rows).mean()
         self._engine.backward(loss)  # divides by the number of micro-batches
         if not is_last:
             self._engine.step()  # counts the micro-batch
@@ -69,12 +71,12 @@ class DeepSpeedEngine(Engine):
         norm = self._engine.get_global_grad_norm()
         return None if norm is None else torch.as_tensor(norm)
 
-    def losses(self, rows: Tensor) -> Tensor:
+    def scores(self, rows: Rows) -> dict[str, Tensor]:
         self._engine.eval()
         with torch.no_grad():
-            losses = row_losses(self._engine, rows)
+            scores = self._task.scores(self._engine, rows)
         self._engine.train()
-        return losses
+        return scores
 
     def inertia(self) -> dict[str, list[float]] | None:
         optimizer, wrapper = self.optimizer, self._engine.optimizer

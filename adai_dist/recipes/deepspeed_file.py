@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from adai_dist.recipes import optimizers
-from adai_dist.recipes.config import Recipe, RecipeError, require
+from adai_dist.recipes.config import Recipe
+from adai_dist.recipes.refusal import RecipeError, require
 from adai_dist.recipes.world import World
 
 Settings = dict[str, Any]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from adai_dist.recipes.task import Rows
 from adai_dist.tools.telemetry import inertia_histogram
 
 
@@ -34,15 +35,15 @@ class Engine(ABC):
         return {name: list(getattr(param, "ds_shape", param.shape)) for name, param in named}  # DeepSpeed's ZeRO 3
 
     @abstractmethod
-    def backward(self, rows: Tensor, is_last: bool) -> Tensor:
+    def backward(self, rows: Rows, is_last: bool) -> Tensor:
         """Adds the gradient of one micro-batch.
 
         Args:
-            rows: int64, shape (rows of the micro-batch, seq_len + 1), on the engine's device.
+            rows: of the micro-batch, on the engine's device.
             is_last: True for the last micro-batch before `step`; only then gradients are exchanged.
 
         Returns:
-            Mean loss of this rank's rows, nats per token; 0-dim, detached.
+            Mean loss of this rank's rows, in nats; 0-dim, detached.
         """
 
     @abstractmethod
@@ -50,8 +51,8 @@ class Engine(ABC):
         """Clips, steps and drops the gradients; returns the global gradient norm if it is known (0-dim)."""
 
     @abstractmethod
-    def losses(self, rows: Tensor) -> Tensor:
-        """Loss of every row (float32, shape (rows,)), for evaluation: without gradient and dropout."""
+    def scores(self, rows: Rows) -> dict[str, Tensor]:
+        """What the task measures of every row, for evaluation: without gradient and dropout."""
 
     def inertia(self) -> dict[str, list[float]] | None:
         """The distribution of inertia per layer, as :func:`inertia_histogram` returns it."""

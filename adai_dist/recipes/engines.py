@@ -12,6 +12,7 @@ from adai_dist.recipes import deepspeed_file
 from adai_dist.recipes.config import Recipe
 from adai_dist.recipes.deepspeed_engine import DeepSpeedEngine
 from adai_dist.recipes.engine import Engine
+from adai_dist.recipes.task import Task
 from adai_dist.recipes.torch_engines import DDPEngine, FSDP2Engine
 from adai_dist.recipes.world import World
 
@@ -32,9 +33,9 @@ def check_engine(recipe: Recipe, world: World) -> None:
         deepspeed_file.read(recipe, world)
 
 
-def build_engine(recipe: Recipe, model: nn.Module, world: World) -> Engine:
+def build_engine(recipe: Recipe, task: Task, model: nn.Module, world: World) -> Engine:
     """Spreads a model, which every rank holds alike, over the ranks.
 
     Collective: all ranks of the job.
     """
-    return ENGINES[recipe.engine](recipe, model, world)
+    return ENGINES[recipe.engine](recipe, task, model, world)

@@ -1,4 +1,4 @@
-"""Ctrl-C, whatever becomes of it on its way."""
+"""Signals that end a run early: Ctrl-C at once, and what clusters send before they take a machine away."""
 
 from __future__ import annotations
 
@@ -6,6 +6,48 @@ import contextlib
 import signal
 from collections.abc import Callable, Generator
 from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from adai_dist.recipes.world import World
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has written a checkpoint. The message says how to continue."""
+
+
+class StopRequest:
+    """Whether a signal has asked this process to stop, since the block `listening` was entered."""
+
+    def __init__(self) -> None:
+        self._signal_number = 0
+
+    @contextlib.contextmanager
+    def listening(self) -> Generator[None, None, None]:
+        """Within the block SIGTERM and SIGUSR1 are noted; they end nothing."""
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def reached_any_rank(self, world: World) -> bool:
+        """Whether some rank was asked to stop: the same answer on all.
+
+        Collective: all ranks of the job; one all-reduce of 4 bytes, for which the host waits.
+        """
+        asked = torch.tensor(self._signal_number, dtype=torch.int32, device=world.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._signal_number = number
 
 
 @contextlib.contextmanager

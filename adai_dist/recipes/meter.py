@@ -16,7 +16,7 @@ class Reading:
     """What some steps took and gave."""
 
     loss: float
-    """Mean over the steps and over all ranks, nats per token."""
+    """Mean over the steps and over all ranks, in nats."""
     num_timed_steps: int
     seconds: float
     """Of the timed steps, from the data to the new parameters; evaluations and checkpoints are not in it."""
@@ -28,9 +28,9 @@ class Reading:
         """Part of the time, from 0 to 1; None without a timed step."""
         return self.optimizer_seconds / self.seconds if self.seconds else None
 
-    def tokens_per_second(self, tokens_per_step: int) -> float | None:
+    def units_per_second(self, units_per_step: int) -> float | None:
         """Over all ranks; None without a timed step."""
-        return self.num_timed_steps * tokens_per_step / self.seconds if self.seconds else None
+        return self.num_timed_steps * units_per_step / self.seconds if self.seconds else None
 
 
 class Meter:

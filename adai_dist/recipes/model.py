@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adai_dist.recipes.config import RecipeError, require
+from adai_dist.recipes.refusal import RecipeError, require
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # defaults belong to vocabularies of released models
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,21 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adaiv2": AdaiV2,
     "adai": Adai,
     "adaiw": AdaiW,
+    "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
+
+
+class Settings(Protocol):
+    """What a recipe says about its optimizer (config.py has the meanings)."""
+
+    optimizer: str
+    decay_vectors: bool
+
+    @property
+    def optimizer_arguments(self) -> dict[str, Any]: ...
+
 
 _SET_ELSEWHERE = ("self", "params", "max_grad_norm")  # the last one is a setting of the recipe, for every optimizer
 
@@ -50,29 +62,24 @@ def all_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**defaults, **_as_arguments(arguments)}
 
 
-def build(
-    name: str,
-    arguments: Mapping[str, Any],
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-    max_grad_norm: float | None,
-) -> torch.optim.Optimizer:
-    """Makes the optimizer. Where there is weight decay, vectors (norms, biases) are left out of it.
+def build(settings: Settings, model: nn.Module, max_grad_norm: float | None) -> torch.optim.Optimizer:
+    """Makes the optimizer. Weight decay leaves vectors (norms, biases) out, unless the recipe says otherwise.
 
     Args:
-        name: a key of OPTIMIZERS.
-        arguments: keyword arguments that `check` let pass.
-        named_parameters: after the engine has wrapped them.
+        settings: whose optimizer, of arguments that `check` let pass.
+        model: after the engine has wrapped it.
         max_grad_norm: bound of the global gradient norm, or None; `clip_and_step` needs the same one.
     """
-    arguments = _as_arguments(arguments)
-    if issubclass(OPTIMIZERS[name], AdaptiveInertia):
+    kind, arguments = OPTIMIZERS[settings.optimizer], _as_arguments(settings.optimizer_arguments)
+    if issubclass(kind, AdaptiveInertia):
         arguments["max_grad_norm"] = max_grad_norm
-    params = [param for _, param in named_parameters if param.requires_grad]
+    params = [param for param in model.parameters() if param.requires_grad]
     param_groups: list[dict[str, Any]] = [{"params": params}]
-    if arguments.get("weight_decay", _signature(name)["weight_decay"].default):
+    decays = arguments.get("weight_decay", _signature(settings.optimizer)["weight_decay"].default)
+    if decays and not settings.decay_vectors:
         matrices, vectors = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
         param_groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return OPTIMIZERS[name]([param_group for param_group in param_groups if param_group["params"]], **arguments)
+    return kind([param_group for param_group in param_groups if param_group["params"]], **arguments)
 
 
 def clip_and_step(optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> Tensor | None:

@@ -25,7 +25,9 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from adai_dist.recipes import durable
-from adai_dist.recipes.config import Recipe, RecipeError, load_recipe
+from adai_dist.recipes.config import Recipe
+from adai_dist.recipes.recipe_file import load_recipe
+from adai_dist.recipes.refusal import RecipeError
 from adai_dist.recipes.world import World
 from adai_dist.tools.plots import read_records
 

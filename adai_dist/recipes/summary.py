@@ -20,16 +20,17 @@ Summary = dict[str, Any]
 _PACKAGES = ("torch", "transformers", "numpy", "omegaconf")
 _IN_TABLE = (
     ("run", "run", "{}"),
-    ("val_loss", "held-out loss (nats per token)", "{:.4f}"),
+    ("val_loss", "held-out loss (nats per {unit})", "{:.4f}"),
+    ("val_error", "held-out images named wrongly", "{:.2%}"),
     ("train_loss", "training loss, last log step", "{:.4f}"),
     ("optimizer", "optimizer", "{}"),
     ("engine", "engine", "{}"),
     ("world_size", "ranks", "{}"),
     ("num_parameters", "parameters", "{:,}"),
     ("steps", "steps", "{:,}"),
-    ("tokens", "tokens seen", "{:,}"),
+    ("{unit}s", "{unit}s seen", "{:,}"),
     ("seconds", "seconds of training", "{:.1f}"),
-    ("tokens_per_second", "tokens per second", "{:,.0f}"),
+    ("{unit}s_per_second", "{unit}s per second", "{:,.0f}"),
     ("optimizer_share", "optimizer's share of a step", "{:.1%}"),
     ("skipped_steps", "skipped steps (non-finite gradient)", "{}"),
     ("folder", "folder", "{}"),
@@ -45,7 +46,8 @@ def write_summary(folder: Path, summary: Summary) -> None:
 
 def summary_table(summary: Summary) -> str:
     """The summary for people: aligned plain text."""
-    rows = [(label, form.format(summary[key])) for key, label, form in _IN_TABLE if summary.get(key) is not None]
+    named = [(key.format(**summary), label.format(**summary), form) for key, label, form in _IN_TABLE]
+    rows = [(label, form.format(summary[key])) for key, label, form in named if summary.get(key) is not None]
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)
 

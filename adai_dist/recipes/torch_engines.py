@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -17,24 +18,26 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from adai_dist.recipes import optimizers
-from adai_dist.recipes.config import Recipe, require
+from adai_dist.recipes.config import Recipe
 from adai_dist.recipes.engine import Engine
-from adai_dist.recipes.model import block_modules, row_losses
+from adai_dist.recipes.model import block_modules
+from adai_dist.recipes.refusal import require
+from adai_dist.recipes.task import Rows, Task
 from adai_dist.recipes.world import World
 
 
 class TorchEngine(Engine):
     """What DDP and FSDP2 have in common."""
 
-    def __init__(self, recipe: Recipe, model: nn.Module, world: World) -> None:
+    def __init__(self, recipe: Recipe, task: Task, model: nn.Module, world: World) -> None:
         self.model = model.to(world.device)
         self.precision = "bf16" if recipe.precision == "bf16" else "fp32"
         self._recipe = recipe
+        self._task = task
         self._world = world
         self._wrapped = self._wrap(self.model)
         self._wrapped.train()
-        named = self.model.named_parameters()
-        self.optimizer = optimizers.build(recipe.optimizer, recipe.optimizer_arguments, named, recipe.max_grad_norm)
+        self.optimizer = optimizers.build(recipe, self.model, recipe.max_grad_norm)
 
     @abstractmethod
     def _wrap(self, model: nn.Module) -> nn.Module: ...
@@ -46,10 +49,10 @@ class TorchEngine(Engine):
     def _autocast(self) -> AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
-    def backward(self, rows: Tensor, is_last: bool) -> Tensor:
+    def backward(self, rows: Rows, is_last: bool) -> Tensor:
         with self._accumulation(is_last):
             with self._autocast():
-                loss = row_losses(self._wrapped, rows).mean()
+                loss = self._task.losses(self._wrapped, rows).mean()
             cast(Any, loss / self._recipe.grad_accumulation).backward()
         return loss.detach()
 
@@ -59,12 +62,12 @@ class TorchEngine(Engine):
         self.optimizer.zero_grad()
         return norm
 
-    def losses(self, rows: Tensor) -> Tensor:
+    def scores(self, rows: Rows) -> dict[str, Tensor]:
         self._wrapped.eval()
         with torch.no_grad(), self._autocast():
-            losses = row_losses(self._wrapped, rows)
+            scores = self._task.scores(self._wrapped, rows)
         self._wrapped.train()
-        return losses
+        return scores
 
     def save(self, folder: Path) -> None:
         model, optimizer = get_state_dict(self._wrapped, self.optimizer)
@@ -82,6 +85,12 @@ class DDPEngine(TorchEngine):
     def _wrap(self, model: nn.Module) -> nn.Module:
         return DistributedDataParallel(model)
 
+    def save(self, folder: Path) -> None:
+        # Running averages of batch normalisation are each rank's own until the next forward pass takes those of rank 0.
+        for buffer in self.model.buffers():
+            dist.broadcast(buffer, 0)
+        super().save(folder)
+
     def _accumulation(self, is_last: bool) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if is_last else cast(DistributedDataParallel, self._wrapped).no_sync()
 
@@ -92,11 +101,11 @@ class DDPEngine(TorchEngine):
 class FSDP2Engine(TorchEngine):
     """torch's fully_shard: parameters, gradients and optimizer state are sharded over all ranks."""
 
-    def losses(self, rows: Tensor) -> Tensor:
-        losses = super().losses(rows)
+    def scores(self, rows: Rows) -> dict[str, Tensor]:
+        scores = super().scores(rows)
         # Without a backward pass the root stays gathered, and its parameters are not those of the optimizer.
         cast(FSDPModule, self._wrapped).reshard()
-        return losses
+        return scores
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         on_cpu = self._world.device.type == "cpu"

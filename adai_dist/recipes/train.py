@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,15 +12,16 @@ from torch import Tensor
 
 from adai_dist.optimizer import AdaptiveInertia
 from adai_dist.recipes.checkpoint import Checkpoints
-from adai_dist.recipes.config import Recipe, require
-from adai_dist.recipes.data import load_tokens, train_rows, val_rows
+from adai_dist.recipes.config import Recipe
 from adai_dist.recipes.engine import Engine
 from adai_dist.recipes.engines import build_engine, check_engine
-from adai_dist.recipes.interrupt import interruptible
+from adai_dist.recipes.interrupt import Stopped, StopRequest, interruptible
 from adai_dist.recipes.meter import Meter
-from adai_dist.recipes.model import build_model
+from adai_dist.recipes.refusal import require
 from adai_dist.recipes.run_folder import Journal, open_run_folder
 from adai_dist.recipes.summary import Summary, describe_environment, write_summary
+from adai_dist.recipes.task import Rows, Task
+from adai_dist.recipes.tasks import load_task
 from adai_dist.recipes.world import World
 from adai_dist.tools.plots import plot_inertia, plot_loss, read_summary
 
@@ -36,20 +38,21 @@ def train(recipe: Recipe, world: World) -> Summary:
 
     Raises:
         RecipeError: the recipe cannot be run.
+        Stopped: a rank got SIGTERM or SIGUSR1; since the next logged step there is a checkpoint.
         KeyboardInterrupt: as it came, with a message on how to continue.
 
     Collective: all ranks of the job.
     """
-    run, data = recipe.run, recipe.data
+    run, batch = recipe.run, recipe.data.batch
     num_parts = world.size * recipe.grad_accumulation
     why = f"{world.size} ranks and grad_accumulation={recipe.grad_accumulation} share it"
-    require(data.batch % num_parts == 0, f"data.batch must be a multiple of {num_parts}", data.batch, why)
+    require(batch % num_parts == 0, f"data.batch must be a multiple of {num_parts}", batch, why)
     check_engine(recipe, world)
 
-    tokens = load_tokens(data)
-    model = build_model(recipe.model, tokens.vocab_size, data.seq_len, run.seed)
+    task = load_task(recipe)
+    model = task.build_model(run.seed)
     folder = open_run_folder(recipe, world)
-    engine = build_engine(recipe, model, world)
+    engine = build_engine(recipe, task, model, world)
     checkpoints = Checkpoints(folder / "checkpoints", run.keep_checkpoints, world)
     first_step = checkpoints.load_latest(engine) if run.resume else 0
     must = f"run.steps must be at least {first_step}, the steps already done"
@@ -57,14 +60,19 @@ def train(recipe: Recipe, world: World) -> Summary:
     if first_step == run.steps and (folder / "summary.json").exists():
         return read_summary(folder)
 
-    windows, weights = val_rows(tokens.val, data, world.rank, world.size)
+    held_out = HeldOut(*task.val_rows(world.rank, world.size), batch // num_parts)
     meter = Meter(world.device)
     journal = Journal(folder, first_step, run.steps, world)
-    with interruptible(lambda: _how_to_continue(folder, checkpoints)), contextlib.closing(journal):
+    stop = StopRequest()
+    with (
+        interruptible(lambda: _how_to_continue(folder, checkpoints)),
+        contextlib.closing(journal),
+        stop.listening(),
+    ):
         for step in range(first_step, run.steps):
             meter.mark()
             seed_dropout(run.seed, step, world)
-            rows = train_rows(tokens.train, data, run.seed, step, world.rank, world.size)
+            rows = task.train_rows(run.seed, step, world.rank, world.size)
             loss = accumulate(engine, rows, recipe.grad_accumulation, world)
             meter.mark()
             grad_norm = engine.step(recipe.learning_rate(step))
@@ -74,21 +82,37 @@ def train(recipe: Recipe, world: World) -> Summary:
 
             done, is_last = step + 1, step + 1 == run.steps
             keeps = run.checkpoint_every > 0 and (done % run.checkpoint_every == 0 or is_last)
+            is_stopping = False
             if done % run.log_every == 0 or is_last or keeps:
-                log(journal, done, recipe, meter, grad_norm)
+                log(journal, done, recipe, task, meter, grad_norm)
+                is_stopping = not is_last and stop.reached_any_rank(world)
             if done % run.eval_every == 0 and not is_last:
-                evaluate(journal, done, engine, windows, weights, data.batch // num_parts, world)
-            if keeps:  # after everything that a resumed run does not write again
+                evaluate(journal, done, engine, held_out, world)
+            if keeps or is_stopping:  # after everything that a resumed run does not write again
                 journal.sync()
                 checkpoints.save(engine, done)
-        val_loss = evaluate(journal, run.steps, engine, windows, weights, data.batch // num_parts, world)
+            if is_stopping:
+                raise Stopped(_how_to_continue(folder, checkpoints))
+        scores = evaluate(journal, run.steps, engine, held_out, world)
 
-    summary = summarize(recipe, folder, engine, meter, val_loss, world)
+    summary = summarize(recipe, folder, task, engine, meter, scores, world)
     if world.is_main:
-        plot_loss(folder)
+        plot_loss(folder, task.unit)
         plot_inertia(folder)
         write_summary(folder, summary)
     return summary
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What every evaluation reads."""
+
+    rows: Rows
+    """This rank's part."""
+    weights: Tensor
+    """Of each row, see `Task.val_rows`."""
+    num_at_once: int
+    """Rows per forward pass."""
 
 
 def seed_dropout(seed: int, step: int, world: World) -> None:
@@ -96,74 +120,76 @@ def seed_dropout(seed: int, step: int, world: World) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * world.size + world.rank)
 
 
-def accumulate(engine: Engine, rows: Tensor, num_parts: int, world: World) -> Tensor:
+def accumulate(engine: Engine, rows: Rows, num_parts: int, world: World) -> Tensor:
     """Backward passes over this rank's rows, in equal parts; returns their mean loss (0-dim, on the device)."""
     if world.device.type == "cuda":
-        rows = rows.pin_memory().to(world.device, non_blocking=True)
-    parts = rows.chunk(num_parts)
+        rows = tuple(column.pin_memory().to(world.device, non_blocking=True) for column in rows)
+    parts = list(zip(*(column.chunk(num_parts) for column in rows), strict=True))
     losses = [engine.backward(part, is_last=part is parts[-1]) for part in parts]
     return torch.stack(losses).mean()
 
 
-def log(journal: Journal, step: int, recipe: Recipe, meter: Meter, grad_norm: Tensor | None) -> None:
+def log(journal: Journal, step: int, recipe: Recipe, task: Task, meter: Meter, grad_norm: Tensor | None) -> None:
     """Reads the meter and writes a line. Collective: all ranks of the job; the host waits for the device."""
     reading = meter.read()
     full_norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)()  # a DTensor's parts are on several ranks
-    speed = reading.tokens_per_second(recipe.data.batch * recipe.data.seq_len)
+    speed = reading.units_per_second(task.units_per_step)
     journal.record(
         step,
         loss=reading.loss,
         lr=recipe.learning_rate(step - 1),
         grad_norm=None if full_norm is None else float(full_norm),
-        tokens_per_second=speed,
+        **{f"{task.unit}s_per_second": speed},
         optimizer_share=reading.optimizer_share,
     )
     journal.show(loss=f"{reading.loss:.3f}")
     if speed is not None:
-        journal.show(**{"tok/s": f"{speed:,.0f}", "optimizer": f"{reading.optimizer_share:.0%}"})
+        journal.show(**{f"{task.unit}s/s": f"{speed:,.0f}", "optimizer": f"{reading.optimizer_share:.0%}"})
 
 
-def evaluate(
-    journal: Journal, step: int, engine: Engine, windows: Tensor, weights: Tensor, rows_at_once: int, world: World
-) -> float:
-    """Mean loss over the evaluation windows of all ranks, nats per token; records it, and the inertia of every layer.
-
-    Args:
-        windows, weights: of `val_rows`.
-        rows_at_once: rows per forward pass.
+def evaluate(journal: Journal, step: int, engine: Engine, held_out: HeldOut, world: World) -> dict[str, float]:
+    """The mean of every score over the held-out rows of all ranks; records them, and the inertia of every layer.
 
     Collective: all ranks of the job.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for rows, weight in zip(windows.split(rows_at_once), weights.split(rows_at_once), strict=True):
-        losses, weight = engine.losses(rows.to(world.device)), weight.to(world.device)
-        sums += torch.stack([(losses * weight).sum(), weight.sum()])
-    dist.all_reduce(sums)
-    val_loss = float(sums[0] / sums[1])
-    journal.record(step, val_loss=val_loss)
-    journal.show(val=f"{val_loss:.3f}")
+    parts = zip(*(column.split(held_out.num_at_once) for column in (*held_out.rows, held_out.weights)), strict=True)
+    sums: dict[str, Tensor] = {}
+    for *part, weights in parts:
+        weights = weights.to(world.device)
+        scores = engine.scores(tuple(column.to(world.device) for column in part))
+        for name, values in [*scores.items(), ("weight", torch.ones_like(weights))]:
+            sums[name] = sums.get(name, 0.0) + (values * weights).sum()
+    total = torch.stack(list(sums.values()))
+    dist.all_reduce(total)
+    means = {name: float(value / total[-1]) for name, value in zip(sums, total, strict=True) if name != "weight"}
+    journal.record(step, **{f"val_{name}": mean for name, mean in means.items()})
+    journal.show(**{f"val {name}": f"{mean:.3f}" for name, mean in means.items()})
     shares = engine.inertia()
     if shares is not None:
         journal.record_inertia(step, shares)
-    return val_loss
+    return means
 
 
-def summarize(recipe: Recipe, folder: Path, engine: Engine, meter: Meter, val_loss: float, world: World) -> Summary:
+def summarize(
+    recipe: Recipe, folder: Path, task: Task, engine: Engine, meter: Meter, scores: dict[str, float], world: World
+) -> Summary:
     """What came out of a run; the times are those of this process alone, also if it resumed the run of another one."""
-    optimizer, tokens_per_step = engine.optimizer, recipe.data.batch * recipe.data.seq_len
+    optimizer = engine.optimizer
     return {
         "run": folder.name,
-        "val_loss": val_loss,
+        "unit": task.unit,
+        **{f"val_{name}": score for name, score in scores.items()},
         "train_loss": meter.total.loss,
         "optimizer": recipe.optimizer,
+        "seed": recipe.run.seed,
         "engine": recipe.engine,
         "precision": engine.precision,
         "world_size": world.size,
         "num_parameters": engine.num_parameters,
         "steps": recipe.run.steps,
-        "tokens": recipe.run.steps * tokens_per_step,
+        f"{task.unit}s": recipe.run.steps * task.units_per_step,
         "seconds": meter.total.seconds,
-        "tokens_per_second": meter.total.tokens_per_second(tokens_per_step),
+        f"{task.unit}s_per_second": meter.total.units_per_second(task.units_per_step),
         "optimizer_share": meter.total.optimizer_share,
         "skipped_steps": int(optimizer.num_skipped_steps) if isinstance(optimizer, AdaptiveInertia) else None,
         "folder": str(folder),

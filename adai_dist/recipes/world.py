@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from adai_dist.recipes.config import RecipeError
+from adai_dist.recipes.refusal import RecipeError
+
+TIMEOUT_SECONDS = 600.0
 
 _LAUNCHERS = (
     ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),  # so do deepspeed and accelerate
@@ -59,11 +62,12 @@ def read_launcher(environment: Mapping[str, str]) -> tuple[int, int, int] | None
 
 
 @contextlib.contextmanager
-def join_world(device: str) -> Generator[World, None, None]:
+def join_world(device: str, timeout: float = TIMEOUT_SECONDS) -> Generator[World, None, None]:
     """The process group of the job: joined on entry and left on exit. An initialised one is used and left alone.
 
     Args:
         device: auto, cpu or cuda.
+        timeout: seconds that a rank waits for the others in a collective before it fails.
 
     Collective: all ranks of the job, on entry, and on exit unless an exception passes.
     """
@@ -79,7 +83,8 @@ def join_world(device: str) -> Generator[World, None, None]:
         if launched is None:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, rank=rank, world_size=size)
+            wait = datetime.timedelta(seconds=timeout)
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=wait)
     world = World(
         dist.get_rank(), dist.get_world_size(), torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     )

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from adai_dist.recipes import deepspeed_file
-from adai_dist.recipes.config import load_recipe
+from adai_dist.recipes.recipe_file import load_recipe
 from adai_dist.recipes.world import World
 from tests.integrations.deepspeed_engines import set_environment
 from tests.integrations.deepspeed_setups import needs_deepspeed

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from adai_dist.recipes import deepspeed_file
-from adai_dist.recipes.config import RecipeError, load_recipe
+from adai_dist.recipes.recipe_file import load_recipe
+from adai_dist.recipes.refusal import RecipeError
 from adai_dist.recipes.world import World
 from tests.integrations.deepspeed_setups import needs_deepspeed
 from tests.recipe_runs import (
@@ -47,8 +48,8 @@ import json, sys
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DummyOptim
-from adai_dist.recipes.config import load_recipe
-from adai_dist.recipes.data import load_tokens, train_rows
+from adai_dist.recipes.recipe_file import load_recipe
+from adai_dist.recipes.text import load_tokens, train_rows
 from adai_dist.recipes.model import build_model, row_losses
 
 recipe, output = load_recipe(sys.argv[1], sys.argv[3:]), sys.argv[2]

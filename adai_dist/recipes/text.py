@@ -1,7 +1,8 @@
 """Text as tokens, split by file, and batches that are a pure function of (seed, step).
 
 Every rank computes where the whole batch lies and cuts out its own rows, so the data are the same for every number of
-ranks, and a resumed run needs no state of the data. All tokens are held in memory, on every rank.
+ranks, and a resumed run needs no state of the data. All tokens are held in memory, on every rank, but for those of
+source=tokens, which stay in their files.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adai_dist.recipes.config import DataConfig, RecipeError, require
+from adai_dist.recipes.data_config import TextConfig
+from adai_dist.recipes.refusal import RecipeError, require
 
 logger = logging.getLogger("adai_dist")
 
@@ -44,9 +46,10 @@ class TokenSplits:
     """Shape (number of tokens,), the smallest unsigned dtype that holds the vocabulary."""
     val: Tokens
     vocab_size: int
+    """Number of tokens that may occur; 0 for source=tokens, which does not know."""
 
 
-def load_tokens(config: DataConfig) -> TokenSplits:
+def load_tokens(config: TextConfig) -> TokenSplits:
     """Reads the text that the recipe names, tokenises it and splits it by document.
 
     Raises:
@@ -54,9 +57,12 @@ def load_tokens(config: DataConfig) -> TokenSplits:
 
     Collective: none; every rank reads the same files.
     """
-    encode, vocab_size = _tokenizer(config.tokenizer)
-    train, val = _split(_documents(config), config.val_fraction)
-    splits = TokenSplits(encode(train), encode(val), vocab_size)
+    if config.source == "tokens":
+        splits = TokenSplits(_map_tokens(config, "train.bin"), _map_tokens(config, "val.bin"), 0)
+    else:
+        encode, vocab_size = _tokenizer(config.tokenizer)
+        train, val = _split(_documents(config), config.val_fraction)
+        splits = TokenSplits(encode(train), encode(val), vocab_size)
     for name, tokens in (("training", splits.train), ("held-out", splits.val)):
         require(
             len(tokens) > config.seq_len,
@@ -67,7 +73,7 @@ def load_tokens(config: DataConfig) -> TokenSplits:
     return splits
 
 
-def train_rows(tokens: Tokens, config: DataConfig, seed: int, step: int, rank: int, num_ranks: int) -> Tensor:
+def train_rows(tokens: Tokens, config: TextConfig, seed: int, step: int, rank: int, num_ranks: int) -> Tensor:
     """This rank's rows of the batch of a step.
 
     Returns:
@@ -78,7 +84,7 @@ def train_rows(tokens: Tokens, config: DataConfig, seed: int, step: int, rank: i
     return _windows(tokens, starts[rank * num_rows : (rank + 1) * num_rows], config.seq_len)
 
 
-def val_rows(tokens: Tokens, config: DataConfig, rank: int, num_ranks: int) -> tuple[Tensor, Tensor]:
+def val_rows(tokens: Tokens, config: TextConfig, rank: int, num_ranks: int) -> tuple[Tensor, Tensor]:
     """This rank's part of the fixed evaluation windows, evenly spaced over the held-out text.
 
     Returns:
@@ -96,6 +102,15 @@ def _windows(tokens: Tokens, starts: NDArray[np.int64], seq_len: int) -> Tensor:
     return torch.from_numpy(tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64))
 
 
+def _map_tokens(config: TextConfig, name: str) -> Tokens:
+    path = Path(config.path) / name
+    must = "data.source=tokens needs a folder with train.bin and val.bin, 16-bit tokens in a row"
+    try:
+        return np.memmap(path, dtype="<u2", mode="r")
+    except (OSError, ValueError) as error:  # ValueError: empty, or half a token at its end
+        raise RecipeError(f"{must}; got {str(path)!r}; {error}") from error
+
+
 def _split(documents: Iterable[Document], val_fraction: float) -> tuple[list[bytes], list[bytes]]:
     """Splits by a hash of the names, so that a document stays on its side whatever else is added."""
     ranked = sorted(
@@ -111,7 +126,7 @@ def _split(documents: Iterable[Document], val_fraction: float) -> tuple[list[byt
     return [text for _, _, text in in_order[0]], [text for _, _, text in in_order[1]]
 
 
-def _documents(config: DataConfig) -> Iterator[Document]:
+def _documents(config: TextConfig) -> Iterator[Document]:
     if config.source == "dataset":
         yield from _dataset_documents(config)
         return
@@ -148,7 +163,7 @@ def _user_files(pattern: str) -> Iterator[tuple[str, Path]]:
                 yield name.as_posix(), below
 
 
-def _dataset_documents(config: DataConfig) -> Iterator[Document]:
+def _dataset_documents(config: TextConfig) -> Iterator[Document]:
     try:
         import datasets
     except ImportError as error:

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from adai_dist.recipes.config import DataConfig, RecipeError
-from adai_dist.recipes.data import load_tokens, train_rows, val_rows
+from adai_dist.recipes.data_config import TextConfig
+from adai_dist.recipes.refusal import RecipeError
+from adai_dist.recipes.text import load_tokens, train_rows, val_rows
 from tests.recipe_runs import WORDS, write_text
 
-CONFIG = DataConfig(seq_len=8, batch=12, val_windows=7)
+CONFIG = TextConfig(seq_len=8, batch=12, val_windows=7)
 TOKENS = np.arange(200, dtype=np.uint8)
 
 
@@ -46,7 +47,7 @@ def test_evaluation_windows_are_the_same_ones_for_every_number_of_ranks(num_rank
 
 
 def test_the_standard_library_is_read_without_tests_and_installed_packages() -> None:
-    tokens = load_tokens(DataConfig())
+    tokens = load_tokens(TextConfig())
     text = tokens.train.tobytes()
     assert tokens.vocab_size == 256
     assert len(text) > 4_000_000
@@ -59,7 +60,7 @@ def test_the_standard_library_is_read_without_tests_and_installed_packages() -> 
 
 def test_a_file_stays_on_its_side_of_the_split_when_others_come(tmp_path: Path) -> None:
     folder = write_text(tmp_path / "text", num_files=30, num_words=9)
-    config = DataConfig(source="path", path=str(folder), seq_len=8, val_fraction=0.3)
+    config = TextConfig(source="path", path=str(folder), seq_len=8, val_fraction=0.3)
     before = load_tokens(config)
     (folder / "another.txt").write_text("something else altogether")
     (folder / "deeper").mkdir()
@@ -82,7 +83,7 @@ def test_files_are_found_by_folder_pattern_and_name_and_binary_ones_left_out(
     (tmp_path / "binary.bin").write_bytes(b"\x7fELF\0\0" * 20)
 
     def read(path: Path | str) -> bytes:
-        tokens = load_tokens(DataConfig(source="path", path=str(path), seq_len=4))
+        tokens = load_tokens(TextConfig(source="path", path=str(path), seq_len=4))
         return tokens.train.tobytes() + tokens.val.tobytes()
 
     folder = read(tmp_path)
@@ -91,7 +92,7 @@ def test_files_are_found_by_folder_pattern_and_name_and_binary_ones_left_out(
     assert b"ELF" not in folder
     assert "binary.bin" in caplog.text
     assert b"c.md" not in read(tmp_path / "*.txt")
-    one = load_tokens(DataConfig(source="path", path=str(tmp_path / "a.txt"), seq_len=4))
+    one = load_tokens(TextConfig(source="path", path=str(tmp_path / "a.txt"), seq_len=4))
     assert (one.train.tobytes() + one.val.tobytes()).replace(b"\0", b"") == b"a.txt" * 20, (
         "the end of the only file is held out"
     )
@@ -109,7 +110,7 @@ def test_a_dataset_on_disk_and_a_tokenizer_folder_are_read_offline(tmp_path: Pat
     texts = [f"{WORDS[i % 5]} {WORDS[i % 7]} {WORDS[i % 11]}" for i in range(60)]
     datasets.Dataset.from_dict({"body": texts}).save_to_disk(tmp_path / "dataset")
 
-    config = DataConfig(
+    config = TextConfig(
         source="dataset",
         path=str(tmp_path / "dataset"),
         text_column="body",
@@ -124,7 +125,7 @@ def test_a_dataset_on_disk_and_a_tokenizer_folder_are_read_offline(tmp_path: Pat
     assert sorted(read.removesuffix(" <end>").split(" <end> ")) == sorted(texts)
     assert 0.05 < len(tokens.val) / (60 * 4) < 0.4
     with pytest.raises(RecipeError, match=r"data.text_column must be one of body; got 'text'"):
-        load_tokens(DataConfig(source="dataset", path=config.path))
+        load_tokens(TextConfig(source="dataset", path=config.path))
 
 
 @pytest.mark.parametrize(
@@ -145,5 +146,28 @@ def test_text_that_cannot_be_had_is_refused_in_one_line(
 ) -> None:
     filled = {key: str(tmp_path) if value == "{}" else value for key, value in settings.items()}
     with pytest.raises(RecipeError, match=message) as caught:
-        load_tokens(DataConfig(**filled))  # type: ignore[arg-type]
+        load_tokens(TextConfig(**filled))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+def test_tokens_are_read_from_the_files_of_nanogpt_without_being_loaded(tmp_path: Path) -> None:
+    for name, num in (("train.bin", 100), ("val.bin", 40)):
+        np.arange(num, dtype="<u2").tofile(tmp_path / name)
+    config = TextConfig(source="tokens", path=str(tmp_path), seq_len=8, batch=4)
+    splits = load_tokens(config)
+    assert isinstance(splits.train, np.memmap)
+    assert splits.train.tolist() == list(range(100))
+    assert len(splits.val) == 40
+    rows = train_rows(splits.train, config, 0, 0, 0, 1)
+    assert torch.equal(rows - rows[:, :1], torch.arange(9).expand(4, 9))
+
+
+def test_tokens_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    config = TextConfig(source="tokens", path=str(tmp_path), seq_len=8)
+    with pytest.raises(RecipeError, match=r"needs a folder with train.bin and val.bin, .*; got '.*train.bin'; "):
+        load_tokens(config)
+    (tmp_path / "train.bin").write_bytes(b"abc")
+    with pytest.raises(RecipeError, match=r"got '.*train.bin'; "):
+        load_tokens(config)
+    with pytest.raises(RecipeError, match=r"data.source=tokens needs data.path; got ''"):
+        TextConfig(source="tokens")

@@ -1,0 +1,27 @@
+"""What a recipe must not say, in one line for the person who wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class RecipeError(ValueError):
+    """A recipe or command line that cannot be run. The message is one line for the person who wrote it."""
+
+
+def require(condition: bool, must: str, got: object, advice: str) -> None:
+    """Raises RecipeError "{must}; got {got!r}; {advice}" unless `condition` holds."""
+    if not condition:
+        raise RecipeError(f"{must}; got {got!r}; {advice}")
+
+
+def require_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    """Raises RecipeError unless `value` is one of `choices`."""
+    require(
+        value in choices, f"{key} must be one of {', '.join(choices)}", value, f"set {key}={choices[0]}, for example"
+    )
+
+
+def require_at_least(key: str, value: float, minimum: float) -> None:
+    """Raises RecipeError if `value` is below `minimum`."""
+    require(value >= minimum, f"{key} must be at least {minimum}", value, "give a larger number")
