@@ -16,6 +16,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "configs/README.md",
+    ROOT / "launch/README.md",
 ]
 EXAMPLES = [
     pytest.param(block, id=f"{page.name}-{k}")
