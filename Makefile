@@ -27,7 +27,7 @@ train: $(VENV)/.installed-train ## train a small language model on two ranks (AR
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) \
 	    -m adai_dist train --config $(CONFIG) $(ARGS)
 
-sweep: $(VENV)/.installed-sweep ## compare six optimizers on scanned digits, three seeds each (ARGS="key=value ...")
+sweep: $(VENV)/.installed-sweep ## compare six optimizers on scanned digits, three seeds each (ARGS="options")
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/adai-dist sweep --config configs/recipes/digits_cnn.yaml $(ARGS)
 
 test: $(VENV)/.installed-test ## run the tests, less those marked slow or gpu (ARGS="pytest options")

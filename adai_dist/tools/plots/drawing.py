@@ -62,10 +62,13 @@ def draw_held_out(axis: Axes, records: Sequence[Record], colour: str, label: str
     axis.plot(steps, losses, color=colour, linewidth=1.6, linestyle=style, marker="o", markersize=3.5, label=label)
 
 
-def finish_loss_axis(axis: Axes, records: Sequence[Record], unit: str) -> None:
+def finish_loss_axis(axis: Axes, records: Sequence[Record], unit: str, log: bool = False) -> None:
     """Labels the axes, and leaves the steep start out of the picture where it would flatten the rest."""
     losses = [value for key in ("loss", "val_loss") for value in series(records, key)[1] if math.isfinite(value)]
-    if losses:
+    if log and losses and min(losses) > 0:
+        axis.set_yscale("log")
+        axis.set_ylim(0.8 * min(losses), 1.25 * float(np.quantile(losses, 0.97)))
+    elif losses:
         low, high = min(losses), float(np.quantile(losses, 0.93))
         margin = 0.08 * max(high - low, 1e-3)
         axis.set_ylim(low - margin, high + margin)

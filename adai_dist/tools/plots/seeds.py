@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
 
 from adai_dist.tools.plots.comparison import aligned
 from adai_dist.tools.plots.drawing import COLOURS, GRID, INK, finish_loss_axis, new_figure, save, series
@@ -35,12 +36,15 @@ def plot_seeds(groups: Groups, path: Path) -> Path:
         outcomes.plot(statistics.fmean(values), place, "|", color=INK, markersize=18)
     first = next(iter(groups.values()))[0]
     records = [read_records(Path(run["folder"]) / "metrics.jsonl") for runs in groups.values() for run in runs]
-    finish_loss_axis(curves, [r for r in itertools.chain(*records) if "val_loss" in r], first["unit"])
+    held_out = [record for record in itertools.chain(*records) if "val_loss" in record]
+    finish_loss_axis(curves, held_out, first["unit"], log=True)
     curves.set_title("held-out data: mean and range over seeds", loc="left", color=INK)
     curves.legend(frameon=False)
     outcomes.set_yticks(range(len(groups)), list(groups))
     outcomes.invert_yaxis()
     outcomes.set_xlabel(label, color=INK)
+    if key == "val_error":
+        outcomes.xaxis.set_major_formatter(PercentFormatter(1.0))
     outcomes.set_title("each seed at the end (line: mean)", loc="left", color=INK)
     outcomes.grid(True, axis="x", color=GRID, linewidth=0.6)
     return save(figure, path)
