@@ -1,0 +1,143 @@
+"""The files for `accelerate launch`: no key in them is unknown or without effect."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.configs.accelerate_launch import FILES, environment_of
+from tests.integrations.deepspeed_setups import needs_deepspeed
+from tests.recipe_runs import ROOT
+
+pytest.importorskip("accelerate")
+
+STAGES = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_nvme")
+NAMES = {"ddp", "fsdp1", "fsdp2", "fsdp2_offload", "hsdp", "multi_node", *(f"deepspeed_{stage}" for stage in STAGES)}
+SECTIONS = ("fsdp_config", "parallelism_config", "deepspeed_config")
+files = pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=name, marks=needs_deepspeed if "zero" in name else ()) for name, path in FILES.items()],
+)
+
+
+def another(value: Any) -> Any:
+    """A value of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int) else f"not-{value}"
+
+
+def keys_without_effect(content: dict[str, Any], folder: Path) -> list[str]:
+    """The nested keys whose value does not change what the ranks are told."""
+    path = folder / "config.yaml"
+
+    def told(changed: dict[str, Any]) -> dict[str, str]:
+        path.write_text(yaml.safe_dump(changed))
+        return environment_of(path)
+
+    told_now = told(content)
+    return [
+        key
+        for section in SECTIONS
+        for key, value in content.get(section, {}).items()
+        if told(content | {section: content[section] | {key: another(value)}}) == told_now
+    ]
+
+
+def test_there_is_a_file_for_every_engine() -> None:
+    assert FILES.keys() == NAMES
+
+
+@files
+def test_accelerate_reads_it_and_refuses_another_key(path: Path, tmp_path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    content = yaml.safe_load(path.read_text())
+    read = load_config_from_file(str(path))
+    for key, value in content.items():
+        assert getattr(read, key) == value, key
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(yaml.safe_dump(content | {"num_process": 2}))
+    with pytest.raises(ValueError, match=r"unknown keys \(\['num_process'\]\)"):
+        load_config_from_file(str(changed))
+
+
+@files
+def test_every_nested_key_changes_what_the_ranks_are_told(path: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(path.read_text())
+    assert keys_without_effect(content, tmp_path) == []
+
+
+@pytest.mark.parametrize("section", SECTIONS[:2])
+def test_a_misspelt_nested_key_is_found(section: str, tmp_path: Path) -> None:
+    content = yaml.safe_load(FILES["hsdp"].read_text())
+    content[section]["fsdp_reshard_after_foward"] = True
+    assert keys_without_effect(content, tmp_path) == ["fsdp_reshard_after_foward"]
+
+
+@needs_deepspeed
+def test_a_misspelt_key_for_deepspeed_is_found(tmp_path: Path) -> None:
+    content = yaml.safe_load(FILES["deepspeed_zero3"].read_text())
+    content["deepspeed_config"]["zero3_init"] = True
+    assert keys_without_effect(content, tmp_path) == ["zero3_init"]
+
+
+class Recording(dict[str, str]):
+    """An environment that remembers what was asked for."""
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        super().__init__(variables)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "fsdp_config" in FILES[name].read_text()])
+def test_what_the_ranks_are_told_about_fsdp_is_asked_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
+
+    told = environment_of(FILES[name])
+    content = yaml.safe_load(FILES[name].read_text())
+    of_keys: set[str] = set()
+    for section in SECTIONS[:2]:
+        for key, value in content.get(section, {}).items():
+            changed = tmp_path / "changed.yaml"
+            changed.write_text(yaml.safe_dump(content | {section: content[section] | {key: another(value)}}))
+            of_keys |= {variable for variable, _ in environment_of(changed).items() ^ told.items()}
+    with monkeypatch.context() as patched:
+        # Weights can only be sent from rank 0 on a GPU.
+        environment = Recording(dict(os.environ) | told | {"FSDP_SYNC_MODULE_STATES": "false"})
+        patched.setattr(os, "environ", environment)
+        FullyShardedDataParallelPlugin()
+        ParallelismConfig()
+    assert len(of_keys) >= len(content["fsdp_config"])
+    assert of_keys - environment.asked == set()
+
+
+@files
+def test_two_lines_are_to_be_edited_and_the_head_says_what_the_file_does_not(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("# edit: ") == 2
+    head = text.partition("\n\n")[0]
+    assert f"accelerate launch --config_file {path.relative_to(ROOT)}" in head
+    for word in ("max_grad_norm", "batch_size", "gradient_accumulation_steps") * (
+        not path.stem.startswith("deepspeed")
+    ):
+        assert word in head
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_file_for_deepspeed_names_the_json_of_its_name(stage: str) -> None:
+    content = yaml.safe_load(FILES[f"deepspeed_{stage}"].read_text())
+    config = content["deepspeed_config"]
+    assert config["deepspeed_config_file"] == f"configs/deepspeed/{stage}.json"
+    assert config["zero3_init_flag"] is ("zero3" in stage)
+    assert "mixed_precision" not in content, "accelerate refuses it beside a JSON"

@@ -1,0 +1,62 @@
+"""What the tests of launchers share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.launch import ssh
+from tests.launch.hosts import Host, hosts, missing
+from tests.launch.training import launch, outcome, train_words
+
+
+@pytest.fixture(scope="session")
+def all_hosts() -> Iterator[list[Host]]:
+    """Two hosts for the whole session."""
+    why = missing()
+    if why:
+        pytest.skip(why)
+    with hosts(2) as made:
+        yield made
+
+
+@pytest.fixture
+def two_hosts(all_hosts: list[Host]) -> Iterator[list[Host]]:
+    """The two hosts, connected, and with nothing running on them after the test."""
+    yield all_hosts
+    for host in all_hosts:
+        host.kill_everything()
+        host.reconnect()
+
+
+@pytest.fixture
+def ssh_config(two_hosts: list[Host], tmp_path: Path) -> Path:
+    """An sshd runs on both hosts, for which `ssh -F FILE` has the keys."""
+    why = ssh.missing()
+    if why:
+        pytest.skip(why)
+    return ssh.start_sshd(two_hosts, tmp_path / "ssh")
+
+
+@pytest.fixture
+def hostfile(two_hosts: list[Host], tmp_path: Path) -> Path:
+    """One rank on each host."""
+    path = tmp_path / "hostfile"
+    path.write_text("# the nodes\n" + "".join(f"{host.name} slots=1\n" for host in two_hosts))
+    return path
+
+
+@pytest.fixture(scope="session")
+def one_node(all_hosts: list[Host], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """What comes out of the cut-down recipe on one host, with two ranks."""
+    folder = tmp_path_factory.mktemp("one_node")
+    launch(all_hosts[0], "torchrun.sh", train_words(folder, "one"), RANKS_PER_NODE=2)
+    return outcome(folder / "one")
+
+
+@pytest.fixture(scope="session")
+def one_node_loss(one_node: list[float]) -> float:
+    """The held-out loss of `one_node`."""
+    return one_node[0]

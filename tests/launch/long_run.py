@@ -1,0 +1,91 @@
+"""A small run that lasts long enough to be interrupted in its middle, and what it comes to when nothing happens."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.launch.hosts import Host
+from tests.recipe_runs import LLAMA, losses, read_lines, run_cli, write_recipe
+
+STEPS = 80  # three seconds on two busy cores
+NUM_RANKS = 2
+
+
+def recipe_of(folders: pytest.TempPathFactory) -> Path:
+    """The recipe, the same file all through a session; its runs go to the folder `runs` beside it."""
+    return _recipe_below(folders.getbasetemp())
+
+
+def whole_run(folders: pytest.TempPathFactory) -> Path:
+    """The run on one node, uninterrupted, once in a session."""
+    return _whole_run_of(recipe_of(folders))
+
+
+@functools.cache
+def _recipe_below(folder: Path) -> Path:
+    folder /= "long"
+    folder.mkdir()
+    path = write_recipe(folder, LLAMA)
+    text = path.read_text().replace(
+        "steps: 6, log_every: 1, eval_every: 2", f"steps: {STEPS}, log_every: 10, eval_every: 40"
+    )
+    path.write_text(
+        text.replace("checkpoint_every: 2, keep_checkpoints: 5", "checkpoint_every: 20, keep_checkpoints: 2")
+    )
+    return path
+
+
+@functools.cache
+def _whole_run_of(recipe: Path) -> Path:
+    done = run_cli("train", "--config", recipe, "run.name=whole", num_ranks=NUM_RANKS)
+    assert done.returncode == 0, done.stderr
+    return recipe.parent / "runs" / "whole"
+
+
+def wait_until(holds: Callable[[], bool], seconds: float, words: Callable[[], str]) -> None:
+    """Waits until something holds; `words` says what is known, for the message."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {seconds} s:\n{words()}"
+        time.sleep(0.02)
+
+
+def newest_checkpoint(run: Path) -> int:
+    """The number of steps it was written after; 0 without one."""
+    return max((int(path.name[5:13]) for path in run.glob("checkpoints/step_*")), default=0)
+
+
+def ranks_on(host: Host) -> list[int]:
+    """Processes of the training program, without their launchers."""
+    found: list[int] = []
+    for pid in host.processes():
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if (
+                b"adai_dist" in words
+                and b"torch.distributed.run" not in words
+                and words[0].endswith((b"python", b"python3"))
+            ):
+                found.append(pid)
+    return found
+
+
+def has_pending(pid: int, number: int) -> bool:
+    """Whether a signal waits for a stopped process to go on."""
+    lines = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
+    return bool(int(lines["ShdPnd"], 16) >> (number - 1) & 1)
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    """Every loss that was logged is that of the uninterrupted run, to the last bit, and the final one is there."""
+    for key in ("loss", "val_loss", "grad_norm"):
+        assert losses(run, key) == losses(whole, key), key
+    assert STEPS in losses(whole, "val_loss")
+    steps, expected = ([line["step"] for line in read_lines(of / "metrics.jsonl")] for of in (run, whole))
+    assert steps == expected, "a step is missing, or there twice"

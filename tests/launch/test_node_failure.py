@@ -1,0 +1,48 @@
+"""A node is cut off in the middle of a run: both sides end in bounded time, and the run comes to the same end later."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch.hosts import Host
+from tests.launch.long_run import STEPS, assert_same_run, newest_checkpoint, recipe_of, wait_until, whole_run
+from tests.launch.two_torchruns import TwoTorchruns
+
+pytestmark = pytest.mark.distributed
+
+TIMEOUT_SECONDS = 15  # of the process group: run.timeout
+TCP_RETRIES = "4"  # before the kernel gives a connection up; with its default of 15 it takes a quarter of an hour
+BOUND_SECONDS = 60.0  # measured: 15 to 21
+
+
+def test_both_sides_of_a_cut_end_with_an_error_and_the_run_is_resumed_to_the_bits_of_one_node(
+    two_hosts: list[Host], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    recipe = recipe_of(tmp_path_factory)
+    run = recipe.parent / "runs" / "cut off"
+    settings = [f"run.name={run.name}", f"run.timeout={TIMEOUT_SECONDS}"]
+    words = ["adai-dist", "train", "--config", str(recipe), "--resume", *settings]
+    for host in two_hosts:
+        give_connections_up_early(host)
+    with TwoTorchruns(two_hosts, words, tmp_path) as started:
+        wait_until(lambda: newest_checkpoint(run) > 0, 60, started.words)
+        two_hosts[1].cut_off()
+        cut_at = time.monotonic()
+        codes = started.wait(BOUND_SECONDS)
+        print(f"both sides ended {time.monotonic() - cut_at:.1f} s after the cut")
+        assert 0 not in codes, started.words()
+    assert 0 < newest_checkpoint(run) < STEPS
+
+    two_hosts[1].reconnect()
+    with TwoTorchruns(two_hosts, words, tmp_path) as started:
+        assert started.wait(90) == [0, 0], started.words()
+    assert_same_run(run, whole_run(tmp_path_factory))
+
+
+def give_connections_up_early(host: Host) -> None:
+    """As an administrator would with sysctl; it holds for this host alone."""
+    done = host.run(["sh", "-c", f"echo {TCP_RETRIES} > /proc/sys/net/ipv4/tcp_retries2"])
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,62 @@
+"""launch/torchrun.sh on each of several hosts, with the same command, as a user would start it."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from typing_extensions import Self
+
+from tests.launch.hosts import Host
+from tests.launch.training import LAUNCH, environment
+
+
+class TwoTorchruns:
+    """A context manager: what still runs on the hosts at its end is killed."""
+
+    def __init__(self, hosts: Sequence[Host], words: Sequence[str], logs: Path, **more: str) -> None:
+        """Args:
+        words: what stands behind the script.
+        logs: folder for what the launchers say.
+        more: the script's knobs beyond those that say where nodes meet.
+        """
+        knobs = {"NUM_NODES": str(len(hosts)), "MASTER_ADDR": hosts[0].name, "RANKS_PER_NODE": "1"}
+        self._environment = environment(**{**knobs, **more})
+        self._hosts, self._command, self._logs = hosts, [LAUNCH / "torchrun.sh", *words], logs
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        for host in self._hosts:
+            with self._log_of(host).open("wb") as log:
+                output = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+                self._started[host.name] = host.popen(self._command, self._environment, **output)
+        return self
+
+    def terminate_on(self, host: Host) -> None:
+        """Sends SIGTERM to the launcher of one host."""
+        self._started[host.name].terminate()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        for host in self._hosts:
+            host.kill_everything()
+
+    def wait(self, seconds: float) -> list[int]:
+        """The exit codes by host; all must end in time."""
+        deadline = time.monotonic() + seconds
+        try:
+            return [self._started[host.name].wait(max(0.0, deadline - time.monotonic())) for host in self._hosts]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s:\n{self.words()}") from None
+
+    def words(self) -> str:
+        """What was said, for messages."""
+        logs = [self._log_of(host) for host in self._hosts]
+        return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-4000:]}" for log in logs)
+
+    def _log_of(self, host: Host) -> Path:
+        return self._logs / f"{host.name}.log"
