@@ -35,5 +35,7 @@ else
     meeting=(--rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id="$RUN_ID"
         --rdzv-conf="join_timeout=$JOIN_TIMEOUT${NODE_RANK:+,is_host=$((NODE_RANK == 0))}")
 fi
+# Else torch 2.13 keeps one store over all restarts, where ranks may find the addresses of their forerunners.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "$PYTHON" -m torch.distributed.run --nnodes="$NUM_NODES" --nproc-per-node="$RANKS_PER_NODE" \
     --max-restarts="$MAX_RESTARTS" "${meeting[@]}" "$@"

@@ -54,9 +54,3 @@ def one_node(all_hosts: list[Host], tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("one_node")
     launch(all_hosts[0], "torchrun.sh", train_words(folder, "one"), RANKS_PER_NODE=2)
     return outcome(folder / "one")
-
-
-@pytest.fixture(scope="session")
-def one_node_loss(one_node: list[float]) -> float:
-    """The held-out loss of `one_node`."""
-    return one_node[0]
