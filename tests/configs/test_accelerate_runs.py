@@ -1,6 +1,6 @@
 """Each file for accelerate trains, in the environment that accelerate makes of it, and takes the promised bytes.
 
-`accelerate launch` itself is in test_accelerate_launch.py. On the CPU, accelerate is told that there are GPUs
+`accelerate launch` itself is in test_launched_by_accelerate.py. On the CPU, accelerate is told that there are GPUs
 (training.py).
 """
 
@@ -24,7 +24,7 @@ pytest.importorskip("transformers")
 pytestmark = pytest.mark.distributed
 
 IN_FLOAT32 = ("--mixed_precision", "no")
-# The weights can only be sent from rank 0 on a GPU; two machines are in test_accelerate_launch.py.
+# The weights can only be sent from rank 0 on a GPU; two machines are in test_launched_by_accelerate.py.
 FLAGS = {
     "fsdp1": ("--fsdp_sync_module_states", "false"),
     "hsdp": ("--num_machines", "1", "--parallelism_config_dp_shard_size", "2"),
