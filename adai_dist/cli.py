@@ -8,6 +8,7 @@ it would have ended by itself.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -184,6 +185,9 @@ def _on_all_ranks(
         from adai_dist.recipes.recipe_file import load_recipe
         from adai_dist.recipes.refusal import RecipeError
         from adai_dist.recipes.world import join_world
+
+        # Before the ranks meet: loading it takes seconds, and not the same on all of them.
+        importlib.import_module("adai_dist.recipes.sweep")
     except ModuleNotFoundError as error:
         return _complain(f"training needs the package {error.name}; got none; run: pip install 'adai-dist[train]'")
     try:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from adai_dist import AdaiV2
 from adai_dist.recipes.engine import Engine
+from adai_dist.recipes.task import Rows
 
 
 class LinearEngine(Engine):
@@ -31,11 +32,11 @@ class LinearEngine(Engine):
 
     def advance(self, num_steps: int) -> None:
         for _ in range(num_steps):
-            self.backward(self.inputs, is_last=True)
+            self.backward((self.inputs,), is_last=True)
             self.step(0.1)
 
-    def backward(self, rows: Tensor, is_last: bool) -> Tensor:
-        loss = self.model(rows).square().mean()
+    def backward(self, rows: Rows, is_last: bool) -> Tensor:
+        loss = self.model(*rows).square().mean()
         loss.backward()
         return loss.detach()
 
@@ -44,7 +45,7 @@ class LinearEngine(Engine):
         self.optimizer.zero_grad()
         return None
 
-    def losses(self, rows: Tensor) -> Tensor:
+    def scores(self, rows: Rows) -> dict[str, Tensor]:
         raise NotImplementedError("no test evaluates")
 
     def save(self, folder: Path) -> None:
