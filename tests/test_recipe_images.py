@@ -166,17 +166,20 @@ def test_a_network_that_cannot_be_is_refused(settings: dict[str, Any], message: 
         build_convnet(settings, (1, 8, 8), 10, seed=0)
 
 
-def run_images(recipe: Path, *overrides: str) -> tuple[dict[int, float], dict[int, float]]:
-    """Trains on the ranks of the process group that is there; returns training loss and held-out error by step."""
+Curves = tuple[dict[int, float], dict[int, float], dict[int, float]]
+
+
+def run_images(recipe: Path, *overrides: str) -> Curves:
+    """Trains on the ranks of the process group that is there; returns training and held-out loss, and error, by step."""
     from tests.test_recipe_engines import run
 
     run(str(recipe), *overrides)
     given = dict(override.split("=", 1) for override in overrides)
     folder = Path(given["run.out"], given["run.name"])
-    return losses(folder), losses(folder, "val_error")
+    return losses(folder), losses(folder, "val_loss"), losses(folder, "val_error")
 
 
-def train_on_two_ranks(out: str, cifar: str) -> dict[str, tuple[dict[int, float], dict[int, float]]]:
+def train_on_two_ranks(out: str, cifar: str) -> dict[str, Curves]:
     small = ("run.log_every=1", "run.eval_every=2", f"run.out={out}", "device=cpu")
     digits = RECIPES / "digits_cnn.yaml"
     ways = {
@@ -202,11 +205,11 @@ def test_the_recipes_on_images_train_on_two_ranks_and_resume_to_the_bit(tmp_path
     assert ways["ddp"][0] == pytest.approx(ways["fsdp2"][0], rel=1e-5)
     assert ways["ddp"][0][30] < ways["ddp"][0][1] - 0.5
     for name in ("cifar10_resnet18", "cifar100_resnet34"):
-        training, errors = ways[name]
+        training, _, errors = ways[name]
         assert list(training) == [1, 2, 3, 4]
         assert list(errors) == [2, 4]
         assert all(0 <= error <= 1 for error in errors.values())
-    # running averages of batch normalisation too: the held-out error is computed with them
+    # running averages of batch normalisation too: the held-out loss is computed with them
     assert ways["resumed"] == ways["cifar10_resnet18"]
 
 
