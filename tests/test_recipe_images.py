@@ -170,7 +170,7 @@ Curves = tuple[dict[int, float], dict[int, float], dict[int, float]]
 
 
 def run_images(recipe: Path, *overrides: str) -> Curves:
-    """Trains on the ranks of the process group that is there; returns training and held-out loss, and error, by step."""
+    """Trains on the ranks of the process group that is there; returns losses, held-out losses and errors by step."""
     from tests.test_recipe_engines import run
 
     run(str(recipe), *overrides)
