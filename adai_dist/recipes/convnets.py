@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adai_dist.recipes.refusal import RecipeError, require_choice
+from adai_dist.recipes.refusal import RecipeError, require_choice, require_known
 
 
 class ConvNet(nn.Sequential):
@@ -119,11 +119,9 @@ def build_convnet(settings: Mapping[str, Any], shape: tuple[int, int, int], num_
     require_choice("model.architecture", architecture, tuple(ARCHITECTURES))
     kind = ARCHITECTURES[architecture]
     valid = [name for name in inspect.signature(kind).parameters if name not in ("shape", "num_classes")]
-    for key in given:
-        if key not in valid:
-            raise RecipeError(f"unknown key 'model.{key}' for {architecture}; valid keys are {', '.join(valid)}")
+    require_known("model.", given, valid, f"for {architecture}")
     torch.manual_seed(seed)
     try:
         return kind(shape, num_classes, **given)
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise RecipeError(f"model must describe a {architecture}; {' '.join(str(error).split())}") from error

@@ -6,6 +6,7 @@ has the images s * batch to (s + 1) * batch of all epochs in a row.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,10 +107,13 @@ def val_rows(splits: ImageSplits, rank: int, num_ranks: int) -> tuple[tuple[Tens
 
 def epoch_indices(num_images: int, batch: int, seed: int, step: int) -> NDArray[np.int64]:
     """Which images the batch of a step consists of, over all ranks; shape (batch,)."""
-    places = np.arange(step * batch, (step + 1) * batch)
-    epochs = places // num_images
-    orders = {epoch: np.random.default_rng((seed, 1, epoch)).permutation(num_images) for epoch in np.unique(epochs)}
-    return np.array([orders[epoch][place % num_images] for epoch, place in zip(epochs, places, strict=True)])
+    places = range(step * batch, (step + 1) * batch)
+    return np.array([_order(num_images, seed, place // num_images)[place % num_images] for place in places])
+
+
+@functools.lru_cache(maxsize=2)  # a batch may reach into the next epoch
+def _order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, 1, epoch)).permutation(num_images)
 
 
 def _cropped(images: NDArray[np.uint8], corners: NDArray[np.int64], padding: int) -> NDArray[np.uint8]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adai_dist.recipes.refusal import RecipeError, require
+from adai_dist.recipes.refusal import RecipeError, require, require_known
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # defaults belong to vocabularies of released models
 
@@ -38,9 +38,7 @@ def build_model(settings: Mapping[str, Any], vocab_size: int, seq_len: int, seed
     valid = sorted(
         {*defaults.to_dict(), *defaults.attribute_map} - {"transformers_version", "model_type", "architectures"}
     )
-    for key in given:
-        if key not in valid:
-            raise RecipeError(f"unknown key 'model.{key}' for {architecture}; valid keys are {', '.join(valid)}")
+    require_known("model.", given, valid, f"for {architecture}")
     given = {**dict.fromkeys(_TOKEN_IDS), "vocab_size": vocab_size, **given}
     require(
         int(given["vocab_size"] or 0) >= vocab_size,

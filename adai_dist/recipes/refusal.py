@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class RecipeError(ValueError):
@@ -25,3 +25,10 @@ def require_choice(key: str, value: str, choices: Sequence[str]) -> None:
 def require_at_least(key: str, value: float, minimum: float) -> None:
     """Raises RecipeError if `value` is below `minimum`."""
     require(value >= minimum, f"{key} must be at least {minimum}", value, "give a larger number")
+
+
+def require_known(prefix: str, given: Iterable[str], valid: Sequence[str], where: str) -> None:
+    """Raises RecipeError for the first of the given keys, which stand behind `prefix`, that is not valid."""
+    for key in given:
+        if key not in valid:
+            raise RecipeError(f"unknown key {f'{prefix}{key}'!r} {where}; valid keys are {', '.join(valid)}")
