@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
+from importlib.util import find_spec
 
 import pytest
 import torch
+
+from tests.operators import FOLDER, CompilationError, compile_for_deepspeed, compile_kernels
+
+os.environ["TORCH_EXTENSIONS_DIR"] = str(FOLDER)
 
 # Where several test processes share the cores, more threads wait for each other.
 torch.set_num_threads(1)
@@ -33,12 +37,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for release, words, reason in FIXED_IN_TORCH:
             if torch.__version__ < release and any(word in item.nodeid for word in words):
                 item.add_marker(pytest.mark.skip(reason=f"before torch {release}: {reason}"))
+        # Under pytest-xdist, tests of a file share what they made; those of launchers share two hosts.
+        item.add_marker(pytest.mark.xdist_group("launch" if item.path.parent.name == "launch" else item.path.stem))
+        if item.get_closest_marker("deepspeed") and find_spec("deepspeed") is None:
+            item.add_marker(pytest.mark.skip(reason="DeepSpeed is not installed"))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Compile the kernels once, before any test's time runs. Without a compiler, tests that need them say so."""
-    is_worker = hasattr(session.config, "workerinput")
-    if session.items and not is_worker and not session.config.option.collectonly:
-        subprocess.run(
-            [sys.executable, "-m", "adai_dist", "build", "--device", "cpu"], capture_output=True, check=False
-        )
+    """Compile what the tests load before any test's time runs."""
+    if not session.items or session.config.option.collectonly:
+        return
+    try:
+        compile_kernels()
+        if marks := [mark for item in session.items for mark in item.iter_markers("deepspeed")]:
+            compile_for_deepspeed({"ShareMemComm", *(name for mark in marks for name in mark.args)})
+    except CompilationError as error:
+        pytest.exit(str(error), returncode=1)

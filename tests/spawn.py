@@ -3,13 +3,19 @@
     results = run_ranks(function, world_size, *args)
 
 `function` is a module-level function; it runs on every rank with the default process group in place, and what it
-returns comes back in a list by rank. A fork server that has imported torch once makes a rank cost a fork, no import.
+returns comes back in a list by rank.
+
+A rank costs a fork and no import: the server that it is forked from has imported what ranks need. There are two
+servers. Tests of DeepSpeed, Accelerate and the recipes get one that has imported those, and the other tests get one in
+which `adai_dist` has never met them.
 """
 
 from __future__ import annotations
 
 import datetime
 import faulthandler
+import functools
+import gc
 import multiprocessing
 import os
 import pickle
@@ -19,22 +25,43 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 T = TypeVar("T")
 
 TIMEOUT_SECONDS = 120.0
 GRACE_SECONDS = 5.0  # how long the other ranks may run on after one has failed
 
-_PRELOADED = (
-    "torch",
+_TORCH = (
+    "numpy",
+    "pytest",
+    "torch._dynamo",  # by the constructor of any optimizer
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
+    "torch.distributed.optim",
+    "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
     "torch.nn.parallel",
+    "torch.profiler",
+    "torch.utils.cpp_extension",
+    "adai_dist",
+    "tests.distributed.layouts",
 )
+# What is not installed is left out.
+_ENGINES = (
+    *_TORCH,
+    "accelerate",
+    "transformers.models.llama.modeling_llama",
+    "adai_dist.recipes.sweep",
+    "deepspeed",
+    "tests.integrations.deepspeed_engines",
+)
+_USE_ENGINES = ("tests.integrations", "tests.configs", "tests.test_recipe", "tests.faults.test_checkpoints")
 
 
 def run_ranks(function: Callable[..., T], world_size: int, *args: Any, timeout: float = TIMEOUT_SECONDS) -> list[T]:
@@ -44,16 +71,15 @@ def run_ranks(function: Callable[..., T], world_size: int, *args: Any, timeout: 
         AssertionError: a rank raised, died or did not come back in time; the message holds the output of every rank.
     """
     __tracebackhide__ = True
-    context = _fork_server()
+    preloaded = _ENGINES if function.__module__.startswith(_USE_ENGINES) else _TORCH
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder_name:
         folder = Path(folder_name)
-        processes: list[Any] = []
+        processes: list[ForkServerProcess] = []
         results: dict[Connection, int] = {}
         for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
+            receiver, sender = multiprocessing.Pipe(duplex=False)
             work = (function, args, rank, world_size, folder_name, timeout, sender)
-            process = context.Process(target=_rank_main, args=work, daemon=True)
-            process.start()
+            process = fork(_rank_main, *work, preloaded=preloaded)
             sender.close()
             processes.append(process)
             results[receiver] = rank
@@ -75,16 +101,26 @@ def run_ranks(function: Callable[..., T], world_size: int, *args: Any, timeout: 
     return [outcomes[rank][1] for rank in range(world_size)]
 
 
-def _fork_server() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(
-            name, "1"
-        )  # read by the server when it starts: a process about to fork must have one thread
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    context.set_forkserver_preload(list(_PRELOADED))
-    return context
+def fork(function: Callable[..., None], *args: Any, preloaded: tuple[str, ...] = _TORCH) -> ForkServerProcess:
+    """Start a process that runs a function and has imported these modules already; it ends with this process."""
+    process = ForkServerProcess(target=function, args=args, daemon=True)
+    # multiprocessing itself knows one fork server only
+    with patch.object(forkserver, "connect_to_new_process", _server(preloaded).connect_to_new_process):
+        process.start()
+    return process
+
+
+@functools.cache
+def _server(preloaded: tuple[str, ...]) -> forkserver.ForkServer:
+    """A fork server that imports these modules; its ranks inherit its environment."""
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload(list(preloaded))
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # or it cannot fork
+    # Else a torch.compile decorator in DeepSpeed imports the compiler, for seconds.
+    engines = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"} if preloaded is _ENGINES else {}
+    with patch.dict(os.environ, {"GLOO_SOCKET_IFNAME": "lo", **one_thread, **engines}):
+        server.ensure_running()
+    return server
 
 
 def _collect(results: dict[Connection, int], timeout: float) -> dict[int, tuple[bool, Any]]:
@@ -122,6 +158,13 @@ def _report(
     return "\n".join(lines)
 
 
+def _refuse_to_wait(_: Any) -> None:
+    raise RuntimeError(
+        "operators must be compiled before the tests, got one that a rank compiles, or a leftover of one that was "
+        "killed; name it in pytest.mark.deepspeed(...) of the test"
+    )
+
+
 def _rank_main(
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -134,12 +177,15 @@ def _rank_main(
     log = os.open(os.path.join(folder, f"rank{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    gc.freeze()  # what is imported is no garbage
     faulthandler.dump_traceback_later(timeout - min(5.0, timeout / 4), exit=False)
 
     import torch
     import torch.distributed as dist
+    from torch.utils.file_baton import FileBaton
 
     torch.set_num_threads(1)
+    FileBaton.wait = _refuse_to_wait
     warnings.filterwarnings("error", module=r"adai_dist")
     dist.init_process_group(
         "gloo",

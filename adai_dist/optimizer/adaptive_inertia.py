@@ -154,7 +154,7 @@ class AdaptiveInertia(torch.optim.Optimizer):
         self._step()  # pyright: ignore[reportAttributeAccessIssue] torch types its decorator for functions only
         return loss
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a collective and host code: nothing to trace
+    @torch._disable_dynamo  # a collective and host code: nothing to trace
     def _step(self) -> None:
         if self._driver is not None:
             self._driver.step_part()

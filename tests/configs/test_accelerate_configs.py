@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from tests.configs.accelerate_launch import FILES, environment_of
-from tests.integrations.deepspeed_setups import needs_deepspeed
 from tests.recipe_runs import ROOT
 
 pytest.importorskip("accelerate")
@@ -20,7 +19,10 @@ NAMES = {"ddp", "fsdp1", "fsdp2", "fsdp2_offload", "hsdp", "multi_node", *(f"dee
 SECTIONS = ("fsdp_config", "parallelism_config", "deepspeed_config")
 files = pytest.mark.parametrize(
     "path",
-    [pytest.param(path, id=name, marks=needs_deepspeed if "zero" in name else ()) for name, path in FILES.items()],
+    [
+        pytest.param(path, id=name, marks=pytest.mark.deepspeed if "zero" in name else ())
+        for name, path in FILES.items()
+    ],
 )
 
 
@@ -79,7 +81,7 @@ def test_a_misspelt_nested_key_is_found(section: str, tmp_path: Path) -> None:
     assert keys_without_effect(content, tmp_path) == ["fsdp_reshard_after_foward"]
 
 
-@needs_deepspeed
+@pytest.mark.deepspeed
 def test_a_misspelt_key_for_deepspeed_is_found(tmp_path: Path) -> None:
     content = yaml.safe_load(FILES["deepspeed_zero3"].read_text())
     content["deepspeed_config"]["zero3_init"] = True

@@ -42,6 +42,12 @@ PLUGIN = {
 FLOAT32 = ("ddp", "fsdp1", "fsdp2", "hsdp")  # DeepSpeed in float32: tests/integrations/test_deepspeed_accelerate.py
 
 
+files = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.deepspeed("AsyncIO") if "deepspeed" in name else ()) for name in FILES],
+)
+
+
 def train_with_each(environments: dict[str, dict[str, str]], folder: str) -> dict[str, dict[str, object]]:
     """What a rank found with each file; where it cannot run here, nothing."""
     set_environment()
@@ -86,7 +92,7 @@ def of(found: dict[str, dict[str, object]], name: str) -> dict[str, object]:
     return found[name]
 
 
-@pytest.mark.parametrize("name", FILES)
+@files
 def test_each_file_makes_its_engine_and_trains(found: dict[str, dict[str, object]], name: str) -> None:
     result = of(found, name)
     stage = re.search(r"zero(\d)", name)
@@ -113,7 +119,7 @@ def test_in_float32_the_steps_are_those_of_one_process(found: dict[str, dict[str
     assert error < 3e-6  # measured: at most 1.4e-6
 
 
-@pytest.mark.parametrize("name", FILES)
+@files
 def test_the_bytes_are_those_of_the_table(found: dict[str, dict[str, object]], name: str) -> None:
     result = of(found, name)
     row = ROWS[f"accelerate/{name}.yaml"]

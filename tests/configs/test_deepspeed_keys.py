@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.integrations.deepspeed_setups import needs_deepspeed
 from tests.recipe_runs import ROOT
 
-pytestmark = needs_deepspeed
+pytestmark = pytest.mark.deepspeed
 FILES = {path.stem: path for path in sorted((ROOT / "configs/deepspeed").glob("*.json"))}
 files = pytest.mark.parametrize("path", FILES.values(), ids=FILES)
 

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from tests.configs.accelerate_launch import FILES
-from tests.integrations.deepspeed_setups import needs_deepspeed
 from tests.recipe_runs import ACCELERATE, ROOT, cli_environment, free_port
 
 pytest.importorskip("accelerate")
@@ -79,7 +78,7 @@ def test_two_machines_with_fsdp2(tmp_path: Path) -> None:
     check(ranks, "FSDP")
 
 
-@needs_deepspeed
+@pytest.mark.deepspeed
 def test_deepspeed_zero2(tmp_path: Path) -> None:
     ranks = launch("deepspeed_zero2", tmp_path)
     check(ranks, "DEEPSPEED")

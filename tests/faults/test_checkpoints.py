@@ -23,7 +23,7 @@ from adai_dist.recipes.world import World
 from tests.faults.linear_engine import LinearEngine
 from tests.faults.started import Starter, words_of
 from tests.recipe_runs import losses, write_recipe
-from tests.spawn import _fork_server, run_ranks
+from tests.spawn import fork, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -107,8 +107,7 @@ def die_at_every_change(folder: Path, step: int, sender: Any) -> None:
 @pytest.mark.parametrize("step", [3, 4], ids=["written again", "new"])
 def test_a_checkpoint_is_left_wherever_the_process_dies(tmp_path: Path, step: int) -> None:
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = _fork_server().Process(target=die_at_every_change, args=(tmp_path, step, sender))
-    process.start()
+    process = fork(die_at_every_change, tmp_path, step, sender)
     sender.close()
     process.join(120)
     assert process.exitcode == 0

@@ -14,13 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.integrations.deepspeed_setups import BF16, CLIPPED, COUPLED, PROBLEM, needs_deepspeed, zero
+from tests.integrations.deepspeed_setups import BF16, CLIPPED, COUPLED, PROBLEM, zero
 from tests.problems import Problem, to_numpy, worst_relative_error
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    needs_deepspeed,
 ]
 
 CPU = {"device": "cpu"}

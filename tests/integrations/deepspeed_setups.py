@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from typing import Any
 
-import pytest
 import torch
 
 from tests.problems import Problem, Spec
-
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
 WORLD_SIZE = 2
 STATE_NAMES = ("exp_avg", "exp_avg_sq", "beta1_prod")

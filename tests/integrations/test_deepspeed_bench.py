@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("deepspeed")
 
 
+@pytest.mark.deepspeed("CPUAdam")
 def test_the_benchmark_measures_deepspeeds_adam_with_and_without_clipping(tmp_path: Path) -> None:
     results = tmp_path / "bench.json"
     options = ["--numel", "1000", "--repetitions", "1", "--dtype", "bfloat16", "--json", str(results)]

@@ -29,14 +29,13 @@ from tests.integrations.deepspeed_setups import (
     CPU_OFFLOAD,
     FP32_GRADIENTS,
     Setup,
-    needs_deepspeed,
     zero,
 )
 from tests.integrations.test_deepspeed_nvme import AIO, LARGE, can_load_the_operator
 from tests.problems import to_numpy
 from tests.spawn import run_ranks
 
-pytestmark = [pytest.mark.distributed, needs_deepspeed]
+pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 SCALED = {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 3}}
 
@@ -179,6 +178,7 @@ def on_nvme(name: str, folder: Path) -> Setup:
 @pytest.mark.slow  # DeepSpeed compiles its I/O operator at the first use, for minutes
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ON_NVME)
+@pytest.mark.deepspeed("AsyncIO")
 def test_a_run_with_states_on_nvme_resumes_to_the_bit(name: str, tmp_path: Path) -> None:
     reason = run_ranks(can_load_the_operator, 1, timeout=1500.0)[0]
     if reason:
@@ -219,6 +219,7 @@ def refused_on_nvme(setup: Setup, folder: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.deepspeed("AsyncIO")
 def test_files_on_nvme_that_do_not_fit_are_refused_on_all_ranks(tmp_path: Path) -> None:
     reason = run_ranks(can_load_the_operator, 1, timeout=1500.0)[0]
     if reason:

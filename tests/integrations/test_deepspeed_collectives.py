@@ -15,11 +15,10 @@ from tests.integrations.deepspeed_setups import (
     CPU_OFFLOAD,
     FP32_GRADIENTS,
     Setup,
-    needs_deepspeed,
     zero,
 )
 
-pytestmark = [pytest.mark.distributed, needs_deepspeed]
+pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 CONFIGS = {
     "stage-0": zero(0),

@@ -16,11 +16,10 @@ from adai_dist.recipes import deepspeed_file
 from adai_dist.recipes.recipe_file import load_recipe
 from adai_dist.recipes.world import World
 from tests.integrations.deepspeed_engines import set_environment
-from tests.integrations.deepspeed_setups import needs_deepspeed
 from tests.recipe_runs import ROOT
 from tests.spawn import run_ranks
 
-pytestmark = needs_deepspeed
+pytestmark = pytest.mark.deepspeed("AsyncIO")
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs" / "deepspeed").glob("*.json"))}
 # stage, device of the optimizer's states, device of the parameters

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from tests.integrations.deepspeed_engines import set_environment
-from tests.integrations.deepspeed_setups import needs_deepspeed
 from tests.spawn import run_ranks
 from tests.test_documentation import Model
 
-pytestmark = [pytest.mark.distributed, needs_deepspeed]
+pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,9 +9,9 @@ import pytest
 
 from tests.integrations.deepspeed_engines import Family
 from tests.integrations.deepspeed_models import check_captured, walk_experts, walk_tensor_parallel
-from tests.integrations.deepspeed_setups import BF16, COUPLED, CPU_OFFLOAD, FP32_GRADIENTS, Setup, needs_deepspeed, zero
+from tests.integrations.deepspeed_setups import BF16, COUPLED, CPU_OFFLOAD, FP32_GRADIENTS, Setup, zero
 
-pytestmark = [pytest.mark.distributed, needs_deepspeed]
+pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 # The hyperparameters alone count here, and at these learning rates nothing diverges.
 SLOW = replace(

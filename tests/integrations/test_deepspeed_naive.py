@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.integrations.deepspeed_engines import Family
-from tests.integrations.deepspeed_setups import Setup, needs_deepspeed, zero
+from tests.integrations.deepspeed_setups import Setup, zero
 from tests.integrations.deepspeed_verdict import parameter_error, whole_error
 
-pytestmark = [pytest.mark.distributed, needs_deepspeed]
+pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 NAIVE = Family({f"stage-{stage}": Setup(zero(stage), optimizer="naive") for stage in (0, 1, 2, 3)})
 

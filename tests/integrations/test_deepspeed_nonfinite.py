@@ -15,12 +15,11 @@ from tests.integrations.deepspeed_setups import (
     FP32_GRADIENTS,
     PROBLEM,
     Setup,
-    needs_deepspeed,
     zero,
 )
 from tests.integrations.deepspeed_verdict import check
 
-pytestmark = [pytest.mark.distributed, needs_deepspeed]
+pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 BAD_STEPS = (0, 3, 4)
 UNCHECKED = {"bf16": {"enabled": True, "check_grad_overflow": False}}  # DeepSpeed itself would go on

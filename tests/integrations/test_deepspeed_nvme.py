@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from tests.integrations.deepspeed_engines import Family, Prescribed, Seen, backward, set_environment, start, walk
-from tests.integrations.deepspeed_setups import BF16, PROBLEM, Setup, needs_deepspeed, zero
+from tests.integrations.deepspeed_setups import BF16, PROBLEM, Setup, zero
 from tests.integrations.deepspeed_verdict import check
 from tests.problems import Problem, Spec
 from tests.spawn import run_ranks
 
-pytestmark = [pytest.mark.distributed, needs_deepspeed]
+pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed("AsyncIO")]
 
 # Two parameters of more than 2 MiB, each a sub-group of its own, so that half of each is large enough for a file.
 LARGE = replace(

@@ -17,10 +17,10 @@ from tests.integrations.deepspeed_resume import (
     of_all_ranks,
     uninterrupted,
 )
-from tests.integrations.deepspeed_setups import BF16, CLIPPED, Setup, needs_deepspeed, zero
+from tests.integrations.deepspeed_setups import BF16, CLIPPED, Setup, zero
 from tests.spawn import run_ranks
 
-pytestmark = [pytest.mark.distributed, needs_deepspeed]
+pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 SETUPS = {
     "stage-1": Setup(zero(1), CLIPPED),

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integrations.deepspeed_setups import needs_deepspeed
 from tests.recipe_runs import run_command
 
-pytestmark = [pytest.mark.distributed, needs_deepspeed]
+pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 # Counts how often it is loaded: an operator that is registered twice is an error.
 SOURCE = """

@@ -14,12 +14,11 @@ from tests.integrations.deepspeed_setups import (
     CPU_OFFLOAD,
     FP32_GRADIENTS,
     Setup,
-    needs_deepspeed,
     zero,
 )
 from tests.integrations.deepspeed_verdict import judge, solve
 
-pytestmark = [pytest.mark.distributed, needs_deepspeed]
+pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 SUB_GROUPS = {"sub_group_size": 50}
 

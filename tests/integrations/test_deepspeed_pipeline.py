@@ -7,11 +7,11 @@ import pytest
 
 from tests.integrations.deepspeed_engines import Family, Seen
 from tests.integrations.deepspeed_pipeline import LAYERS, walk_pipeline
-from tests.integrations.deepspeed_setups import BF16, CLIPPED, COUPLED, FP32_GRADIENTS, Setup, needs_deepspeed, zero
+from tests.integrations.deepspeed_setups import BF16, CLIPPED, COUPLED, FP32_GRADIENTS, Setup, zero
 from tests.integrations.deepspeed_verdict import check
 from tests.spawn import run_ranks
 
-pytestmark = [pytest.mark.distributed, needs_deepspeed]
+pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 SETUPS = {
     "stage-0": Setup(zero(0), num_micro_batches=2),  # DeepSpeed's own clipping counts the tied layer twice there

@@ -17,7 +17,6 @@ from adai_dist.recipes import deepspeed_file
 from adai_dist.recipes.recipe_file import load_recipe
 from adai_dist.recipes.refusal import RecipeError
 from adai_dist.recipes.world import World
-from tests.integrations.deepspeed_setups import needs_deepspeed
 from tests.recipe_runs import (
     ACCELERATE,
     LAUNCHERS,
@@ -33,7 +32,7 @@ from tests.recipe_runs import (
 )
 from tests.spawn import run_ranks
 
-pytestmark = needs_deepspeed
+pytestmark = pytest.mark.deepspeed("AsyncIO")
 
 # NVMe first: its files have the numbers that DeepSpeed gives to the parameters of all engines of a process.
 CONFIGS = sorted((ROOT / "configs" / "deepspeed").glob("*.json"), key=lambda path: ("nvme" not in path.stem, path.stem))

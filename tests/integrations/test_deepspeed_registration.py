@@ -14,10 +14,10 @@ from torch import nn
 from adai_dist import Adai, AdaiV2, AdaiW
 from adai_dist.optimizer import AdaptiveInertia
 from tests.integrations.deepspeed_engines import set_environment
-from tests.integrations.deepspeed_setups import needs_deepspeed, zero
+from tests.integrations.deepspeed_setups import zero
 from tests.spawn import run_ranks
 
-pytestmark = [pytest.mark.distributed, needs_deepspeed]
+pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 PROGRAM = """
 import sys

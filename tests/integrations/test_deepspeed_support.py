@@ -11,10 +11,10 @@ from torch import nn
 
 from adai_dist import Adai, AdaiW
 from tests.integrations.deepspeed_engines import set_environment
-from tests.integrations.deepspeed_setups import needs_deepspeed, zero
+from tests.integrations.deepspeed_setups import zero
 from tests.spawn import run_ranks
 
-pytestmark = [pytest.mark.distributed, needs_deepspeed]
+pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 CPU = {"device": "cpu"}
 NVME = {"device": "nvme", "nvme_path": "/tmp", "buffer_count": 5}

@@ -39,13 +39,12 @@ from tests.integrations.deepspeed_setups import (
     PROBLEM,
     STATE_NAMES,
     Setup,
-    needs_deepspeed,
     zero,
 )
 from tests.problems import Spec
 from tests.spawn import run_ranks
 
-pytestmark = [pytest.mark.distributed, needs_deepspeed]
+pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 
 # A group with fewer elements than there are ranks: most of them hold its padding alone.

@@ -16,12 +16,11 @@ from tests.integrations.deepspeed_setups import (
     FP32_GRADIENTS,
     UNUSED,
     Setup,
-    needs_deepspeed,
     zero,
 )
 from tests.integrations.deepspeed_verdict import judge, solve
 
-pytestmark = [pytest.mark.distributed, needs_deepspeed]
+pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 

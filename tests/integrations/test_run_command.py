@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from adai_dist.integrations.run import split_local_rank
-from tests.integrations.deepspeed_setups import needs_deepspeed
 from tests.recipe_runs import DEEPSPEED, LAUNCHERS, MPIRUN, cli_environment, free_port, launch_module, run_command
 
 FACTS = """
@@ -134,7 +133,7 @@ def trained(folder: Path, launcher: list[str], own: list[str]) -> list[Any]:
     return json.loads(output.read_text())
 
 
-@needs_deepspeed
+@pytest.mark.deepspeed
 @pytest.mark.distributed
 @pytest.mark.parametrize("launcher", ["import", *LAUNCHERS])
 def test_a_script_that_knows_nothing_of_us_trains_with_adai_from_every_launcher(tmp_path: Path, launcher: str) -> None:

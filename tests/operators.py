@@ -1,0 +1,94 @@
+"""Compiles what the tests load, before the first of them: our kernels, and operators of DeepSpeed.
+
+They lie in a folder of this checkout, for one version of all that they are linked with, so that the tests neither
+find nor leave anything elsewhere. A compilation that was killed leaves a file `lock` behind, for which torch's loader
+waits for ever; whoever compiles here first removes those of processes that are gone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+BOUND_SECONDS = 900.0  # for one operator; the slowest takes 90 on two busy cores
+
+_BUILD = """
+import sys
+from deepspeed.accelerator import get_accelerator
+builder = get_accelerator().create_op_builder(sys.argv[1] + "Builder")
+if builder.is_compatible(verbose=False):
+    builder.load(verbose=False)
+"""
+
+
+class CompilationError(Exception):
+    """An operator could not be compiled."""
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "none"
+
+
+FOLDER = (
+    Path(__file__).parent.parent
+    / "build"
+    / f"test-extensions-{sys.implementation.cache_tag}-torch-{_version('torch')}-deepspeed-{_version('deepspeed')}"
+)
+
+
+def compile_kernels() -> None:
+    """Compile our kernels for the CPU. Without a compiler, tests that need them say so."""
+    with _turn() as turn:
+        _run([sys.executable, "-m", "adai_dist", "build", "--device", "cpu"], turn)
+
+
+def compile_for_deepspeed(names: set[str]) -> None:
+    """Compile operators of DeepSpeed, such as "CPUAdam"; one that this machine lacks the libraries for is left out.
+
+    Raises:
+        CompilationError: DeepSpeed could not compile one, or took too long.
+    """
+    if find_spec("deepspeed") is None:
+        return
+    with _turn() as turn:
+        for name in sorted(names):
+            finished = _run([sys.executable, "-c", _BUILD, name], turn)
+            if finished.returncode != 0:
+                raise CompilationError(f"DeepSpeed's {name} cannot be compiled:\n{finished.stdout}\n{finished.stderr}")
+
+
+@contextmanager
+def _turn() -> Iterator[int]:
+    """One process at a time, and the compilers that it has started: they inherit the descriptor that holds the lock."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / "turn").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for left_behind in FOLDER.glob("*/lock"):
+            left_behind.unlink()
+        yield file.fileno()
+
+
+def _run(command: list[str], turn: int) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(FOLDER), "DS_ACCELERATOR": "cpu"}
+    try:
+        return subprocess.run(
+            command,
+            env=environment,
+            pass_fds=[turn],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=BOUND_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CompilationError(f"no end after {BOUND_SECONDS:.0f} s: {' '.join(command)}\n{error.stderr!r}") from None
