@@ -11,11 +11,13 @@ import fcntl
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TextIO
 
 BOUND_SECONDS = 900.0  # for one operator; the slowest takes 90 on two busy cores
 
@@ -72,10 +74,22 @@ def _turn() -> Iterator[int]:
     """One process at a time, and the compilers that it has started: they inherit the descriptor that holds the lock."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "turn").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        deadline = time.monotonic() + BOUND_SECONDS
+        while not _has_lock(file):
+            if time.monotonic() > deadline:
+                raise CompilationError(f"another process holds {file.name} for {BOUND_SECONDS:.0f} s; end that process")
+            time.sleep(0.2)
         for left_behind in FOLDER.glob("*/lock"):
             left_behind.unlink()
         yield file.fileno()
+
+
+def _has_lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _run(command: list[str], turn: int) -> subprocess.CompletedProcess[str]:
