@@ -35,6 +35,7 @@ from unittest.mock import patch
 T = TypeVar("T")
 
 TIMEOUT_SECONDS = 120.0
+OPERATOR_SECONDS = 30.0  # how long a rank may wait for another one to load an operator
 GRACE_SECONDS = 5.0  # how long the other ranks may run on after one has failed
 
 _TORCH = (
@@ -158,11 +159,16 @@ def _report(
     return "\n".join(lines)
 
 
-def _refuse_to_wait(_: Any) -> None:
-    raise RuntimeError(
-        "operators must be compiled before the tests, got one that a rank compiles, or a leftover of one that was "
-        "killed; name it in pytest.mark.deepspeed(...) of the test"
-    )
+def _wait_for_operator(baton: Any) -> None:
+    """As torch's own, which waits for ever where the process that holds the file was killed."""
+    deadline = time.monotonic() + OPERATOR_SECONDS
+    while os.path.exists(baton.lock_file_path):
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"an operator must be compiled before the tests, got {baton.lock_file_path} for {OPERATOR_SECONDS:.0f} "
+                "seconds; name it in pytest.mark.deepspeed(...) of the test"
+            )
+        time.sleep(0.02)
 
 
 def _rank_main(
@@ -185,7 +191,7 @@ def _rank_main(
     from torch.utils.file_baton import FileBaton
 
     torch.set_num_threads(1)
-    FileBaton.wait = _refuse_to_wait
+    FileBaton.wait = _wait_for_operator
     warnings.filterwarnings("error", module=r"adai_dist")
     dist.init_process_group(
         "gloo",
