@@ -93,7 +93,7 @@ class AdaptiveInertia(torch.optim.Optimizer):
     ) -> None:
         self._hyper = hyper
         self._backends = Backends(mode_of(require_kernels))
-        self.max_grad_norm = max_grad_norm_in_range("max_grad_norm", max_grad_norm)
+        self.max_grad_norm: float | None = max_grad_norm_in_range("max_grad_norm", max_grad_norm)
         if not isinstance(retire_beta1_prod, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"retire_beta1_prod must be a bool, got {retire_beta1_prod!r}")
         self._retirement = Retirement() if retire_beta1_prod else None

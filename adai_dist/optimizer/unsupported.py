@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adai_dist.sharding.ownership import is_dtensor
 
-logger = logging.getLogger("adai_dist")
+logger: logging.Logger = logging.getLogger("adai_dist")
 
 
 def check_not_in_backward() -> None:

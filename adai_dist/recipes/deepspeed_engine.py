@@ -49,8 +49,8 @@ class DeepSpeedEngine(Engine):
         self._engine: Any = engine[0]
         self._task = task
         self.model = model
-        self.optimizer = optimizer
-        self.precision = deepspeed_file.precision_of(settings) or "fp32"
+        self.optimizer: torch.optim.Optimizer = optimizer
+        self.precision: str = deepspeed_file.precision_of(settings) or "fp32"
         self._world = world
         self._engine.train()
 

@@ -52,13 +52,13 @@ def _register_with(engine_module: ModuleType) -> None:
 
 
 def _compile_with_deepspeed(extension: Extension, folder: Path) -> None:
-    from adai_dist.integrations.deepspeed.op_builder import compile_with_deepspeed
+    from adai_dist.integrations.deepspeed._op_builder import compile_with_deepspeed
 
     compile_with_deepspeed(extension, folder)
 
 
 def _add_op_builders(all_ops_module: ModuleType) -> None:
-    from adai_dist.integrations.deepspeed.op_builder import add_to
+    from adai_dist.integrations.deepspeed._op_builder import add_to
 
     add_to(all_ops_module.ALL_OPS)
 
