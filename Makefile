@@ -43,6 +43,7 @@ lint: $(VENV)/.installed-lint ## ruff, pyright (strict on adai_dist), codespell,
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pyright --verifytypes adai_dist --ignoreexternal
 	$(BIN)/codespell
 	$(BIN)/shellcheck .ci/run launch/*.sh launch/*.sbatch
 

@@ -1,6 +1,7 @@
 """Adai, AdaiW and AdaiV2 (Adaptive Inertia, ICML 2022) for distributed training with PyTorch."""
 
 from adai_dist.integrations import zero_redundancy
+from adai_dist.integrations.after_import import import_hooks_are_on
 from adai_dist.integrations.deepspeed.registration import register
 from adai_dist.optimizer import Adai, AdaiV2, AdaiW, share_mean
 
@@ -8,5 +9,6 @@ __version__ = "0.1.0.dev0"
 
 __all__ = ["Adai", "AdaiV2", "AdaiW", "__version__", "register", "share_mean"]
 
-register()
-zero_redundancy.register()
+if import_hooks_are_on():
+    register()
+    zero_redundancy.register()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import distribution
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+
+from adai_dist.cli import _parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -52,6 +55,18 @@ def test_there_are_examples() -> None:
     assert len(EXAMPLES) >= 2
 
 
+def test_the_commands_of_the_readme_exist() -> None:
+    shell = "".join(re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL))
+    targets = re.findall(r"^make ([a-z-]+)", shell, re.MULTILINE)
+    assert targets == ["train", "test"]
+    rules = (ROOT / "Makefile").read_text()
+    assert [target for target in targets if not re.search(rf"^{target}:", rules, re.MULTILINE)] == []
+    (command,) = re.findall(r"^adai-dist (.*)$", shell, re.MULTILINE)
+    assert _parser().parse_args(command.split()).run
+    extras = set(re.findall(r"[a-z]+", " ".join(re.findall(r"\[(.*?)\]", shell))))
+    assert extras <= set(distribution("adai-dist").metadata.get_all("Provides-Extra") or ())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_relative_link_leads_to_a_file(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text())
@@ -60,7 +75,7 @@ def test_every_relative_link_leads_to_a_file(page: Path) -> None:
 
 
 def test_every_path_in_the_file_map_exists() -> None:
-    table = (ROOT / "README.md").read_text().partition("## Where things are")[2].partition("\n## ")[0]
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## Where things are")[2].partition("\n## ")[0]
     paths = [
         path for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for path in re.findall(r"`([^`]+)`", row)
     ]

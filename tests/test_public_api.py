@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 import adai_dist
+import adai_dist.sharding
 from adai_dist import Adai, AdaiV2, AdaiW
 from adai_dist.optimizer import AdaptiveInertia
 
@@ -30,16 +34,55 @@ POSITIONAL = {
     AdaiV2: {"params": REQUIRED, **COMMON, "dampening": 1.0, "decoupled": True},
 }
 
-# methods: parameters in their order, with their defaults
-METHODS = {
-    "step": {"closure": None},
-    "clip_grad_norm_": {"max_norm": REQUIRED},
-    "configure_sharding": {"process_group": None, "num_replicas": None},
-    "owned_shards": {},
-    "observe": {"shards": REQUIRED},
-    "advance": {"shards": REQUIRED, "mean": REQUIRED},
+# Signatures: parameters in their order with their defaults, those after * by keyword only; and what is returned.
+STAR = ("*", None)
+SHARDING = [("process_group", None), ("num_replicas", None), STAR, ("model", None), ("stages", None)]
+Signature = tuple[list[tuple[str, object]], str]
+METHODS: dict[str, Signature] = {
+    "step": ([("closure", None)], "float | None"),
+    "clip_grad_norm_": ([("max_norm", REQUIRED)], "Tensor"),
+    "configure_sharding": (SHARDING, "None"),
+    "owned_shards": ([], "list[OwnedShards]"),
+    "observe": ([("shards", REQUIRED)], "Sums"),
+    "advance": ([("shards", REQUIRED), ("mean", REQUIRED)], "None"),
+    "add_param_group": ([("param_group", REQUIRED)], "None"),
+    "state_dict": ([], "dict[str, Any]"),
+    "load_state_dict": ([("state_dict", REQUIRED)], "None"),
+    "zero_grad": ([("set_to_none", True)], "None"),
 }
-PROPERTIES = {"grad_norm", "inertia_mean", "mean_group", "num_skipped_steps", "sharding_plan"}
+FUNCTIONS: dict[str, Signature] = {
+    "register": ([], "None"),
+    "share_mean": ([("optimizers", REQUIRED), *SHARDING], "None"),
+    "sharding.mean.global_mean": (
+        [("local_sums", REQUIRED), ("process_groups", REQUIRED), STAR, ("max_norm", None), ("grad_scale", None)],
+        "GlobalMean",
+    ),
+    "sharding.mean.evaluate": ([("sums", REQUIRED), ("grad_norm", REQUIRED), ("c", REQUIRED)], "GlobalMean"),
+    "sharding.mean.all_reduce": ([("packed", REQUIRED), ("process_groups", REQUIRED)], "Tensor"),
+    "sharding.plan.plan_by_spreads": (
+        [("params", REQUIRED), ("spreads_of", REQUIRED), ("stages", None)],
+        "ShardingPlan",
+    ),
+    "sharding.plan.plan_sharding": ([("params", REQUIRED), ("sharding", REQUIRED)], "ShardingPlan"),
+    "sharding.plan.spreads_of_tensor": ([("param", REQUIRED)], "Sequence[Spread]"),
+}
+
+# records: their fields, in order
+FIELDS: dict[str, list[str]] = {
+    "sharding.mean.GlobalMean": ["coefficient", "grad_norm", "inertia_mean", "is_finite", "is_live"],
+    "sharding.mean.Sums": [
+        *("grad_squared", "carried", "quadratic", "linear", "constant", "num_elements", "num_overflows", "lr"),
+    ],
+    "sharding.plan.ShardingPlan": ["params", "process_groups", "weights"],
+    "sharding.plan.Spread": ["process_group", "is_sharded"],
+}
+PROPERTIES = {
+    "grad_norm": "Tensor",
+    "inertia_mean": "Tensor",
+    "mean_group": "tuple[ProcessGroup, ...]",
+    "num_skipped_steps": "Tensor",
+    "sharding_plan": "ShardingPlan",
+}
 
 PARAM_GROUP_KEYS = {
     *("params", "lr", "betas", "eps", "weight_decay", "dampening", "decoupled", "maximize", "foreach"),
@@ -53,6 +96,25 @@ def parameters(function: object, kind: inspect._ParameterKind) -> dict[str, obje
     assert callable(function)
     found = inspect.signature(function).parameters.values()
     return {p.name: REQUIRED if p.default is p.empty else p.default for p in found if p.kind is kind}
+
+
+def signature_of(function: Callable[..., object]) -> Signature:
+    """As the tables have it; other kinds of parameters than they know stand there with their stars."""
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    found: list[tuple[str, object]] = []
+    signature = inspect.signature(function)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and STAR not in found:
+            found.append(STAR)
+        default = REQUIRED if parameter.default is parameter.empty else parameter.default
+        found.append((stars.get(parameter.kind, "") + parameter.name, default))
+    return found, signature.return_annotation
+
+
+def public(name: str) -> Any:
+    """An attribute of the package, by its path."""
+    *modules, attribute = name.split(".")
+    return getattr(importlib.import_module(".".join(["adai_dist", *modules])), attribute)
 
 
 def test_the_package_exports_these_names_and_no_others() -> None:
@@ -72,13 +134,41 @@ def test_the_constructor_takes_these_arguments_in_this_order(cls: type[AdaptiveI
 @each_class
 def test_the_class_has_these_public_methods_and_properties(cls: type[AdaptiveInertia]) -> None:
     own = {name for base in cls.__mro__[: cls.__mro__.index(torch.optim.Optimizer)] for name in vars(base)}
-    new = {name for name in own if not name.startswith("_") and not hasattr(torch.optim.Optimizer, name)}
-    assert new == PROPERTIES | METHODS.keys() - {"step"}
-    for name in PROPERTIES:
-        assert isinstance(inspect.getattr_static(cls, name), property), name
-    for name, expected in METHODS.items():
-        found = parameters(getattr(cls, name), inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        assert list(found.items()) == [("self", REQUIRED), *expected.items()], name
+    assert {name for name in own if not name.startswith("_")} == {*PROPERTIES, *METHODS}
+    for name, returned in PROPERTIES.items():
+        found = inspect.getattr_static(cls, name)
+        assert isinstance(found, property), name
+        assert inspect.signature(found.fget).return_annotation == returned, name
+
+
+@each_class
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_takes_and_returns_this(cls: type[AdaptiveInertia], name: str) -> None:
+    parameters, returned = METHODS[name]
+    assert signature_of(getattr(cls, name)) == ([("self", REQUIRED), *parameters], returned)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_takes_and_returns_this(name: str) -> None:
+    assert signature_of(public(name)) == FUNCTIONS[name]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_record_has_these_fields(name: str) -> None:
+    assert list(inspect.signature(public(name)).parameters) == FIELDS[name]
+
+
+@pytest.mark.parametrize("module", ["sharding.mean", "sharding.plan"])
+def test_every_documented_function_and_record_of_sharding_is_frozen(module: str) -> None:
+    loaded = importlib.import_module(f"adai_dist.{module}")
+    own = {name: value for name, value in vars(loaded).items() if getattr(value, "__module__", "") == loaded.__name__}
+    documented = {f"{module}.{name}" for name, value in own.items() if not name.startswith("_") and value.__doc__}
+    protocols = {"sharding.plan.ModelSharding"}  # no fields, no signature
+    assert documented - protocols == {name for name in (*FUNCTIONS, *FIELDS) if name.startswith(module)}
+
+
+def test_sharding_exports_these_names() -> None:
+    assert set(adai_dist.sharding.__all__) == {"GlobalMean", "global_mean"}
 
 
 @each_class

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -11,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 Hook = Callable[[ModuleType], None]
+
+ENVIRONMENT_VARIABLE = "ADAI_DIST_REGISTER"
 
 _MARK = "_is_of_adai_dist"
 
@@ -29,6 +32,18 @@ def after_import(name: str, hook: Hook) -> None:
     _finder.hooks.setdefault(name, []).append(hook)
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
+
+
+def import_hooks_are_on() -> bool:
+    """Whether ``import adai_dist`` may set hooks: yes, unless ``ADAI_DIST_REGISTER=0`` is in the environment.
+
+    Raises:
+        ValueError: the environment variable has another value than 0 or 1.
+    """
+    value = os.environ.get(ENVIRONMENT_VARIABLE, "").strip() or "1"
+    if value not in ("0", "1"):
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of 0, 1, got {value!r}")
+    return value == "1"
 
 
 def wrap_once(cls: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:

@@ -20,7 +20,7 @@ from adai_dist.hyper import Hyper
 from adai_dist.kernels import build, ops, toolchain
 from adai_dist.kernels.foreach import CompiledEquations, Equations
 
-logger = logging.getLogger("adai_dist")
+logger: logging.Logger = logging.getLogger("adai_dist")
 
 Mode = Literal["auto", "off", "require"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -56,12 +56,17 @@ class Backend(Protocol):
 class Kernels:
     """The compiled kernels: one read for ``observe``, one pass for ``advance``."""
 
-    observe = staticmethod(ops.observe)
-    advance = staticmethod(ops.advance)
-    sums = staticmethod(ops.sums)
-
     def __init__(self, name: str) -> None:
         self.name = name
+
+    def observe(self, shards: Shards, hyper: Hyper) -> SquaredNorms:
+        return ops.observe(shards, hyper)
+
+    def advance(self, shards: Shards, hyper: Hyper, scalars: StepScalars) -> Tensor:
+        return ops.advance(shards, hyper, scalars)
+
+    def sums(self, exp_avg_sqs: list[Tensor]) -> Tensor:
+        return ops.sums(exp_avg_sqs)
 
     def takes(self, shard: Sequence[Tensor]) -> bool:
         # States are float32 where parameters are no wider, see state.py.

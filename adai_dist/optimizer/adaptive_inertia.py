@@ -17,7 +17,13 @@ from adai_dist.optimizer.pending import PendingMean, versions
 from adai_dist.optimizer.retirement import Retirement, with_zeros
 from adai_dist.optimizer.skips import SkipCounter
 from adai_dist.optimizer.state import new_state, restore_states, step_tensor
-from adai_dist.optimizer.unsupported import check_not_in_backward, check_one_layout, warn_of_no_gradients
+from adai_dist.optimizer.unsupported import (
+    check_not_a_part,
+    check_not_in_backward,
+    check_one_layout,
+    refuse_unregistered_deepspeed,
+    warn_of_no_gradients,
+)
 from adai_dist.sharding.configured import NumReplicas, configured_sharding
 from adai_dist.sharding.holdings import Holdings, exp_avg_sq_sums, keep_sums
 from adai_dist.sharding.mean import GlobalMean, Sums, global_mean
@@ -71,8 +77,8 @@ class AdaptiveInertia(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves unscaling and skipping to step()
 
-    _step_within_engine: ClassVar[Callable[[AdaptiveInertia], bool] | None] = None
-    """Set when an engine is imported that steps optimizers it did not bind: takes the step, or says that it did not."""
+    _step_within_engine: ClassVar[Callable[[AdaptiveInertia], bool] | None] = refuse_unregistered_deepspeed
+    """Takes a step by an engine that has not bound the optimizer yet, or says that it did not; None once bound."""
 
     _driver: Driver | None = None
     _sharding: ModelSharding | None = None
@@ -93,7 +99,7 @@ class AdaptiveInertia(torch.optim.Optimizer):
     ) -> None:
         self._hyper = hyper
         self._backends = Backends(mode_of(require_kernels))
-        self.max_grad_norm = max_grad_norm_in_range("max_grad_norm", max_grad_norm)
+        self.max_grad_norm: float | None = max_grad_norm_in_range("max_grad_norm", max_grad_norm)
         if not isinstance(retire_beta1_prod, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"retire_beta1_prod must be a bool, got {retire_beta1_prod!r}")
         self._retirement = Retirement() if retire_beta1_prod else None
@@ -161,6 +167,8 @@ class AdaptiveInertia(torch.optim.Optimizer):
             return
         if self._step_within_engine is not None and self._step_within_engine():
             return
+        if not self._has_stepped and self._sharding is None:
+            check_not_a_part(type(self).__name__)
         check_not_in_backward()
         shards = self.owned_shards()
         pending = self._take_pending()

@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
-logger = logging.getLogger("adai_dist")
+logger: logging.Logger = logging.getLogger("adai_dist")
 
 
 class SkipCounter:
@@ -17,7 +17,7 @@ class SkipCounter:
     """
 
     def __init__(self) -> None:
-        self.num_skipped_steps = torch.zeros((), dtype=torch.int64)
+        self.num_skipped_steps: Tensor = torch.zeros((), dtype=torch.int64)
         self._num_reported = 0
         self._in_flight: tuple[Tensor, torch.Event] | None = None
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from adai_dist.sharding.ownership import is_dtensor
 
-logger = logging.getLogger("adai_dist")
+logger: logging.Logger = logging.getLogger("adai_dist")
 
 
 def check_not_in_backward() -> None:
@@ -21,6 +22,47 @@ def check_not_in_backward() -> None:
             "from within it (optimizer-in-backward, a gradient hook); make one optimizer for all parameters and step "
             "it after backward()"
         )
+
+
+def check_not_a_part(name: str) -> None:
+    """Refuse a step within a ``ZeroRedundancyOptimizer`` that has not said so: its hook is missing.
+
+    Args:
+        name: of the optimizer's class.
+
+    Raises:
+        RuntimeError: the mean would be taken over this rank's part of the model.
+    """
+    if "torch.distributed.optim.zero_redundancy_optimizer" in modules_of_callers():
+        raise RuntimeError(
+            f"{name} within ZeroRedundancyOptimizer must know that every rank holds other parameters, or the mean is "
+            "taken over a part of the model; got a step without that; leave ADAI_DIST_REGISTER=0 out of the "
+            "environment, or call optimizer.optim.configure_sharding(num_replicas=1) after making the optimizer"
+        )
+
+
+def refuse_unregistered_deepspeed(optimizer: torch.optim.Optimizer) -> bool:
+    """Keep DeepSpeed from stepping an optimizer while nothing is registered with it; returns False otherwise."""
+    *_, caller = modules_of_callers()
+    if caller.startswith("deepspeed.runtime."):
+        raise RuntimeError(
+            f"DeepSpeed must bind {type(optimizer).__name__} before it steps it, or the mean is taken over a part of "
+            f"the model; got a step from {caller} with nothing registered; call adai_dist.register() before "
+            "deepspeed.initialize(), or leave ADAI_DIST_REGISTER=0 out of the environment"
+        )
+    return False
+
+
+def modules_of_callers() -> Iterator[str]:
+    """Names of the calling modules, from the inside: those of this package and of torch, and the first other one."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        name: str = frame.f_globals.get("__name__", "")
+        yield name
+        if name.split(".")[0] not in ("adai_dist", "torch"):
+            return
+    yield ""
 
 
 def check_one_layout(params: Iterable[Tensor]) -> None:

@@ -23,7 +23,7 @@ from adai_dist.recipes.engine import Engine
 from adai_dist.recipes.manifest import FileSum, Manifest, compare_shapes, find_damage, read_manifest, sum_files
 from adai_dist.recipes.world import World
 
-logger = logging.getLogger("adai_dist")
+logger: logging.Logger = logging.getLogger("adai_dist")
 
 _PUBLISHED = re.compile(r"step_(\d+)(?:-(\d+))?")
 

@@ -44,10 +44,10 @@ class BasicBlock(nn.Module):
 
     def __init__(self, num_inputs: int, num_outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(num_inputs, num_outputs, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(num_outputs)
-        self.conv2 = nn.Conv2d(num_outputs, num_outputs, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(num_outputs)
+        self.conv1: nn.Module = nn.Conv2d(num_inputs, num_outputs, 3, stride, padding=1, bias=False)
+        self.norm1: nn.Module = nn.BatchNorm2d(num_outputs)
+        self.conv2: nn.Module = nn.Conv2d(num_outputs, num_outputs, 3, padding=1, bias=False)
+        self.norm2: nn.Module = nn.BatchNorm2d(num_outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or num_inputs != num_outputs:
             project = nn.Conv2d(num_inputs, num_outputs, 1, stride, bias=False)
@@ -63,8 +63,8 @@ class ResNet(nn.Module):
 
     def __init__(self, num_blocks: Sequence[int], shape: tuple[int, int, int], num_classes: int, width: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(shape[0], width, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
+        self.conv: nn.Module = nn.Conv2d(shape[0], width, 3, padding=1, bias=False)
+        self.norm: nn.Module = nn.BatchNorm2d(width)
         stages: list[nn.Module] = []
         num_inputs = width
         for index, num in enumerate(num_blocks):
@@ -73,8 +73,8 @@ class ResNet(nn.Module):
             blocks = [BasicBlock(num_inputs if i == 0 else num_outputs, num_outputs, s) for i, s in enumerate(strides)]
             stages.append(nn.Sequential(*blocks))
             num_inputs = num_outputs
-        self.stages = nn.Sequential(*stages)
-        self.head = nn.Linear(num_inputs, num_classes)
+        self.stages: nn.Module = nn.Sequential(*stages)
+        self.head: nn.Module = nn.Linear(num_inputs, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.stages(torch.relu(self.norm(self.conv(images))))

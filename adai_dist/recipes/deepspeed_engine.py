@@ -31,8 +31,10 @@ class DeepSpeedEngine(Engine):
         settings = deepspeed_file.read(recipe, world)
         import deepspeed
 
+        from adai_dist.integrations.deepspeed.registration import register
         from adai_dist.integrations.deepspeed.support import UnsupportedSetting
 
+        register()  # also under ADAI_DIST_REGISTER=0
         launched = read_launcher(os.environ)
         os.environ.setdefault("LOCAL_RANK", str(launched[2] if launched else 0))  # deepspeed insists on it
         # DeepSpeed 0.19 calls what torch 2.13 renamed, several times per step.
@@ -49,8 +51,8 @@ class DeepSpeedEngine(Engine):
         self._engine: Any = engine[0]
         self._task = task
         self.model = model
-        self.optimizer = optimizer
-        self.precision = deepspeed_file.precision_of(settings) or "fp32"
+        self.optimizer: torch.optim.Optimizer = optimizer
+        self.precision: str = deepspeed_file.precision_of(settings) or "fp32"
         self._world = world
         self._engine.train()
 

@@ -18,7 +18,7 @@ class ImageTask(Task):
     unit = "image"
 
     def __init__(self, recipe: Recipe, data: ImagesConfig) -> None:
-        self.units_per_step = data.batch
+        self.units_per_step: int = data.batch
         self._data = data
         self._settings = recipe.model
         self._engine = recipe.engine

@@ -18,7 +18,7 @@ class LanguageTask(Task):
     unit = "token"
 
     def __init__(self, recipe: Recipe, data: TextConfig) -> None:
-        self.units_per_step = data.batch * data.seq_len
+        self.units_per_step: int = data.batch * data.seq_len
         self._data = data
         self._settings = recipe.model
         self._tokens = load_tokens(data)

@@ -45,7 +45,7 @@ class Meter:
         self._num_steps = 0
         self._marks: list[Any] = []
         self._is_first = True
-        self.total = Reading(torch.nan, 0, 0.0, 0.0)
+        self.total: Reading = Reading(torch.nan, 0, 0.0, 0.0)
         """Of all steps read so far; its loss is that of the last reading."""
 
     def mark(self) -> None:

@@ -31,7 +31,7 @@ from adai_dist.recipes.refusal import RecipeError
 from adai_dist.recipes.world import World
 from adai_dist.tools.plots import read_records
 
-logger = logging.getLogger("adai_dist")
+logger: logging.Logger = logging.getLogger("adai_dist")
 
 _BAR_SECONDS = 15.0  # between two updates of the bar where no person watches
 _CONFIG_IN_PROGRESS = "config.yaml.writing"

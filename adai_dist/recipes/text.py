@@ -25,7 +25,7 @@ from torch import Tensor
 from adai_dist.recipes.data_config import TextConfig
 from adai_dist.recipes.refusal import RecipeError, require
 
-logger = logging.getLogger("adai_dist")
+logger: logging.Logger = logging.getLogger("adai_dist")
 
 Tokens = NDArray[Any]
 Document = tuple[str, bytes]

@@ -30,14 +30,14 @@ class TorchEngine(Engine):
     """What DDP and FSDP2 have in common."""
 
     def __init__(self, recipe: Recipe, task: Task, model: nn.Module, world: World) -> None:
-        self.model = model.to(world.device)
-        self.precision = "bf16" if recipe.precision == "bf16" else "fp32"
+        self.model: nn.Module = model.to(world.device)
+        self.precision: str = "bf16" if recipe.precision == "bf16" else "fp32"
         self._recipe = recipe
         self._task = task
         self._world = world
         self._wrapped = self._wrap(self.model)
         self._wrapped.train()
-        self.optimizer = optimizers.build(recipe, self.model, recipe.max_grad_norm)
+        self.optimizer: torch.optim.Optimizer = optimizers.build(recipe, self.model, recipe.max_grad_norm)
 
     @abstractmethod
     def _wrap(self, model: nn.Module) -> nn.Module: ...

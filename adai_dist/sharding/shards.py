@@ -37,9 +37,10 @@ class Holding:
         self._source = _source(param)
         self._states = tuple(state.get(name) for name in STATE_NAMES)
         # The parameter itself where possible: it follows when a user sets param.data.
-        self.local_param = self._source if not param.is_complex() else local_tensor(param)
-        self.exp_avg, self.exp_avg_sq = local_tensor(state["exp_avg"]), local_tensor(state["exp_avg_sq"])
-        self.beta1_prod = local_tensor(state["beta1_prod"]) if "beta1_prod" in state else None
+        self.local_param: Tensor = self._source if not param.is_complex() else local_tensor(param)
+        self.exp_avg: Tensor = local_tensor(state["exp_avg"])
+        self.exp_avg_sq: Tensor = local_tensor(state["exp_avg_sq"])
+        self.beta1_prod: Tensor | None = local_tensor(state["beta1_prod"]) if "beta1_prod" in state else None
         for name, tensor in zip(STATE_NAMES, self.states, strict=False):
             self.check_shape(name, tensor)
         self._exp_avg_sq_sum: tuple[Tensor, int, int] | None = None

@@ -26,8 +26,8 @@ def run(example: str) -> tuple[str, int]:
     return type(optimizer).__name__, int(next(iter(optimizer.state.values()))["step"])
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/deepspeed.md"])
-def test_the_example_takes_a_step(page: str) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+def test_the_example_takes_a_step() -> None:
+    page = (ROOT / "docs/deepspeed.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     (example,) = (block for block in blocks if "deepspeed.initialize" in block)
     assert run_ranks(run, 1, example) == [("AdaiV2", 1)]

@@ -32,7 +32,7 @@ import json, sys
 from pathlib import Path
 import adai_dist, deepspeed, torch
 from adai_dist.kernels import build
-from adai_dist.integrations.deepspeed.op_builder import CPUAdaiBuilder
+from adai_dist.integrations.deepspeed._op_builder import CPUAdaiBuilder
 from deepspeed.ops.op_builder.builder import OpBuilder
 
 calls, jit_load = [], OpBuilder.jit_load

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,9 @@ from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.state import step_tensor
 from adai_dist.sharding.holdings import Holdings
 from adai_dist.sharding.mean import GlobalMean, Sums, all_reduce, evaluate
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 CHECKPOINT_KEY = "adai_dist"
 """Where ZeRO's own state_dict keeps what :meth:`ZeroDriver.save` returns."""
@@ -40,13 +43,13 @@ class ZeroDriver:
     def __init__(self, optimizer: AdaptiveInertia, zero_wrapper: ZeroWrapper) -> None:
         self.optimizer = optimizer
         self.zero_wrapper = zero_wrapper
-        self.flats = zero_wrapper.flats()
-        self.device = self.flats[0].device
+        self.flats: list[Tensor] = zero_wrapper.flats()
+        self.device: torch.device = self.flats[0].device
         self._group_of_part = torch.tensor(zero_wrapper.group_indices(), device=self.device)
-        self.process_groups = zero_wrapper.process_groups()
+        self.process_groups: tuple[ProcessGroup, ...] = zero_wrapper.process_groups()
         self._check_param_groups()
         self.check_coupled_decay()
-        self.num_elements = self._count()
+        self.num_elements: Tensor = self._count()
         self.exp_avg_sq_sums: Tensor | None = None
         """Over all ranks, of every parameter group; float64. None where it has to be found from the states."""
         self._mean: GlobalMean | None = None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +14,7 @@ from adai_dist.integrations.after_import import after_import, wrap_once
 from adai_dist.kernels.build import Extension, set_compiler
 from adai_dist.optimizer import Adai, AdaiV2, AdaiW
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
+from adai_dist.optimizer.unsupported import modules_of_callers
 
 OPTIMIZERS: dict[str, type[AdaptiveInertia]] = {
     spelling: cls for cls in (Adai, AdaiW, AdaiV2) for spelling in (cls.__name__, cls.__name__.lower())
@@ -25,7 +25,8 @@ OPTIMIZERS: dict[str, type[AdaptiveInertia]] = {
 def register() -> None:
     """Make ``Adai``, ``AdaiW`` and ``AdaiV2`` known to DeepSpeed: in its JSON, and as client optimizers.
 
-    ``import adai_dist`` has done it already, before or after DeepSpeed is imported. It may be called again.
+    ``import adai_dist`` has done it already, before or after DeepSpeed is imported, unless the environment has
+    ``ADAI_DIST_REGISTER=0``. It may be called again.
 
     Collective: none.
     """
@@ -52,20 +53,20 @@ def _register_with(engine_module: ModuleType) -> None:
 
 
 def _compile_with_deepspeed(extension: Extension, folder: Path) -> None:
-    from adai_dist.integrations.deepspeed.op_builder import compile_with_deepspeed
+    from adai_dist.integrations.deepspeed._op_builder import compile_with_deepspeed
 
     compile_with_deepspeed(extension, folder)
 
 
 def _add_op_builders(all_ops_module: ModuleType) -> None:
-    from adai_dist.integrations.deepspeed.op_builder import add_to
+    from adai_dist.integrations.deepspeed._op_builder import add_to
 
     add_to(all_ops_module.ALL_OPS)
 
 
 def _step_within_deepspeed(optimizer: AdaptiveInertia) -> bool:
     """Keep DeepSpeed from stepping an optimizer that is not bound: it would take the mean over a part of the model."""
-    caller = next(name for name in _modules_of_callers() if name.split(".")[0] not in ("adai_dist", "torch"))
+    *_, caller = modules_of_callers()
     if not caller.startswith("deepspeed.runtime."):
         return False
     params = optimizer._params()
@@ -77,11 +78,3 @@ def _step_within_deepspeed(optimizer: AdaptiveInertia) -> bool:
         f"model; got a step from {caller} without a binding; pass the optimizer to deepspeed.initialize(), or name it "
         "in the DeepSpeed configuration"
     )
-
-
-def _modules_of_callers() -> Iterator[str]:
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        yield frame.f_globals.get("__name__", "")
-    yield ""

@@ -114,7 +114,7 @@ class UniversalCheckpoint:
     """The folder ``zero`` of a universal checkpoint: one folder per parameter, and what concerns all of them."""
 
     def __init__(self, checkpoint_dir: str) -> None:
-        self.zero_folder = Path(checkpoint_dir) / "zero"
+        self.zero_folder: Path = Path(checkpoint_dir) / "zero"
         path = self.zero_folder / "optimizer_state.pt"
         if not path.is_file():
             raise FileNotFoundError(

@@ -97,7 +97,7 @@ class ZeroWrapper:
 class Stage1And2(ZeroWrapper):
     """``DeepSpeedZeroOptimizer``: one part per parameter group."""
 
-    signatures: ClassVar = {
+    signatures: ClassVar[dict[str, tuple[str, ...]]] = {
         **ZeroWrapper.signatures,
         "scaled_global_norm": ("norm_type",),
         "get_grad_norm_direct": ("gradients", "params", "norm_type"),
@@ -165,7 +165,7 @@ class Stage1And2(ZeroWrapper):
 class Stage3(ZeroWrapper):
     """``DeepSpeedZeroOptimizer_Stage3``: one part per sub-group."""
 
-    signatures: ClassVar = {
+    signatures: ClassVar[dict[str, tuple[str, ...]]] = {
         **ZeroWrapper.signatures,
         "_get_norm_groups": (),
         "_finalize_offload_gradient_accumulation": (),

@@ -3,7 +3,8 @@
 Sources, flags and the compiled library are those of :mod:`adai_dist.kernels.build`, whoever compiles them.
 """
 
-# DeepSpeed's methods have no annotations, and what pyright infers from their bodies is narrower than what they mean.
+# This module is private because the classes have types that are known in part only: DeepSpeed has no annotations.
+# What pyright infers from the bodies of its methods is narrower than what they mean.
 # pyright: reportIncompatibleMethodOverride=false
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class AdaiBuilder(OpBuilder):
         except BuildError as error:
             if verbose:
                 self.warning(f"{self.name}: {error}")
-            self.error_log = str(error)
+            self.error_log: str = str(error)
             return False
         return super().is_compatible(verbose)
 
@@ -87,7 +88,7 @@ class CPUAdaiBuilder(AdaiBuilder, CPUOpBuilder):
 
     BUILD_VAR = "DS_BUILD_CPU_ADAI"
     NAME = "cpu_adai"
-    extension = build.CPU
+    extension: Extension = build.CPU
 
 
 class FusedAdaiBuilder(AdaiBuilder, CUDAOpBuilder):
@@ -95,7 +96,7 @@ class FusedAdaiBuilder(AdaiBuilder, CUDAOpBuilder):
 
     BUILD_VAR = "DS_BUILD_FUSED_ADAI"
     NAME = "fused_adai"
-    extension = build.CUDA
+    extension: Extension = build.CUDA
 
     def nvcc_args(self) -> list[str]:
         return [*self.extension.nvcc_flags, *([] if self.is_rocm_pytorch() else self.compute_capability_args())]

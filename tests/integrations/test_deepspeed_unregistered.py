@@ -1,0 +1,114 @@
+"""`ADAI_DIST_REGISTER=0`: the import sets no hooks, and what needs them is refused instead of being wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.integrations.deepspeed_setups import needs_deepspeed
+
+HOOKS = """
+import sys
+import adai_dist
+print([type(finder).__name__ for finder in sys.meta_path if type(finder).__module__.startswith("adai_dist")])
+"""
+
+ZERO_REDUNDANCY = """
+import warnings
+import torch
+import torch.distributed as dist
+import adai_dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+warnings.simplefilter("ignore")
+from torch.distributed.optim import ZeroRedundancyOptimizer
+param = torch.nn.Parameter(torch.ones(3))
+param.grad = torch.ones(3)
+optimizer = ZeroRedundancyOptimizer([param], adai_dist.AdaiV2, lr=0.1)
+{configure}
+try:
+    optimizer.step()
+    print("stepped", float(param[0]) < 1)
+except RuntimeError as error:
+    print(error)
+"""
+
+DEEPSPEED = """
+import adai_dist
+{register}
+import deepspeed
+import torch
+from torch import nn
+model = nn.Linear(3, 2)
+config = {{
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_allow_untested_optimizer": True,
+    "zero_optimization": {{"stage": {stage}}},
+}}
+try:
+    optimizer = adai_dist.AdaiV2(model.parameters(), lr=0.1)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine.backward(engine(torch.ones(1, 3)).sum())
+    engine.step()
+    print("stepped", float(engine.basic_optimizer.inertia_mean) > 0, flush=True)
+except RuntimeError as error:
+    print(error, flush=True)
+torch.distributed.destroy_process_group()
+"""
+
+
+def output(program: str, value: str) -> str:
+    """The last line that the program prints with this value of the variable, or that of its traceback."""
+    environment = os.environ | {
+        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "CROSS_RANK": "0", "CROSS_SIZE": "1"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"},
+        **{"ADAI_DIST_REGISTER": value, "ADAI_DIST_KERNELS": "off"},
+    }
+    command = [sys.executable, "-c", program]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return (finished.stdout if finished.returncode == 0 else finished.stderr).splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("value", "printed"),
+    [
+        ("", "['_Finder']"),
+        ("1", "['_Finder']"),
+        (" 0 ", "[]"),
+        ("no", "ValueError: ADAI_DIST_REGISTER must be one of 0, 1, got 'no'"),
+    ],
+)
+def test_the_variable_says_whether_the_import_sets_hooks(value: str, printed: str) -> None:
+    assert output(HOOKS, value) == printed
+
+
+def test_register_sets_the_hooks_of_deepspeed_all_the_same() -> None:
+    assert output(HOOKS.replace("import adai_dist", "import adai_dist\nadai_dist.register()"), "0") == "['_Finder']"
+
+
+@pytest.mark.parametrize(
+    ("value", "configure", "printed"),
+    [
+        ("1", "", "stepped True"),
+        ("0", "", "AdaiV2 within ZeroRedundancyOptimizer must know that every rank holds other parameters"),
+        ("0", "adai_dist.register()", "AdaiV2 within ZeroRedundancyOptimizer must know"),
+        ("0", "optimizer.optim.configure_sharding(num_replicas=1)", "stepped True"),
+    ],
+)
+def test_zero_redundancy_without_its_hook_must_be_told(value: str, configure: str, printed: str) -> None:
+    assert output(ZERO_REDUNDANCY.format(configure=configure), value).startswith(printed)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_without_its_hooks_is_refused(stage: int) -> None:
+    printed = output(DEEPSPEED.format(register="", stage=stage), "0")
+    assert printed.startswith("DeepSpeed must bind AdaiV2 before it steps it")
+    assert "call adai_dist.register() before deepspeed.initialize()" in printed
+
+
+@needs_deepspeed
+def test_deepspeed_works_once_registered_by_hand() -> None:
+    assert output(DEEPSPEED.format(register="adai_dist.register()", stage=2), "0") == "stepped True"
