@@ -17,8 +17,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from typing_extensions import Self
-
 from tests.recipe_runs import ROOT, cli_environment, free_port
 
 
@@ -49,7 +47,7 @@ class Rank:
 class Starter:
     """Starts ranks of the command line. A context manager: what still runs at its end is killed."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Starter:
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             cwd=ROOT,
