@@ -113,7 +113,7 @@ class DeepSpeedSettings:
     """What engine=deepspeed needs; other engines do not look at it."""
 
     config: str = ""
-    """Its configuration: a JSON file, or the name of a shipped one, such as zero2. It must not contradict the recipe."""
+    """Its configuration: a JSON file, or the name of a shipped one (zero2). It must not contradict the recipe."""
 
 
 @dataclass

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from typing_extensions import Self
+
 from tests.recipe_runs import ROOT, cli_environment, free_port
 
 
@@ -47,7 +49,7 @@ class Rank:
 class Starter:
     """Starts ranks of the command line. A context manager: what still runs at its end is killed."""
 
-    def __enter__(self) -> Starter:
+    def __enter__(self) -> Self:
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             cwd=ROOT,

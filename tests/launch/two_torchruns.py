@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from typing_extensions import Self
+
 from tests.launch.hosts import Host
 from tests.launch.training import LAUNCH, environment
 
@@ -26,7 +28,7 @@ class TwoTorchruns:
         self._hosts, self._command, self._logs = hosts, [LAUNCH / "torchrun.sh", *words], logs
         self._started: dict[str, subprocess.Popen[bytes]] = {}
 
-    def __enter__(self) -> TwoTorchruns:
+    def __enter__(self) -> Self:
         for host in self._hosts:
             with self._log_of(host).open("wb") as log:
                 output = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
