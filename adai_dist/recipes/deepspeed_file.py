@@ -46,7 +46,7 @@ def read(recipe: Recipe, world: World) -> Settings:
         settings: Any = json.loads(Path(path).read_text())
     except OSError as error:
         raise RecipeError(f"deepspeed.config must be a readable file; got {given!r}; {error.strerror}") from error
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"deepspeed.config must be JSON; got {given!r}; {error}") from error
     require(isinstance(settings, dict), "deepspeed.config must hold a JSON object", settings, f"see {path}")
     settings = cast("Settings", settings)
