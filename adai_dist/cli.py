@@ -79,9 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a model from a recipe, alone or under a launcher")
-    train.add_argument(
-        "--config", required=True, metavar="FILE", help="the recipe, such as configs/recipes/lm_tiny.yaml"
-    )
+    config_help = "a recipe: a YAML file, or the name of a shipped one, such as lm_tiny"
+    train.add_argument("--config", required=True, metavar="RECIPE", help=config_help)
     train.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint; the same as run.resume=true"
     )
@@ -94,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Run a recipe once for every optimizer and seed, into OUT/NAME/OPTIMIZER-seedSEED. What has "
         "finished is not run again. Leaves a picture (OUT/NAME/sweep.png) and prints a table.",
     )
-    sweep.add_argument("--config", required=True, metavar="FILE", help="the recipe")
+    sweep.add_argument("--config", required=True, metavar="RECIPE", help=config_help)
     sweep.add_argument("--optimizers", default="", metavar="A,B", help="default: all that the recipe has settings for")
     sweep.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each; default: %(default)s")
     sweep.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the recipe")

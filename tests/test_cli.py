@@ -154,7 +154,10 @@ def test_converting_what_is_no_checkpoint_is_refused_in_one_line(
     ("arguments", "message"),
     [
         (["engine=deepspeed"], "adai-dist: engine=deepspeed needs deepspeed.config; got ''; "),
-        (["engine=deepspeed", "deepspeed.config=no.json"], "adai-dist: deepspeed.config must be a readable file; got "),
+        (
+            ["engine=deepspeed", "deepspeed.config=no.json"],
+            "adai-dist: deepspeed.config must be a file, or the name of ",
+        ),
         (["deepspeed.config=no.json"], "adai-dist: 'deepspeed.config=no.json' has no effect; the engine is 'fsdp2'; "),
         (["engine=deepspeed", "deepspeed.cfg=x"], "adai-dist: unknown key 'deepspeed.cfg' in the command line; "),
     ],

@@ -77,12 +77,13 @@ def modules() -> set[str]:
 
 
 def declared_modules() -> set[str]:
-    """Modules of the distributions named in pyproject.toml, read as text: tomllib is younger than Python 3.10."""
+    """Modules of the distributions that users get by pyproject.toml, read as text: tomllib is younger than 3.10."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     dependencies = re.search(r"^dependencies = .*?(?=^\[project\.scripts\])", text, re.MULTILINE | re.DOTALL)
     assert dependencies
     names = set(re.findall(r'"([A-Za-z0-9_-]+)(?:\[[a-z,]+\])?[><=]', dependencies.group()))
     assert {"torch", "omegaconf", "pyyaml"} <= names
+    assert "pytest" not in names, "dependency groups are not for users"
     return {MODULE_NAMES.get(name, name.replace("-", "_")) for name in names}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -12,10 +14,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import adai_dist
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def read(name: str) -> str:
@@ -53,19 +62,55 @@ def test_the_package_needs_torch_alone() -> None:
     assert [requirement for requirement in requirements if "extra ==" not in requirement] == ["torch>=2.6"]
 
 
-def test_constraints_give_one_exact_version_for_every_distribution_the_commands_install() -> None:
-    lines = [line for line in read("constraints.txt").splitlines() if line and not line.startswith("#")]
-    exact = re.compile(r'[a-z0-9-]+==[0-9][0-9a-z.]*( ; python_version (<|>=) "3\.11")?')
-    assert [line for line in lines if not exact.fullmatch(line)] == []
-    assert len(lines) == len({line.split("==")[0] + line.partition(" ;")[2] for line in lines})
-    pinned = {line.split("==")[0] for line in lines}
-    assert "adai-dist" not in pinned
-    for requirement in distribution("adai-dist").requires or ():
-        extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
-        name = re.match(r"[A-Za-z0-9_-]+", requirement)
-        assert name
-        if extra is None or extra[1] in {"train", "test", "deepspeed", "mpi", "dev", "docs"}:
-            assert name[0].lower() in pinned, requirement
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_constraints_give_one_exact_version_for_every_distribution_the_commands_install(python: str) -> None:
+    lines = [Requirement(line) for line in read("constraints.txt").splitlines() if line and not line.startswith("#")]
+    environment = {"python_version": python, "python_full_version": f"{python}.7", "sys_platform": "linux"}
+    here = [line for line in lines if line.marker is None or line.marker.evaluate(environment)]
+    pinned = {line.name: str(line.specifier) for line in here}
+    assert len(pinned) == len(here)
+    assert [
+        str(line) for line in lines if line.extras or not re.fullmatch(r"==[0-9][0-9a-z.]*", str(line.specifier))
+    ] == []
+    assert pinned["torch"] == "==2.13.0"
+    assert not [name for name in pinned if name.startswith(("adai-dist", "cuda", "nvidia", "triton"))]
+    project, groups = PYPROJECT["project"], PYPROJECT["dependency-groups"]
+    tables = (project["optional-dependencies"], groups)
+    needed = [Requirement(given) for table in tables for part in table.values() for given in part]
+    for requirement in [*map(Requirement, project["dependencies"]), *needed]:
+        if requirement.name != "adai-dist" and (requirement.marker is None or requirement.marker.evaluate(environment)):
+            assert requirement.name in pinned
+
+
+def test_dependencies_of_users_have_floors_alone_and_come_with_one_extra() -> None:
+    extras = dict(PYPROJECT["project"]["optional-dependencies"])
+    assert extras.pop("all") == [f"adai-dist[{','.join(extras)}]"]
+    for given in [*PYPROJECT["project"]["dependencies"], *itertools.chain(*extras.values())]:
+        assert [part.operator for part in Requirement(given).specifier] == [">="], given
+
+
+def test_every_file_names_the_same_repository_and_documentation() -> None:
+    urls = PYPROJECT["project"]["urls"]
+    repository, documentation = urls["Repository"], urls["Documentation"]
+    assert urls.keys() >= {"Homepage", "Issues", "Changelog", "Paper", "Reference implementation"}
+    assert urls["Issues"].startswith(f"{repository}/")
+    assert urls["Changelog"] == f"{repository}/blob/main/CHANGELOG.md"
+    site = read("mkdocs.yml")
+    assert f"site_url: {documentation}\n" in site
+    assert f"repo_url: {repository}\n" in site
+    citation = yaml.safe_load(read("CITATION.cff"))
+    assert (citation["repository-code"], citation["url"]) == (repository, documentation)
+
+
+def test_workflows_call_commands_of_the_makefile_that_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
+    called: set[str] = set()
+    for path in (ROOT / ".github/workflows").glob("*.yml"):
+        for job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values():
+            for step in job["steps"]:
+                called.update(re.findall(r"^make ([a-z-]+)", step.get("run", ""), re.MULTILINE))
+    assert called >= {"lint", "test", "check", "docs", "dist"}
+    assert called <= targets
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +118,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of the package as it is, plus the native sources of tomorrow."""
     tree = tmp_path_factory.mktemp("tree")
     shutil.copytree(ROOT / "adai_dist", tree / "adai_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "configs", tree / "configs")
     for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, tree)
     csrc = tree / "adai_dist" / "kernels" / "csrc"
@@ -93,8 +139,57 @@ def test_the_wheel_holds_every_source_and_data_file_of_the_package(wheel: Path) 
     csrc = {f"adai_dist/kernels/csrc/probe.{suffix}" for suffix in ("h", "cpp", "cu")}
     files = (path for path in (ROOT / "adai_dist").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     expected = {path.relative_to(ROOT).as_posix() for path in files if path.suffix not in {".so", ".o"}}
-    assert shipped == expected | csrc
+    configs = {
+        f"adai_dist/{path.relative_to(ROOT).as_posix()}"
+        for folder in ("recipes", "deepspeed")
+        for path in (ROOT / "configs" / folder).iterdir()
+    }
+    assert "adai_dist/configs/recipes/lm_tiny.yaml" in configs
+    assert shipped == expected | csrc | configs
     assert "adai_dist/py.typed" in shipped
+
+
+def test_a_recipe_is_found_in_the_wheel_by_its_name(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    (tmp_path / "empty").mkdir()
+    program = (
+        "from adai_dist.recipes.recipe_file import load_recipe; from adai_dist.recipes.shipped import find_config\n"
+        "assert load_recipe('lm_tiny').run.name == 'lm_tiny'\n"
+        "print(find_config('recipes', 'lm_tiny', 'the recipe'), find_config('deepspeed', 'zero2', 'deepspeed.config'))"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path / "empty",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stderr
+    configs = tmp_path / "installed/adai_dist/configs"
+    assert finished.stdout.split() == [str(configs / "recipes/lm_tiny.yaml"), str(configs / "deepspeed/zero2.json")]
+
+
+def test_links_of_the_description_on_pypi_lead_to_files_of_this_version(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(f"adai_dist-{adai_dist.__version__}.dist-info/METADATA").decode()
+    description = metadata.partition("\n\n")[2]
+    links = re.findall(r"\]\(([^)\s]+)|^ *\[[^\]]+\]: +(\S+)|(?:href|src|srcset)=\"([^\"]+)", description, re.MULTILINE)
+    targets = ["".join(link) for link in links]
+    assert [target for target in targets if not target.startswith("https://")] == []
+    repository = PYPROJECT["project"]["urls"]["Repository"]
+    files = [
+        path
+        for kind in ("blob", "raw")
+        for target in targets
+        if (path := target.removeprefix(f"{repository}/{kind}/v{adai_dist.__version__}/")) != target
+    ]
+    assert "CONTRIBUTING.md" in files
+    assert [path for path in files if not (ROOT / path.partition("#")[0]).is_file()] == []
+    code = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+    assert code.findall(description) == code.findall(read("README.md"))
 
 
 def test_the_wheel_carries_version_licence_and_console_script(wheel: Path) -> None:

@@ -14,6 +14,7 @@ from adai_dist.recipes.config import Recipe, ScheduleConfig
 from adai_dist.recipes.optimizers import OPTIMIZERS
 from adai_dist.recipes.recipe_file import load_recipe
 from adai_dist.recipes.refusal import RecipeError
+from adai_dist.recipes.shipped import find_config
 from tests.recipe_runs import ROOT, TINY_RECIPE
 
 SHIPPED = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
@@ -110,9 +111,48 @@ def test_an_unknown_key_in_the_file_is_refused_with_the_name_of_the_file(path: P
         load_recipe(path)
 
 
-def test_a_missing_file_and_one_that_is_no_yaml_are_refused_in_one_line(path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"must be a readable file; got 'none.yaml'; No such file"):
-        load_recipe("none.yaml")
+@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda shipped: shipped.stem)
+def test_a_shipped_recipe_is_found_by_its_name_from_any_folder(
+    shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / shipped.stem).mkdir()  # such as the folder of an earlier run
+    assert load_recipe(shipped.stem) == load_recipe(shipped)
+
+
+def test_a_file_that_is_called_like_a_shipped_recipe_is_found_by_its_path(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path.rename("lm_tiny")
+    assert load_recipe("./lm_tiny").run.steps == 6
+    assert load_recipe("lm_tiny").run.steps == 1200
+
+
+@pytest.mark.parametrize("given", ["lm_tini", "lm_tiny.yaml", "none/lm_tiny"])
+def test_an_unknown_name_is_refused_in_one_line_that_lists_the_names(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(given)
+    assert str(caught.value) == (
+        f"the recipe must be a file, or the name of a shipped one; got {given!r}; "
+        f"give the path of a file, or one of {', '.join(path.stem for path in SHIPPED)}"
+    )
+
+
+def test_the_files_for_deepspeed_are_found_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (ROOT / "configs" / "deepspeed").iterdir():
+        assert find_config("deepspeed", path.stem, "deepspeed.config").read_bytes() == path.read_bytes()
+    with pytest.raises(RecipeError, match=r"^deepspeed.config must be .*; got 'zero4'; .* zero1, zero2, .*zero3"):
+        find_config("deepspeed", "zero4", "deepspeed.config")
+
+
+def test_a_folder_and_a_file_that_is_no_yaml_are_refused_in_one_line(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"must be a readable file; got '.*'; Is a directory"):
+        load_recipe(tmp_path)
     path.write_text("run: [1,\n")
     with pytest.raises(RecipeError, match=r"must be YAML; got .*mine.yaml") as caught:
         load_recipe(path)

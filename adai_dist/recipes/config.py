@@ -113,7 +113,7 @@ class DeepSpeedSettings:
     """What engine=deepspeed needs; other engines do not look at it."""
 
     config: str = ""
-    """Its configuration, a JSON file such as configs/deepspeed/zero2.json. It must not contradict the recipe."""
+    """Its configuration: a JSON file, or the name of a shipped one (zero2). It must not contradict the recipe."""
 
 
 @dataclass
@@ -151,7 +151,7 @@ class Recipe:
         require_choice("device", self.device, DEVICES)
         require_choice("precision", self.precision, PRECISIONS)
         has_file = self.engine != "deepspeed" or bool(self.deepspeed.config)
-        advice = "configs/deepspeed/zero2.json, for example"
+        advice = "set it to zero2, for example"
         require(has_file, "engine=deepspeed needs deepspeed.config", self.deepspeed.config, advice)
         require_choice("optimizer", self.optimizer, tuple(optimizers.OPTIMIZERS))
         require_at_least("grad_accumulation", self.grad_accumulation, 1)

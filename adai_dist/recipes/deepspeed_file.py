@@ -14,6 +14,7 @@ from typing import Any, cast
 from adai_dist.recipes import optimizers
 from adai_dist.recipes.config import Recipe
 from adai_dist.recipes.refusal import RecipeError, require
+from adai_dist.recipes.shipped import find_config
 from adai_dist.recipes.world import World
 
 Settings = dict[str, Any]
@@ -39,13 +40,14 @@ def read(recipe: Recipe, world: World) -> Settings:
     Raises:
         RecipeError: the file is no configuration of DeepSpeed, or contradicts the recipe.
     """
-    path = recipe.deepspeed.config
+    given = recipe.deepspeed.config
     try:
+        path = str(find_config("deepspeed", given, "deepspeed.config"))
         settings: Any = json.loads(Path(path).read_text())
     except OSError as error:
-        raise RecipeError(f"deepspeed.config must be a readable file; got {path!r}; {error.strerror}") from error
-    except ValueError as error:
-        raise RecipeError(f"deepspeed.config must be JSON; got {path!r}; {error}") from error
+        raise RecipeError(f"deepspeed.config must be a readable file; got {given!r}; {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"deepspeed.config must be JSON; got {given!r}; {error}") from error
     require(isinstance(settings, dict), "deepspeed.config must hold a JSON object", settings, f"see {path}")
     settings = cast("Settings", settings)
     for section, reason in _NOT_HERE.items():

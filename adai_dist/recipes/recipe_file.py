@@ -14,13 +14,14 @@ from yaml import YAMLError
 from adai_dist.recipes.config import Recipe
 from adai_dist.recipes.data_config import data_schema
 from adai_dist.recipes.refusal import RecipeError, require
+from adai_dist.recipes.shipped import find_config
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(given: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file and applies `key=value` overrides.
 
     Args:
-        path: a YAML file.
+        given: a YAML file, or the name of a shipped recipe, such as "lm_tiny".
         overrides: such as "run.steps=100"; later ones win.
 
     Returns:
@@ -29,22 +30,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: for a file that cannot be read, an unknown key, or a value that cannot be.
     """
-    path = Path(path)
     for override in overrides:
         require("=" in override, "an override must read key=value", override, "write run.steps=100, for example")
     try:
+        path = find_config("recipes", given, "the recipe")
         from_file = OmegaConf.load(path)
         from_overrides = OmegaConf.from_dotlist(list(overrides))
         source = _source_of_data(from_file, from_overrides)
-        for given, origin in ((from_file, str(path)), (from_overrides, "the command line")):
-            _refuse_unknown_keys(cast("Any", OmegaConf.to_container(given)), Recipe, "", origin, source)
+        for mapping, origin in ((from_file, str(path)), (from_overrides, "the command line")):
+            _refuse_unknown_keys(cast("Any", OmegaConf.to_container(mapping)), Recipe, "", origin, source)
         schema = OmegaConf.structured(Recipe)
         schema.data = data_schema(source)
         recipe = cast(Recipe, OmegaConf.to_object(OmegaConf.merge(schema, from_file, from_overrides)))
     except OSError as error:
-        raise RecipeError(f"the recipe must be a readable file; got {str(path)!r}; {error.strerror}") from error
+        raise RecipeError(f"the recipe must be a readable file; got {str(given)!r}; {error.strerror}") from error
     except YAMLError as error:
-        raise RecipeError(f"the recipe must be YAML; got {str(path)!r}; {' '.join(str(error).split())}") from error
+        raise RecipeError(f"the recipe must be YAML; got {str(given)!r}; {' '.join(str(error).split())}") from error
     except OmegaConfBaseException as error:
         key, what = error.full_key or "recipe", str(error).splitlines()[0]
         raise RecipeError(f"{key} must have the type of its default; {what}; change the value") from error

@@ -355,7 +355,11 @@ def test_a_contradiction_between_file_and_recipe_is_refused_in_one_line(tmp_path
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "must be a readable file; got "), ("{", "must be JSON; got "), ("[]", "must hold a JSON object")],
+    [
+        (None, "must be a file, or the name of a shipped one; got "),
+        ("{", "must be JSON; got "),
+        ("[]", "must hold a JSON object"),
+    ],
 )
 def test_a_file_that_is_no_configuration_is_refused_in_one_line(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "mine.json"
