@@ -11,6 +11,9 @@ CONFIG ?= lm_tiny
 # One process per GPU; two on a machine without GPUs.
 NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
+# Tests of one file share what they have made, and stay together.
+PARALLEL := --numprocesses 2 --dist loadgroup
+
 # What a command needs: extras of the package, and dependency groups beside it.
 INSTALL_train := -e '.[train,kernels]'
 INSTALL_sweep := -e '.[train,kernels,images]'
@@ -32,11 +35,11 @@ train: $(VENV)/.installed-train ## train a small language model on two ranks (AR
 sweep: $(VENV)/.installed-sweep ## compare six optimizers on scanned digits, three seeds each (ARGS="options")
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/adai-dist sweep --config digits_cnn $(ARGS)
 
-test: $(VENV)/.installed-test ## run the tests, less those marked slow or gpu (ARGS="pytest options")
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+test: $(VENV)/.installed-test ## run the core of the tests, in two processes (ARGS="pytest options")
+	$(BIN)/python -m pytest $(PARALLEL) -m "not exhaustive and not slow and not gpu" $(ARGS)
 
 check: $(VENV)/.installed-test ## run all tests, less those marked slow or gpu (ARGS="pytest options")
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 test-slow: $(VENV)/.installed-test ## run the tests marked slow
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600 $(ARGS)

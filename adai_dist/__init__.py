@@ -5,7 +5,7 @@ from adai_dist.integrations.after_import import import_hooks_are_on
 from adai_dist.integrations.deepspeed.registration import register
 from adai_dist.optimizer import Adai, AdaiV2, AdaiW, share_mean
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = ["Adai", "AdaiV2", "AdaiW", "__version__", "register", "share_mean"]
 

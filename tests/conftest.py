@@ -15,6 +15,8 @@ os.environ["TORCH_EXTENSIONS_DIR"] = str(FOLDER)
 # Where several test processes share the cores, more threads wait for each other.
 torch.set_num_threads(1)
 
+EXHAUSTIVE = ("configs", "faults", "launch")  # folders that only `make check` looks into
+
 # What older releases of torch cannot do: (fixed in, words in the name of a test, reason).
 FIXED_IN_TORCH = (
     (
@@ -37,6 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for release, words, reason in FIXED_IN_TORCH:
             if torch.__version__ < release and any(word in item.nodeid for word in words):
                 item.add_marker(pytest.mark.skip(reason=f"before torch {release}: {reason}"))
+        if item.path.parent.name in EXHAUSTIVE:
+            item.add_marker(pytest.mark.exhaustive)
         # Under pytest-xdist, tests of a file share what they made; those of launchers share two hosts.
         item.add_marker(pytest.mark.xdist_group("launch" if item.path.parent.name == "launch" else item.path.stem))
         if item.get_closest_marker("deepspeed") and find_spec("deepspeed") is None:
