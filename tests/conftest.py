@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from importlib.util import find_spec
 
 import pytest
@@ -11,6 +12,10 @@ import torch
 from tests.operators import FOLDER, CompilationError, compile_for_deepspeed, compile_kernels
 
 os.environ["TORCH_EXTENSIONS_DIR"] = str(FOLDER)
+
+# A process that a script starts in the background ignores Ctrl-C, and so do the ones that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Where several test processes share the cores, more threads wait for each other.
 torch.set_num_threads(1)
@@ -34,6 +39,7 @@ FIXED_IN_TORCH = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for release, words, reason in FIXED_IN_TORCH:

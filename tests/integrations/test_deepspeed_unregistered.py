@@ -8,8 +8,6 @@ import sys
 
 import pytest
 
-from tests.integrations.deepspeed_setups import needs_deepspeed
-
 HOOKS = """
 import sys
 import adai_dist
@@ -101,7 +99,7 @@ def test_zero_redundancy_without_its_hook_must_be_told(value: str, configure: st
     assert output(ZERO_REDUNDANCY.format(configure=configure), value).startswith(printed)
 
 
-@needs_deepspeed
+@pytest.mark.deepspeed
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed_without_its_hooks_is_refused(stage: int) -> None:
     printed = output(DEEPSPEED.format(register="", stage=stage), "0")
@@ -109,6 +107,6 @@ def test_deepspeed_without_its_hooks_is_refused(stage: int) -> None:
     assert "call adai_dist.register() before deepspeed.initialize()" in printed
 
 
-@needs_deepspeed
+@pytest.mark.deepspeed
 def test_deepspeed_works_once_registered_by_hand() -> None:
     assert output(DEEPSPEED.format(register="adai_dist.register()", stage=2), "0") == "stepped True"
