@@ -45,7 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for release, words, reason in FIXED_IN_TORCH:
             if torch.__version__ < release and any(word in item.nodeid for word in words):
                 item.add_marker(pytest.mark.skip(reason=f"before torch {release}: {reason}"))
-        if item.path.parent.name in EXHAUSTIVE:
+        compiles_long = any(mark.args for mark in item.iter_markers("deepspeed"))
+        if item.path.parent.name in EXHAUSTIVE or compiles_long:
             item.add_marker(pytest.mark.exhaustive)
         # Under pytest-xdist, tests of a file share what they made; those of launchers share two hosts.
         item.add_marker(pytest.mark.xdist_group("launch" if item.path.parent.name == "launch" else item.path.stem))

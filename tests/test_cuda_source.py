@@ -21,6 +21,8 @@ from adai_dist.kernels import build
 from tests import emulated_cuda, kernel_cases
 from tests.kernel_cases import DTYPE_PAIRS, DTYPES, MIXED, OPTIONS, SIZES, Operators, make_shards
 
+pytestmark = pytest.mark.exhaustive
+
 CSRC = build.CSRC
 NVCC = shutil.which("nvcc")
 

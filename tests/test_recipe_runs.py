@@ -161,6 +161,7 @@ def test_the_comparison_shows_every_run(
     ]
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_continues_to_the_same_bits(recipe: Path) -> None:
     """The signal reaches one of two ranks, in the middle of a step."""
     name = "asked"

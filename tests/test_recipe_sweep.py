@@ -22,6 +22,7 @@ def sweep(out: Path, *words: str, num_ranks: int = 1) -> tuple[int, str, str]:
     return result.returncode, result.stdout, result.stderr
 
 
+@pytest.mark.exhaustive
 def test_a_sweep_compares_all_optimizers_over_seeds_on_two_ranks_and_goes_on_where_it_was_stopped(
     tmp_path: Path,
 ) -> None:

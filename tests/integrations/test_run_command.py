@@ -133,6 +133,7 @@ def trained(folder: Path, launcher: list[str], own: list[str]) -> list[Any]:
     return json.loads(output.read_text())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deepspeed
 @pytest.mark.distributed
 @pytest.mark.parametrize("launcher", ["import", *LAUNCHERS])
