@@ -72,7 +72,6 @@ def test_constraints_give_one_exact_version_for_every_distribution_the_commands_
     assert [
         str(line) for line in lines if line.extras or not re.fullmatch(r"==[0-9][0-9a-z.]*", str(line.specifier))
     ] == []
-    assert pinned["torch"] == "==2.13.0"
     assert not [name for name in pinned if name.startswith(("adai-dist", "cuda", "nvidia", "triton"))]
     project, groups = PYPROJECT["project"], PYPROJECT["dependency-groups"]
     tables = (project["optional-dependencies"], groups)
