@@ -39,7 +39,11 @@ FIXED_IN_TORCH = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Under pytest-xdist, tests of a file stay together and share what they made; those of launchers share two hosts."""
+    item.add_marker(pytest.mark.xdist_group("launch" if item.path.parent.name == "launch" else item.path.stem))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for release, words, reason in FIXED_IN_TORCH:
@@ -48,8 +52,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         compiles_long = any(mark.args for mark in item.iter_markers("deepspeed"))
         if item.path.parent.name in EXHAUSTIVE or compiles_long:
             item.add_marker(pytest.mark.exhaustive)
-        # Under pytest-xdist, tests of a file share what they made; those of launchers share two hosts.
-        item.add_marker(pytest.mark.xdist_group("launch" if item.path.parent.name == "launch" else item.path.stem))
         if item.get_closest_marker("deepspeed") and find_spec("deepspeed") is None:
             item.add_marker(pytest.mark.skip(reason="DeepSpeed is not installed"))
 
