@@ -12,7 +12,7 @@ CONFIG ?= lm_tiny
 NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
 # Tests of one file share what they have made, and stay together.
-PARALLEL := --numprocesses 2 --dist loadgroup
+PARALLEL := --numprocesses 2 --dist loadfile
 
 # What a command needs: extras of the package, and dependency groups beside it.
 INSTALL_train := -e '.[train,kernels]'

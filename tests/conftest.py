@@ -39,11 +39,6 @@ FIXED_IN_TORCH = (
 )
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Under pytest-xdist, tests of a file stay together and share what they made; those of launchers share two hosts."""
-    item.add_marker(pytest.mark.xdist_group("launch" if item.path.parent.name == "launch" else item.path.stem))
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for release, words, reason in FIXED_IN_TORCH:
