@@ -113,10 +113,11 @@ class Problem:
 
     def solve(self) -> tuple[Oracle, list[Observation]]:
         """Run the oracle over all steps. Equal problems share what comes back: do not change it."""
-        return _solve(self)
-
-    def __hash__(self) -> int:
-        return hash(repr(self))
+        key = repr(self)
+        if key not in _solutions:
+            oracle = self.oracle()
+            _solutions[key] = oracle, [oracle.step(self.oracle_gradients(step)) for step in range(self.steps)]
+        return _solutions[key]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -127,10 +128,7 @@ def _numbers(name: str, shape: tuple[int, ...], is_complex: bool) -> np.ndarray[
     return numbers + 1j * generator.standard_normal(shape) if is_complex else numbers
 
 
-@functools.lru_cache(maxsize=64)
-def _solve(problem: Problem) -> tuple[Oracle, list[Observation]]:
-    oracle = problem.oracle()
-    return oracle, [oracle.step(problem.oracle_gradients(step)) for step in range(problem.steps)]
+_solutions: dict[str, tuple[Oracle, list[Observation]]] = {}
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
