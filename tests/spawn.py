@@ -62,6 +62,7 @@ _ENGINES = (
     "deepspeed",
     "tests.integrations.deepspeed_engines",
 )
+_ENVIRONMENT = dict(os.environ)  # before any test has changed it
 _USE_ENGINES = ("tests.integrations", "tests.configs", "tests.test_recipe", "tests.faults.test_checkpoints")
 
 
@@ -119,7 +120,8 @@ def _server(preloaded: tuple[str, ...]) -> forkserver.ForkServer:
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # or it cannot fork
     # Else a torch.compile decorator in DeepSpeed imports the compiler, for seconds.
     engines = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"} if preloaded is _ENGINES else {}
-    with patch.dict(os.environ, {"GLOO_SOCKET_IFNAME": "lo", **one_thread, **engines}):
+    environment = {**_ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo", **one_thread, **engines}
+    with patch.dict(os.environ, environment, clear=True):
         server.ensure_running()
     return server
 

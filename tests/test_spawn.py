@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 import pytest
@@ -26,6 +27,16 @@ def fail_on_rank_one() -> None:
 def hang_on_rank_zero() -> None:
     if dist.get_rank() == 0:
         time.sleep(60)
+
+
+def modules_on_arrival() -> set[str]:
+    return set(sys.modules)
+
+
+def test_a_rank_has_imported_what_it_needs_and_no_engine_of_another_project() -> None:
+    (loaded,) = run_ranks(modules_on_arrival, 1)
+    assert loaded >= {"adai_dist", "torch._dynamo", "torch.distributed.fsdp", "tests.distributed.layouts"}
+    assert not loaded & {"accelerate", "deepspeed", "transformers"}
 
 
 def test_every_rank_answers_in_order() -> None:

@@ -1,0 +1,58 @@
+"""What the tests compile: leftovers of a compilation that was killed stop nobody, and every wait has a bound."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests import operators, spawn
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(operators, "FOLDER", tmp_path)
+    return tmp_path
+
+
+def test_operators_lie_in_a_folder_of_this_checkout() -> None:
+    checkout = Path(__file__).parent.parent
+    assert Path(os.environ["TORCH_EXTENSIONS_DIR"]).is_relative_to(checkout / "build")
+
+
+def test_a_lock_that_was_left_behind_is_removed(folder: Path) -> None:
+    (folder / "cpu_adam").mkdir()
+    (folder / "cpu_adam" / "lock").touch()
+    with operators._turn():
+        assert not (folder / "cpu_adam" / "lock").exists()
+
+
+def test_another_compilation_is_waited_for_up_to_a_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "BOUND_SECONDS", 0.3)
+    with (folder / "turn").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with (
+            pytest.raises(operators.CompilationError, match=r"another process holds .*turn for 0 s"),
+            operators._turn(),
+        ):
+            pass
+    with operators._turn():
+        pass
+
+
+def test_a_compilation_that_hangs_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "BOUND_SECONDS", 0.3)
+    with operators._turn() as turn, pytest.raises(operators.CompilationError, match=r"no end after 0 s: sleep 60"):
+        operators._run(["sleep", "60"], turn)
+
+
+def test_a_rank_says_which_operator_it_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "lock"
+    spawn._wait_for_operator(SimpleNamespace(lock_file_path=str(lock)))
+    lock.touch()
+    monkeypatch.setattr(spawn, "OPERATOR_SECONDS", 0.1)
+    with pytest.raises(RuntimeError, match=r"compiled before the tests, got .*/lock for 0 seconds; name it in"):
+        spawn._wait_for_operator(SimpleNamespace(lock_file_path=str(lock)))
