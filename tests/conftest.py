@@ -9,9 +9,16 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests.operators import FOLDER, CompilationError, compile_for_deepspeed, compile_kernels
+from tests.operators import (
+    COPY,
+    CompilationError,
+    compile_for_deepspeed,
+    compile_kernels,
+    copy_operators,
+    remove_locks,
+)
 
-os.environ["TORCH_EXTENSIONS_DIR"] = str(FOLDER)
+os.environ["TORCH_EXTENSIONS_DIR"] = str(COPY)
 
 # A process that a script starts in the background ignores Ctrl-C, and so do the ones that it starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -59,5 +66,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         compile_kernels()
         if marks := [mark for item in session.items for mark in item.iter_markers("deepspeed")]:
             compile_for_deepspeed({"ShareMemComm", *(name for mark in marks for name in mark.args)})
+        copy_operators()
     except CompilationError as error:
         pytest.exit(str(error), returncode=1)
+
+
+@pytest.fixture(autouse=True)
+def _no_lock_of_the_test_before() -> None:
+    remove_locks()

@@ -1,14 +1,16 @@
 """Compiles what the tests load, before the first of them: our kernels, and operators of DeepSpeed.
 
 They lie in a folder of this checkout, for one version of all that they are linked with, so that the tests neither
-find nor leave anything elsewhere. A compilation that was killed leaves a file `lock` behind, for which torch's loader
-waits for ever; whoever compiles here first removes those of processes that are gone.
+find nor leave anything elsewhere. torch's loader creates a file `lock` even where nothing is to be compiled, and waits
+for ever for one whose process was killed, as tests do with ranks. Therefore each process of pytest has its own copy,
+which nobody else uses: before a test, every lock in it is a leftover.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -41,17 +43,32 @@ def _version(distribution: str) -> str:
         return "none"
 
 
-FOLDER = (
+_ROOT = (
     Path(__file__).parent.parent
     / "build"
     / f"test-extensions-{sys.implementation.cache_tag}-torch-{_version('torch')}-deepspeed-{_version('deepspeed')}"
 )
+COMPILED = _ROOT / "compiled"
+COPY = _ROOT / os.environ.get("PYTEST_XDIST_WORKER", "main")  # from which the tests of this process load
 
 
 def compile_kernels() -> None:
     """Compile our kernels for the CPU. Without a compiler, tests that need them say so."""
     with _turn() as turn:
         _run([sys.executable, "-m", "adai_dist", "build", "--device", "cpu"], turn)
+
+
+def copy_operators() -> None:
+    """Renew this process's copy. Where nothing has changed, nothing is compiled again: times are copied too."""
+    with _turn():
+        shutil.rmtree(COPY, ignore_errors=True)
+        shutil.copytree(COMPILED, COPY)
+
+
+def remove_locks(folder: Path = COPY) -> None:
+    """Remove the locks that loaders have left in a folder that no running process uses."""
+    for left_behind in folder.glob("*/lock"):
+        left_behind.unlink()
 
 
 def compile_for_deepspeed(names: set[str]) -> None:
@@ -72,15 +89,14 @@ def compile_for_deepspeed(names: set[str]) -> None:
 @contextmanager
 def _turn() -> Iterator[int]:
     """One process at a time, and the compilers that it has started: they inherit the descriptor that holds the lock."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with (FOLDER / "turn").open("w") as file:
+    COMPILED.mkdir(parents=True, exist_ok=True)
+    with (COMPILED / "turn").open("w") as file:
         deadline = time.monotonic() + BOUND_SECONDS
         while not _has_lock(file):
             if time.monotonic() > deadline:
                 raise CompilationError(f"another process holds {file.name} for {BOUND_SECONDS:.0f} s; end that process")
             time.sleep(0.2)
-        for left_behind in FOLDER.glob("*/lock"):
-            left_behind.unlink()
+        remove_locks(COMPILED)
         yield file.fileno()
 
 
@@ -93,7 +109,7 @@ def _has_lock(file: TextIO) -> bool:
 
 
 def _run(command: list[str], turn: int) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(FOLDER), "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(COMPILED), "DS_ACCELERATOR": "cpu"}
     try:
         return subprocess.run(
             command,

@@ -1,4 +1,4 @@
-"""What the tests compile: leftovers of a compilation that was killed stop nobody, and every wait has a bound."""
+"""What the tests compile: leftovers of a process that was killed stop nobody, and every wait has a bound."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests import operators, spawn
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(operators, "FOLDER", tmp_path)
+    monkeypatch.setattr(operators, "COMPILED", tmp_path)
     return tmp_path
 
 
@@ -28,6 +28,15 @@ def test_a_lock_that_was_left_behind_is_removed(folder: Path) -> None:
     (folder / "cpu_adam" / "lock").touch()
     with operators._turn():
         assert not (folder / "cpu_adam" / "lock").exists()
+
+
+def test_every_test_begins_without_locks(request: pytest.FixtureRequest) -> None:
+    assert "_no_lock_of_the_test_before" in request.fixturenames
+    assert Path(os.environ["TORCH_EXTENSIONS_DIR"]) == operators.COPY
+    (operators.COPY / "killed").mkdir(exist_ok=True)
+    (operators.COPY / "killed" / "lock").touch()
+    operators.remove_locks()
+    assert not (operators.COPY / "killed" / "lock").exists()
 
 
 def test_another_compilation_is_waited_for_up_to_a_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
