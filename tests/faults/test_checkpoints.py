@@ -240,6 +240,21 @@ def test_under_fsdp2_a_rank_that_cannot_write_is_one_error_on_all_ranks_and_noth
 # -- through the command line ------------------------------------------------------------------------------------------
 
 
+def save_around_an_unreadable_one(folder: str) -> list[str]:
+    place = Path(folder)
+    checkpoints = Checkpoints(place, 2, world())
+    for step in (1, 2, 3):
+        checkpoints.save(engine_after(step), step)
+    (place / "step_00000003" / "about.json").write_text("{")
+    checkpoints.save(engine_after(4), 4)
+    return sorted(path.name for path in place.iterdir())
+
+
+def test_a_checkpoint_that_cannot_be_read_is_none_of_those_to_keep(tmp_path: Path) -> None:
+    (names,) = run_ranks(save_around_an_unreadable_one, 1, str(tmp_path))
+    assert names == ["step_00000002", "step_00000003", "step_00000004"]
+
+
 def test_the_command_goes_back_to_a_whole_checkpoint_and_refuses_where_there_is_none(
     starter: Starter, tmp_path: Path
 ) -> None:

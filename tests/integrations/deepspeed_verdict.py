@@ -67,5 +67,5 @@ def state_error(value: Array, expected: Array) -> float:
 def reported_norm(setup: Setup, norm: float, unscaled_by: float) -> float:
     """What `grad_norm` must say: without ZeRO, DeepSpeed has clipped already when the optimizer looks."""
     if setup.stage == 0 and setup.problem.max_grad_norm is not None:
-        return min(norm, setup.problem.max_grad_norm)
+        return norm * min(1.0, setup.problem.max_grad_norm / (norm + 1e-6))
     return norm if setup.stage == 3 else norm / unscaled_by

@@ -87,6 +87,22 @@ PARTLY_ABSENT = Family(
         if stage or not options
     }
 )
+# Norms of some 4e-5, beside which the 1e-6 in the clip coefficient count.
+TINY = replace(
+    CLIPPED,
+    groups=tuple(
+        (
+            hyper | {"lr": 4e6 * hyper["lr"], "weight_decay": 0.0, "betas": (0.1, 0.98)},
+            tuple(replace(spec, scale=1e-6 * spec.scale) for spec in specs),
+        )
+        for hyper, specs in CLIPPED.groups
+    ),
+    max_grad_norm=2e-5,
+)
+TINY_GRADIENTS = Family(
+    {f"stage-{stage}": Setup(zero(stage), TINY) for stage in (0, 1, 2, 3)}
+    | {"bf16-optimizer": Setup(zero(1) | BF16 | FP32_GRADIENTS, TINY)}
+)
 AUTOCASTED = Family({f"stage-{stage}": Setup(zero(stage) | AUTOCAST, CLIPPED) for stage in (0, 1, 2, 3)})
 
 
@@ -115,6 +131,11 @@ def test_a_parameter_that_a_step_does_not_use_has_a_zero_gradient_in_it(name: st
 @pytest.mark.parametrize("name", PARTLY_ABSENT.setups)
 def test_a_parameter_may_be_used_by_one_micro_batch_only(name: str) -> None:
     judge(PARTLY_ABSENT, name)
+
+
+@pytest.mark.parametrize("name", TINY_GRADIENTS.setups)
+def test_tiny_gradients_are_clipped_as_pytorch_clips_them(name: str) -> None:
+    judge(TINY_GRADIENTS, name)
 
 
 @pytest.mark.parametrize("name", AUTOCASTED.setups)
