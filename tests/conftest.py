@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sysconfig
 from importlib.util import find_spec
 
 import pytest
@@ -19,6 +20,8 @@ from tests.operators import (
 )
 
 os.environ["TORCH_EXTENSIONS_DIR"] = str(COPY)
+# One ninja for compilation, ranks and programs: after another version of it everything is compiled again.
+os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 
 # A process that a script starts in the background ignores Ctrl-C, and so do the ones that it starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

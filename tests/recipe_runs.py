@@ -120,7 +120,7 @@ def free_port() -> int:
 def cli_environment() -> dict[str, str]:
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     # DeepSpeed decorates functions with torch.compile, whose import costs seconds.
-    deepspeed = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1", "PATH": f"{os.environ['PATH']}:{_BIN}"}
+    deepspeed = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
     on_cpu = {"GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
     return {**os.environ, **threads, **deepspeed, **on_cpu, "PYTHONPATH": str(ROOT)}
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from tests import operators, spawn
+from tests.recipe_runs import cli_environment
+from tests.spawn import run_ranks
+
+LOAD = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()"
 
 
 @pytest.fixture
@@ -65,3 +71,19 @@ def test_a_rank_says_which_operator_it_waited_for(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(spawn, "OPERATOR_SECONDS", 0.1)
     with pytest.raises(RuntimeError, match=r"compiled before the tests, got .*/lock for 0 seconds; name it in"):
         spawn._wait_for_operator(SimpleNamespace(lock_file_path=str(lock)))
+
+
+def load_in_rank() -> None:
+    exec(LOAD)
+
+
+@pytest.mark.distributed
+@pytest.mark.deepspeed
+def test_ranks_and_programs_load_what_was_compiled_and_compile_nothing() -> None:
+    run_ranks(load_in_rank, 1)
+    subprocess.run([sys.executable, "-c", LOAD], env=cli_environment(), check=True, timeout=120)
+    copies = list(operators.COPY.glob("*/*.so"))
+    assert copies
+    for copy in copies:
+        compiled = operators.COMPILED / copy.relative_to(operators.COPY)
+        assert copy.stat().st_mtime_ns == compiled.stat().st_mtime_ns, f"{copy.name} was compiled again"

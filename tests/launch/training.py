@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,11 +28,10 @@ def train_words(folder: Path, name: str, *overrides: str) -> list[str]:
 
 
 def environment(**knobs: str | Path | int) -> dict[str, str]:
-    """What a user's shell has: the interpreter in PATH, and the knobs of a launch script."""
+    """What a user's shell has, and the knobs of a launch script."""
     inherited = cli_environment()
     del inherited["GLOO_SOCKET_IFNAME"]  # of tests on one machine; here gloo finds the interface by the host's name
-    path = f"{Path(sys.executable).parent}:{inherited['PATH']}"
-    return {**inherited, "PATH": path, **{name: str(value) for name, value in knobs.items()}}
+    return {**inherited, **{name: str(value) for name, value in knobs.items()}}
 
 
 # Whatever a shell, pdsh, DeepSpeed or argparse might take for itself.
