@@ -237,9 +237,6 @@ def test_under_fsdp2_a_rank_that_cannot_write_is_one_error_on_all_ranks_and_noth
     assert names == ["step_00000002", "step_00000002", "step_00000003"]
 
 
-# -- through the command line ------------------------------------------------------------------------------------------
-
-
 def save_around_an_unreadable_one(folder: str) -> list[str]:
     place = Path(folder)
     checkpoints = Checkpoints(place, 2, world())
@@ -253,6 +250,9 @@ def save_around_an_unreadable_one(folder: str) -> list[str]:
 def test_a_checkpoint_that_cannot_be_read_is_none_of_those_to_keep(tmp_path: Path) -> None:
     (names,) = run_ranks(save_around_an_unreadable_one, 1, str(tmp_path))
     assert names == ["step_00000002", "step_00000003", "step_00000004"]
+
+
+# -- through the command line ------------------------------------------------------------------------------------------
 
 
 def test_the_command_goes_back_to_a_whole_checkpoint_and_refuses_where_there_is_none(

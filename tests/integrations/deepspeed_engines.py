@@ -111,18 +111,18 @@ class Prescribed(nn.Module):
 
 def set_environment() -> None:
     """What DeepSpeed's launcher would set."""
-    os.environ.update(
-        RANK=str(dist.get_rank()),
-        LOCAL_RANK=str(dist.get_rank()),
-        WORLD_SIZE=str(dist.get_world_size()),
-        LOCAL_SIZE=str(dist.get_world_size()),
-        CROSS_RANK="0",
-        CROSS_SIZE="1",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT="29500",
-        DS_ACCELERATOR="cpu",
-        TORCHDYNAMO_DISABLE="1",  # a torch.compile decorator in DeepSpeed would import the compiler, for seconds
-    )
+    os.environ.update(launched(dist.get_rank(), dist.get_world_size(), "29500"))
+
+
+def launched(rank: int, world_size: int, port: str) -> dict[str, str]:
+    """The environment that DeepSpeed's launcher gives to a process on the CPU."""
+    return {
+        **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
+        **dict.fromkeys(("WORLD_SIZE", "LOCAL_SIZE"), str(world_size)),
+        **{"CROSS_RANK": "0", "CROSS_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        "DS_ACCELERATOR": "cpu",
+        "TORCHDYNAMO_DISABLE": "1",  # a torch.compile decorator in DeepSpeed would import the compiler, for seconds
+    }
 
 
 def start(setup: Setup, model: Prescribed) -> Any:

@@ -13,7 +13,7 @@ from torch import nn
 
 from adai_dist import Adai, AdaiV2, AdaiW
 from adai_dist.optimizer import AdaptiveInertia
-from tests.integrations.deepspeed_engines import set_environment
+from tests.integrations.deepspeed_engines import launched, set_environment
 from tests.integrations.deepspeed_setups import zero
 from tests.spawn import run_ranks
 
@@ -46,10 +46,7 @@ ORDERS = {
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_order_of_the_imports_does_not_matter(order: str) -> None:
-    environment = os.environ | {
-        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "CROSS_RANK": "0", "CROSS_SIZE": "1"},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"},
-    }
+    environment = os.environ | launched(0, 1, "0")
     program = PROGRAM.format(imports=ORDERS[order])
     command = [sys.executable, "-c", program]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)

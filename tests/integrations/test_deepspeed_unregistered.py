@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.integrations.deepspeed_engines import launched
+
 HOOKS = """
 import sys
 import adai_dist
@@ -59,11 +61,7 @@ torch.distributed.destroy_process_group()
 
 def output(program: str, value: str) -> str:
     """The last line that the program prints with this value of the variable, or that of its traceback."""
-    environment = os.environ | {
-        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "CROSS_RANK": "0", "CROSS_SIZE": "1"},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"},
-        **{"ADAI_DIST_REGISTER": value, "ADAI_DIST_KERNELS": "off"},
-    }
+    environment = os.environ | launched(0, 1, "0") | {"ADAI_DIST_REGISTER": value, "ADAI_DIST_KERNELS": "off"}
     command = [sys.executable, "-c", program]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     return (finished.stdout if finished.returncode == 0 else finished.stderr).splitlines()[-1]

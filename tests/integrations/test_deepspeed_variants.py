@@ -87,7 +87,7 @@ PARTLY_ABSENT = Family(
         if stage or not options
     }
 )
-# Norms of some 4e-5, beside which the 1e-6 in the clip coefficient count.
+# Norms of about 4e-5, beside which the 1e-6 in the clip coefficient matters.
 TINY = replace(
     CLIPPED,
     groups=tuple(

@@ -11,11 +11,11 @@ import pytest
 
 from tests.launch.hosts import Host
 from tests.launch.mpi_mean import PROBLEM
-from tests.launch.training import environment, launch, outcome, train_words, world_size
+from tests.launch.training import launch, outcome, train_words, world_size
 from tests.recipe_runs import ROOT
 
 needs_mpi = pytest.mark.skipif(
-    find_spec("mpi4py") is None or shutil.which("mpirun", path=environment()["PATH"]) is None,
+    find_spec("mpi4py") is None or shutil.which("mpirun") is None,
     reason="needs mpirun and mpi4py",
 )
 pytestmark = [pytest.mark.distributed, needs_mpi]
