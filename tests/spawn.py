@@ -12,6 +12,7 @@ which `adai_dist` has never met them.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import faulthandler
 import functools
@@ -19,6 +20,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
@@ -37,6 +39,7 @@ T = TypeVar("T")
 TIMEOUT_SECONDS = 120.0
 OPERATOR_SECONDS = 30.0  # how long a rank may wait for another one to load an operator
 GRACE_SECONDS = 5.0  # how long the other ranks may run on after one has failed
+SAY_WHERE_AND_END = signal.SIGUSR2  # to a rank: write the stack of every thread, and end
 
 _TORCH = (
     "numpy",
@@ -91,16 +94,27 @@ def run_ranks(function: Callable[..., T], world_size: int, *args: Any, timeout: 
                 for process in processes:
                     process.join(GRACE_SECONDS)
         finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                process.join()
+            _end(processes)
             for receiver in results:
                 receiver.close()
         failed = [rank for rank in range(world_size) if not outcomes.get(rank, (False, None))[0]]
         if failed:
             raise AssertionError(_report(function, failed, world_size, outcomes, folder))
     return [outcomes[rank][1] for rank in range(world_size)]
+
+
+def _end(processes: list[ForkServerProcess]) -> None:
+    """End the processes that still run, after they have written where they stand into their output."""
+    running = [process for process in processes if process.is_alive()]
+    for process in running:
+        assert process.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, SAY_WHERE_AND_END)
+    for process in processes:
+        process.join(GRACE_SECONDS)
+        if process.is_alive():
+            process.kill()
+        process.join()
 
 
 def fork(function: Callable[..., None], *args: Any, preloaded: tuple[str, ...] = _TORCH) -> ForkServerProcess:
@@ -186,7 +200,7 @@ def _rank_main(
     os.dup2(log, 1)
     os.dup2(log, 2)
     gc.freeze()  # what is imported is no garbage
-    faulthandler.dump_traceback_later(timeout - min(5.0, timeout / 4), exit=False)
+    faulthandler.register(SAY_WHERE_AND_END, chain=True)  # what follows is the signal's default: the end
 
     import torch
     import torch.distributed as dist

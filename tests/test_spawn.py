@@ -29,6 +29,16 @@ def hang_on_rank_zero() -> None:
         time.sleep(60)
 
 
+def wait_for_ever() -> None:
+    time.sleep(60)
+
+
+def fail_on_rank_one_while_the_other_hangs() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("rank one is unhappy")
+    wait_for_ever()
+
+
 def modules_on_arrival() -> set[str]:
     return set(sys.modules)
 
@@ -54,3 +64,9 @@ def test_a_rank_that_hangs_is_killed_and_its_place_reported() -> None:
     with pytest.raises(AssertionError, match=r"(?s)failed on ranks \[0\] of 2.*hang_on_rank_zero"):
         run_ranks(hang_on_rank_zero, 2, timeout=6)
     assert time.monotonic() - start < 20
+
+
+def test_where_the_others_stood_is_reported_beside_the_failure_of_a_rank() -> None:
+    expected = r"(?s)rank 0: no answer in time.*rank 0, output:.*in wait_for_ever.*rank one is unhappy"
+    with pytest.raises(AssertionError, match=expected):
+        run_ranks(fail_on_rank_one_while_the_other_hangs, 2)
