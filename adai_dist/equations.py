@@ -50,6 +50,7 @@ here reads a device tensor on the host.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -59,6 +60,9 @@ from torch import Tensor
 from adai_dist.hyper import Hyper
 
 Tensors = list[Tensor]
+
+CANCELLED = 1e-6
+"""A sum of float64 products has cancelled where this share of them is left, or less: half of its digits are gone."""
 
 
 class Shards(NamedTuple):
@@ -106,13 +110,11 @@ def bias_correction(beta2: float, t: Tensor) -> Tensor:
     return -torch.expm1(t.double() * (math.log(beta2) if beta2 > 0 else -math.inf))
 
 
-def gradient(shards: Shards, hyper: Hyper, scalars: StepScalars) -> Tensors:
-    """``g = c * gradient (+ weight_decay * theta)``: new tensors of the compute dtype, zero if the step is not live."""
-    dtype = scalars.coefficient.dtype
-    g = list(torch._foreach_mul([grad.to(dtype) for grad in shards.grad], scalars.coefficient))
+def gradient(shards: Shards, hyper: Hyper, c: Tensor) -> Tensors:
+    """``g = c * gradient (+ weight_decay * theta)``: new tensors of the compute dtype, which is that of c."""
+    g = list(torch._foreach_mul([grad.to(c.dtype) for grad in shards.grad], c))
     if hyper.coupled_decay:
-        torch._foreach_add_(g, [param.to(dtype) for param in shards.param], alpha=hyper.coupled_decay)
-    _fill_unless_(g, scalars.is_live, 0.0)
+        torch._foreach_add_(g, [param.to(c.dtype) for param in shards.param], alpha=hyper.coupled_decay)
     return g
 
 
@@ -180,7 +182,8 @@ def advance(shards: Shards, hyper: Hyper, scalars: StepScalars) -> None:
     """
     dtype = scalars.coefficient.dtype
     theta = [param.to(dtype) for param in shards.param]
-    g = gradient(shards, hyper, scalars)
+    g = gradient(shards, hyper, scalars.coefficient)
+    _fill_unless_(g, scalars.is_live, 0.0)
     decay_(theta, hyper, scalars)
     second_moment_(shards.exp_avg_sq, g, hyper, scalars)
     beta1 = inertia(shards.exp_avg_sq, hyper, scalars)
@@ -192,20 +195,29 @@ def advance(shards: Shards, hyper: Hyper, scalars: StepScalars) -> None:
 
 
 class SquaredNorms(NamedTuple):
-    """Inner products of raw gradients and parameters, one float64 per shard; the last two only with coupled decay."""
+    """Inner products, one float64 per shard; the last three only with coupled decay, else 0."""
 
     grad_grad: Tensor
+    """``<gradient, gradient>`` of the raw gradient."""
     grad_param: Tensor
     param_param: Tensor
+    expected: Tensor
+    """``<g, g>`` of the effective gradient at the expected coefficient, rounded as a step rounds it."""
 
 
-def observe(shards: Shards, hyper: Hyper) -> SquaredNorms:
-    """``<g, g>``, and with coupled decay ``<g, theta>`` and ``<theta, theta>``, of the raw gradients, per shard."""
+def observe(shards: Shards, hyper: Hyper, c: Tensor) -> SquaredNorms:
+    """Inner products of the raw gradients, and with coupled decay of gradients and parameters, per shard.
+
+    Args:
+        c: the coefficient that is expected; 0-dim, of the compute dtype.
+    """
     grad_grad = _norms(shards.grad, 2).square()
     if not hyper.coupled_decay:
-        return SquaredNorms(grad_grad, torch.zeros_like(grad_grad), torch.zeros_like(grad_grad))
+        nothing = torch.zeros_like(grad_grad)
+        return SquaredNorms(grad_grad, nothing, nothing, nothing)
     products = [(g.double() * p.double()).sum() for g, p in zip(shards.grad, shards.param, strict=True)]
-    return SquaredNorms(grad_grad, torch.stack(products), _norms(shards.param, 2).square())
+    expected = _norms(gradient(shards, hyper, c), 2).square()
+    return SquaredNorms(grad_grad, torch.stack(products), _norms(shards.param, 2).square(), expected)
 
 
 def sums(v: Tensors) -> Tensor:
@@ -214,32 +226,53 @@ def sums(v: Tensors) -> Tensor:
 
 
 class MeanTerms(NamedTuple):
-    """One float64 per shard: ``sum(v / (1 - beta2^t)) = carried + c^2 * quadratic + c * linear + constant``, c > 0."""
+    """What shards add to ``sum(v / (1 - beta2^t))``, before c is known; float64. See :func:`mean_sum`."""
 
     carried: Tensor
     quadratic: Tensor
     linear: Tensor
     constant: Tensor
+    expected: Tensor
 
 
-def mean_terms(norms: SquaredNorms, v_sum: Tensor, correction: Tensor, hyper: Hyper) -> MeanTerms:
-    """What a shard adds to vbar, before v is updated and before the coefficient c of the gradients is known.
-
-    From ``sum(v) <- beta2 * sum(v) + (1 - beta2) * ||c * gradient + weight_decay * theta||^2``, multiplied out.
+def mean_terms(
+    norms: SquaredNorms, v_sum: Tensor, correction: Tensor, hyper: Hyper, c: Tensor, dtype: torch.dtype
+) -> MeanTerms:
+    """What a shard adds to vbar, before v is updated and before the coefficient of the gradients is known.
 
     Args:
         norms: of :func:`observe`.
         v_sum: ``sum(v)`` before this step, float64, shape (number of shards,).
         correction: ``1 - beta2^t`` of this step, likewise.
+        c: the coefficient that :func:`observe` was told to expect; 0-dim, float64.
+        dtype: of v, in which a step rounds beta2 and ``1 - beta2``.
     """
-    gain = (1.0 - hyper.beta2) / correction
-    carried, quadratic = hyper.beta2 * v_sum / correction, gain * norms.grad_grad
+    gain = _rounded(1.0 - hyper.beta2, dtype) / correction
+    carried, quadratic = _rounded(hyper.beta2, dtype) * v_sum / correction, gain * norms.grad_grad
     decay = hyper.coupled_decay
     if not decay:
         nothing = torch.zeros_like(gain)
-        return MeanTerms(carried, quadratic, nothing, nothing)
+        return MeanTerms(carried, quadratic, nothing, nothing, c * c * quadratic)
     linear = gain * (2.0 * decay * hyper.sign) * norms.grad_param
-    return MeanTerms(carried, quadratic, linear, constant=gain * decay**2 * norms.param_param)
+    return MeanTerms(carried, quadratic, linear, gain * decay**2 * norms.param_param, gain * norms.expected)
+
+
+def mean_sum(terms: MeanTerms, c: Tensor, expected: Tensor) -> Tensor:
+    """``sum(v / (1 - beta2^t))`` after this step, from ``sum(v) <- beta2 * sum(v) + (1 - beta2) * ||g||^2``.
+
+    ``||g||^2`` is multiplied out, as the norm of all gradients must be known before c is. Near convergence under
+    coupled decay ``c * gradient`` and ``weight_decay * theta`` cancel, and it would be lost in rounding errors. There
+    it is developed around the ``||g||^2`` of the expected coefficient, which rounds as a step does.
+
+    Args:
+        c: coefficient of the gradients, >= 0; 0-dim, float64.
+        expected: the one that :func:`observe` was told to expect; likewise.
+    """
+    squares = c * c * terms.quadratic + terms.constant
+    multiplied_out = squares + c * terms.linear
+    developed = terms.expected + (c - expected) * ((c + expected) * terms.quadratic + terms.linear)
+    is_cancelled = multiplied_out <= CANCELLED * squares
+    return terms.carried + torch.where(is_cancelled, developed.clamp(min=0.0), multiplied_out)
 
 
 def _norms(tensors: Tensors, order: int) -> Tensor:
@@ -250,6 +283,11 @@ def _one_minus(x: Tensors) -> Tensors:
     y = list(torch._foreach_neg(x))
     torch._foreach_add_(y, 1.0)
     return y
+
+
+@functools.lru_cache
+def _rounded(x: float, dtype: torch.dtype) -> float:
+    return torch.tensor(x, dtype=dtype).item()
 
 
 def _fill_unless_(tensors: Tensors, condition: Tensor, value: float) -> None:

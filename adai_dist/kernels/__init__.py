@@ -1,5 +1,5 @@
 """The local phases of a step, compiled where they can be: operators, their building, and the choice among backends."""
 
-from adai_dist.kernels.backends import Backend, Backends, Mode, mode_of
+from adai_dist.kernels.backends import Backend, Backends, Mode, mode_of, nothing_kept
 
-__all__ = ["Backend", "Backends", "Mode", "mode_of"]
+__all__ = ["Backend", "Backends", "Mode", "mode_of", "nothing_kept"]

@@ -40,17 +40,27 @@ class Backend(Protocol):
         """Whether it can step a shard, given as parameter, gradient and states, or as some of them."""
         ...
 
-    def observe(self, shards: Shards, hyper: Hyper) -> SquaredNorms:
-        """See :func:`adai_dist.equations.observe`."""
+    def observe(self, shards: Shards, hyper: Hyper, c: Tensor, kept: Tensor) -> tuple[SquaredNorms, Tensor]:
+        """:func:`adai_dist.equations.observe`, and the sum of each exp_avg_sq as it stands, whoever has written to it.
+
+        Args:
+            kept: what ``advance`` returned, or NaN where there is nothing to go by; float64, shape (shards, 2).
+        """
         ...
 
-    def advance(self, shards: Shards, hyper: Hyper, scalars: StepScalars) -> Tensor:
-        """:func:`adai_dist.equations.advance`. Returns: the new sums of exp_avg_sq, float64, one per shard."""
+    def advance(self, shards: Shards, hyper: Hyper, scalars: StepScalars) -> Tensor | None:
+        """:func:`adai_dist.equations.advance`. Returns: what may save the next ``observe`` a read, see there."""
         ...
 
-    def sums(self, exp_avg_sqs: list[Tensor]) -> Tensor:
-        """The sum of each tensor, float64, to the bit what ``advance`` returned when it wrote them."""
+    def sums(self, exp_avg_sqs: list[Tensor], kept: Tensor) -> Tensor:
+        """The sum of each tensor, float64, to the bit what ``observe`` finds; ``kept`` as there."""
         ...
+
+
+def nothing_kept(exp_avg_sqs: Sequence[Tensor]) -> Tensor:
+    """Where there is nothing to go by: NaN, float64, shape (number of tensors, 2)."""
+    device = exp_avg_sqs[0].device if exp_avg_sqs else None
+    return torch.full((len(exp_avg_sqs), 2), torch.nan, dtype=torch.float64, device=device)
 
 
 class Kernels:
@@ -59,14 +69,14 @@ class Kernels:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def observe(self, shards: Shards, hyper: Hyper) -> SquaredNorms:
-        return ops.observe(shards, hyper)
+    def observe(self, shards: Shards, hyper: Hyper, c: Tensor, kept: Tensor) -> tuple[SquaredNorms, Tensor]:
+        return ops.observe(shards, hyper, c, kept)
 
     def advance(self, shards: Shards, hyper: Hyper, scalars: StepScalars) -> Tensor:
         return ops.advance(shards, hyper, scalars)
 
-    def sums(self, exp_avg_sqs: list[Tensor]) -> Tensor:
-        return ops.sums(exp_avg_sqs)
+    def sums(self, exp_avg_sqs: list[Tensor], kept: Tensor) -> Tensor:
+        return ops.sums(exp_avg_sqs, kept)
 
     def takes(self, shard: Sequence[Tensor]) -> bool:
         # States are float32 where parameters are no wider, see state.py.
@@ -106,6 +116,10 @@ class Backends:
                 f"laid out alike, got {got}; convert them, or do not require kernels"
             )
         return self._equations
+
+    def __reduce__(self) -> tuple[type[Backends], tuple[Mode]]:
+        """Copies choose anew."""
+        return Backends, (self.mode,)
 
     def __str__(self) -> str:
         if not self._of_device:

@@ -30,21 +30,22 @@ class Equations:
         del shard
         return True
 
-    def observe(self, shards: Shards, hyper: Hyper) -> SquaredNorms:
+    def observe(self, shards: Shards, hyper: Hyper, c: Tensor, kept: Tensor) -> tuple[SquaredNorms, Tensor]:
         cut = Cut.of(shards._replace(exp_avg=[], exp_avg_sq=[], beta1_prod=[]))
-        return SquaredNorms(*(cut.per_shard(norms) for norms in equations.observe(cut.pieces, hyper)))
+        norms = SquaredNorms(*(cut.per_shard(norms) for norms in equations.observe(cut.pieces, hyper, c)))
+        sums = self.sums(shards.exp_avg_sq, kept) if shards.exp_avg_sq else torch.zeros_like(norms.grad_grad)
+        return norms, sums
 
-    def advance(self, shards: Shards, hyper: Hyper, scalars: StepScalars) -> Tensor:
+    def advance(self, shards: Shards, hyper: Hyper, scalars: StepScalars) -> None:
         cut = Cut.of(shards)
         counted = zip(scalars.inverse_means.unbind(), cut.num_pieces, strict=True)
         inverse_means = [inverse_mean for inverse_mean, count in counted for _ in range(count)]
         for batch in _batches(cut.pieces.param, hyper):
             pieces = Shards(*(tensors[batch] for tensors in cut.pieces))
             equations.advance(pieces, hyper, scalars._replace(inverse_means=torch.stack(inverse_means[batch])))
-        # Not piece by piece on the way: gradients may forbid to cut what the sums of a loaded state are cut for.
-        return self.sums(shards.exp_avg_sq)
 
-    def sums(self, exp_avg_sqs: list[Tensor]) -> Tensor:
+    def sums(self, exp_avg_sqs: list[Tensor], kept: Tensor) -> Tensor:
+        del kept  # a read of exp_avg_sq is little beside what the operations of a step read
         cut = Cut.of(Shards(exp_avg_sqs, [], [], [], []))
         return cut.per_shard(equations.sums(cut.pieces.param))
 
@@ -60,9 +61,8 @@ class CompiledEquations(Equations):
     def __init__(self) -> None:
         self._advance = torch.compile(equations.advance, dynamic=False)
 
-    def advance(self, shards: Shards, hyper: Hyper, scalars: StepScalars) -> Tensor:
+    def advance(self, shards: Shards, hyper: Hyper, scalars: StepScalars) -> None:
         self._advance(shards, hyper, scalars)
-        return self.sums(shards.exp_avg_sq)
 
 
 class Cut(NamedTuple):

@@ -96,10 +96,15 @@ inline void check_scalars(const char* name, const at::Tensor& tensor, at::Scalar
   TORCH_CHECK(tensor.device() == device, name, " must be on ", device, ", got ", tensor.device());
 }
 
-// The arguments of observe.
-inline void check_observe(at::TensorList grads, at::TensorList params) {
+// The arguments of observe; params and exp_avg_sqs may be empty.
+inline void check_observe(at::TensorList grads, at::TensorList params, at::TensorList exp_avg_sqs,
+                          const at::Tensor& kept, const at::Tensor& coefficient) {
   check_leading_list("grads", grads);
   if (!params.empty()) check_list("params", params, "grads", grads);
+  if (!exp_avg_sqs.empty()) check_states("exp_avg_sqs", exp_avg_sqs, "grads", grads);
+  if (grads.empty()) return;
+  check_scalars("coefficient", coefficient, at::kFloat, 1, grads[0].device());
+  check_scalars("kept", kept, at::kDouble, static_cast<int64_t>(exp_avg_sqs.size()) * NUM_KEPT, grads[0].device());
 }
 
 // The lists of advance; beta1_prods may be empty.
@@ -124,10 +129,13 @@ inline void check_step(const at::Tensor& inverse_means, const at::Tensor& coeffi
   check_scalars("is_live", is_live, at::kBool, 1, device);
 }
 
-// The argument of sums.
-inline void check_sums(at::TensorList exp_avg_sqs) {
+// The arguments of sums.
+inline void check_sums(at::TensorList exp_avg_sqs, const at::Tensor& kept) {
   check_leading_list("exp_avg_sqs", exp_avg_sqs);
   check_states("exp_avg_sqs", exp_avg_sqs, "exp_avg_sqs", exp_avg_sqs);
+  if (exp_avg_sqs.empty()) return;
+  check_scalars("kept", kept, at::kDouble, static_cast<int64_t>(exp_avg_sqs.size()) * NUM_KEPT,
+                exp_avg_sqs[0].device());
 }
 
 inline Dampening dampening_of(const Hyper& hyper) {

@@ -73,24 +73,76 @@ at::Tensor sums_of(const std::vector<double>& of_chunks, const std::vector<int64
   return sums;
 }
 
-at::Tensor observe(at::TensorList grads, at::TensorList params) {
-  check_observe(grads, params);
-  const Options options{dtype_of(params), dtype_of(grads), !params.empty(), false, Dampening::one};
-  const std::vector<int64_t> first_chunks = first_chunks_of(grads);
-  std::vector<Sums> of_chunks(first_chunks.back());
-  for_each_chunk(first_chunks, grads, [&](size_t i, int64_t start, int64_t n, int64_t chunk) {
-    void* param = params.empty() ? nullptr : address(params[i], start);
-    of_chunks[chunk] = kernels().observe({param, address(grads[i], start), nullptr, nullptr, nullptr, n}, options);
-  });
-  at::Tensor sums = at::zeros({static_cast<int64_t>(grads.size()), 3}, at::kDouble);
-  double* of_tensor = sums.data_ptr<double>();
-  for (size_t i = 0; i < grads.size(); ++i, of_tensor += 3) {
-    for (int64_t chunk = first_chunks[i]; chunk < first_chunks[i + 1]; ++chunk) {
-      of_tensor[0] += of_chunks[chunk].grad_grad;
-      of_tensor[1] += of_chunks[chunk].grad_param;
-      of_tensor[2] += of_chunks[chunk].param_param;
+// The sum of the samples among n elements of v, the first of which is element `start` of its tensor.
+double sample_sum(const float* v, int64_t start, int64_t n, int64_t distance) {
+  if (distance == 1) return kernels().sum(v, n);
+  double sum = 0.0;
+  for (int64_t k = (distance - start % distance) % distance; k < n; k += distance) sum += v[k];
+  return sum;
+}
+
+// The sum of the samples of each tensor, with which it is recognised; chunk by chunk, as a step adds them up.
+std::vector<double> samples_of(at::TensorList exp_avg_sqs) {
+  std::vector<double> sums(exp_avg_sqs.size());
+  for (size_t i = 0; i < sums.size(); ++i) {
+    const float* v = static_cast<const float*>(address(exp_avg_sqs[i], 0));
+    const int64_t num_elements = exp_avg_sqs[i].numel(), distance = sample_distance(num_elements);
+    for (int64_t start = 0; start < num_elements; start += CHUNK_ELEMENTS) {
+      sums[i] += sample_sum(v + start, start, std::min(CHUNK_ELEMENTS, num_elements - start), distance);
     }
   }
+  return sums;
+}
+
+// Which sums of exp_avg_sqs are those that a step has kept, because nobody has written to them since.
+class Recognised {
+ public:
+  Recognised(at::TensorList exp_avg_sqs, const at::Tensor& kept)
+      : samples_(samples_of(exp_avg_sqs)), kept_(samples_.empty() ? nullptr : kept.data_ptr<double>()) {}
+
+  bool is_kept(size_t i) const { return kept_[i * NUM_KEPT + SAMPLE_SUM] == samples_[i]; }  // never of NaN
+
+  // Writes those sums into every stride-th number.
+  void fill(double* sums, int64_t stride) const {
+    for (size_t i = 0; i < samples_.size(); ++i) {
+      if (is_kept(i)) sums[i * stride] = kept_[i * NUM_KEPT];
+    }
+  }
+
+ private:
+  const std::vector<double> samples_;
+  const double* const kept_;
+};
+
+at::Tensor observe(at::TensorList grads, at::TensorList params, at::TensorList exp_avg_sqs, const at::Tensor& kept,
+                   const at::Tensor& coefficient, double coupled_decay) {
+  check_observe(grads, params, exp_avg_sqs, kept, coefficient);
+  const Options options{dtype_of(params), dtype_of(grads), !params.empty(), false, Dampening::one};
+  const float c = grads.empty() ? 1.0f : *coefficient.data_ptr<float>();
+  const float decay = static_cast<float>(coupled_decay);
+  const std::vector<int64_t> first_chunks = first_chunks_of(grads);
+  const Recognised recognised(exp_avg_sqs, kept);
+  std::vector<Sums> of_chunks(first_chunks.back());
+  std::vector<double> v_sums(first_chunks.back());
+  for_each_chunk(first_chunks, grads, [&](size_t i, int64_t start, int64_t n, int64_t chunk) {
+    void* param = params.empty() ? nullptr : address(params[i], start);
+    const Chunk of_tensor{param, address(grads[i], start), nullptr, nullptr, nullptr, n};
+    of_chunks[chunk] = kernels().observe(of_tensor, options, c, decay);
+    if (exp_avg_sqs.empty() || recognised.is_kept(i)) return;
+    v_sums[chunk] = kernels().sum(static_cast<const float*>(address(exp_avg_sqs[i], start)), n);
+  });
+  at::Tensor sums = at::zeros({static_cast<int64_t>(grads.size()), NUM_OBSERVED}, at::kDouble);
+  double* of_tensor = sums.data_ptr<double>();
+  for (size_t i = 0; i < grads.size(); ++i, of_tensor += NUM_OBSERVED) {
+    for (int64_t chunk = first_chunks[i]; chunk < first_chunks[i + 1]; ++chunk) {
+      of_tensor[0] += of_chunks[chunk].grad_grad;
+      of_tensor[V_SUM] += v_sums[chunk];
+      of_tensor[2] += of_chunks[chunk].grad_param;
+      of_tensor[3] += of_chunks[chunk].param_param;
+      of_tensor[4] += of_chunks[chunk].expected;
+    }
+  }
+  recognised.fill(sums.data_ptr<double>() + V_SUM, NUM_OBSERVED);
   return sums;
 }
 
@@ -108,7 +160,7 @@ at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList e
   const float rate = *is_finite.data_ptr<bool>() ? *lr.data_ptr<float>() : 0.0f;
   const float* inverse_mean = inverse_means.data_ptr<float>();
   const std::vector<int64_t> first_chunks = first_chunks_of(params);
-  std::vector<double> of_chunks(first_chunks.back());
+  std::vector<double> of_chunks(first_chunks.back()), samples(first_chunks.back());
   for_each_chunk(first_chunks, params, [&](size_t i, int64_t start, int64_t n, int64_t chunk) {
     const auto state = [&](at::TensorList states) { return static_cast<float*>(address(states[i], start)); };
     const Chunk of_tensor{address(params[i], start), address(grads[i], start), state(exp_avgs), state(exp_avg_sqs),
@@ -116,23 +168,37 @@ at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList e
     const Step step = step_of(hyper, c, rate, inverse_mean[i]);
     if (live) {
       of_chunks[chunk] = kernels().advance(of_tensor, options, hyper, step);
-      return;
+    } else {
+      if (step.decay_factor != 1.0f) kernels().decay(of_tensor, options, step);
+      of_chunks[chunk] = kernels().sum(of_tensor.exp_avg_sq, n);
     }
-    if (step.decay_factor != 1.0f) kernels().decay(of_tensor, options, step);
-    of_chunks[chunk] = kernels().sum(of_tensor.exp_avg_sq, n);
+    const int64_t distance = sample_distance(exp_avg_sqs[i].numel());
+    samples[chunk] = distance == 1 ? of_chunks[chunk] : sample_sum(of_tensor.exp_avg_sq, start, n, distance);
   });
   for (const at::TensorList& written : {params, exp_avgs, exp_avg_sqs, beta1_prods}) bump_versions(written);
-  return sums_of(of_chunks, first_chunks);
+  at::Tensor kept = at::zeros({static_cast<int64_t>(params.size()), NUM_KEPT}, at::kDouble);
+  double* row = kept.data_ptr<double>();
+  for (size_t i = 0; i < params.size(); ++i, row += NUM_KEPT) {
+    for (int64_t chunk = first_chunks[i]; chunk < first_chunks[i + 1]; ++chunk) {
+      row[0] += of_chunks[chunk];
+      row[SAMPLE_SUM] += samples[chunk];
+    }
+  }
+  return kept;
 }
 
-at::Tensor sums(at::TensorList exp_avg_sqs) {
-  check_sums(exp_avg_sqs);
+at::Tensor sums(at::TensorList exp_avg_sqs, const at::Tensor& kept) {
+  check_sums(exp_avg_sqs, kept);
   const std::vector<int64_t> first_chunks = first_chunks_of(exp_avg_sqs);
+  const Recognised recognised(exp_avg_sqs, kept);
   std::vector<double> of_chunks(first_chunks.back());
   for_each_chunk(first_chunks, exp_avg_sqs, [&](size_t i, int64_t start, int64_t n, int64_t chunk) {
+    if (recognised.is_kept(i)) return;
     of_chunks[chunk] = kernels().sum(static_cast<const float*>(address(exp_avg_sqs[i], start)), n);
   });
-  return sums_of(of_chunks, first_chunks);
+  at::Tensor sums = sums_of(of_chunks, first_chunks);
+  recognised.fill(sums.data_ptr<double>(), 1);
+  return sums;
 }
 
 }  // namespace

@@ -28,12 +28,13 @@ struct Options {
 };
 
 struct Sums {
-  double grad_grad, grad_param, param_param;
+  double grad_grad, grad_param, param_param, expected;
 };
 
 struct Kernels {
-  // Inner products of one chunk; those with the parameter are 0 where it is null.
-  Sums (*observe)(const Chunk&, const Options&);
+  // Inner products of one chunk; those with the parameter are 0 where it is null. The last is the squared norm of the
+  // effective gradient.
+  Sums (*observe)(const Chunk&, const Options&, float coefficient, float coupled_decay);
   // One step of one chunk; returns the sum of the new exp_avg_sq.
   double (*advance)(const Chunk&, const Options&, const Hyper&, const Step&);
   // The parameter's part in a step that does not count.

@@ -44,14 +44,21 @@ at::Tensor enqueued(const LISTS& lists, at::TensorList tensors, at::IntArrayRef 
   return sums;
 }
 
-at::Tensor observe(at::TensorList grads, at::TensorList params) {
-  adai::check_observe(grads, params);
+at::Tensor observe(at::TensorList grads, at::TensorList params, at::TensorList exp_avg_sqs, const at::Tensor& kept,
+                   const at::Tensor& coefficient, double coupled_decay) {
+  adai::check_observe(grads, params, exp_avg_sqs, kept, coefficient);
   TORCH_CHECK_VALUE(!grads.empty(), "grads must have a tensor, got none");
   const c10::cuda::CUDAGuard guard(grads[0].device());
-  const adai::cuda::Observed lists{sizes_of(grads), read_from(grads), read_from(params), adai::dtype_of(grads),
-                                   adai::dtype_of(params)};
-  const int64_t num_tensors = static_cast<int64_t>(grads.size());
-  return enqueued(lists, grads, {num_tensors, adai::cuda::NUM_NORMS}, adai::cuda::observe);
+  adai::cuda::Observed lists;
+  lists.num_elements = sizes_of(grads);
+  lists.grads = read_from(grads);
+  lists.params = read_from(params);
+  lists.states = {read_from(exp_avg_sqs), kept.const_data_ptr<double>()};
+  lists.grad_dtype = adai::dtype_of(grads);
+  lists.param_dtype = adai::dtype_of(params);
+  lists.coefficient = coefficient.const_data_ptr<float>();
+  lists.coupled_decay = static_cast<float>(coupled_decay);
+  return enqueued(lists, grads, {static_cast<int64_t>(grads.size()), adai::NUM_OBSERVED}, adai::cuda::observe);
 }
 
 at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
@@ -61,7 +68,7 @@ at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList e
   adai::check_advance(params, grads, exp_avgs, exp_avg_sqs, beta1_prods);
   adai::check_step(inverse_means, coefficient, lr, is_finite, is_live, params);
   const adai::Hyper hyper = adai::hyper_of(hyperparameters);
-  if (params.empty()) return at::empty({0}, lr.options().dtype(at::kDouble));
+  if (params.empty()) return at::empty({0, adai::NUM_KEPT}, lr.options().dtype(at::kDouble));
   const c10::cuda::CUDAGuard guard(params[0].device());
   adai::cuda::Advanced lists;
   lists.num_elements = sizes_of(params);
@@ -80,16 +87,16 @@ at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList e
   lists.hyper = hyper;
   lists.dampening = adai::dampening_of(hyper);
   const int64_t num_tensors = static_cast<int64_t>(params.size());
-  const at::Tensor sums = enqueued(lists, params, {num_tensors}, adai::cuda::advance);
+  const at::Tensor kept = enqueued(lists, params, {num_tensors, adai::NUM_KEPT}, adai::cuda::advance);
   for (const at::TensorList& written : {params, exp_avgs, exp_avg_sqs, beta1_prods}) adai::bump_versions(written);
-  return sums;
+  return kept;
 }
 
-at::Tensor sums(at::TensorList exp_avg_sqs) {
-  adai::check_sums(exp_avg_sqs);
+at::Tensor sums(at::TensorList exp_avg_sqs, const at::Tensor& kept) {
+  adai::check_sums(exp_avg_sqs, kept);
   TORCH_CHECK_VALUE(!exp_avg_sqs.empty(), "exp_avg_sqs must have a tensor, got none");
   const c10::cuda::CUDAGuard guard(exp_avg_sqs[0].device());
-  const adai::cuda::Summed lists{sizes_of(exp_avg_sqs), read_from(exp_avg_sqs)};
+  const adai::cuda::Summed lists{sizes_of(exp_avg_sqs), {read_from(exp_avg_sqs), kept.const_data_ptr<double>()}};
   return enqueued(lists, exp_avg_sqs, {static_cast<int64_t>(exp_avg_sqs.size())}, adai::cuda::sum);
 }
 

@@ -17,10 +17,51 @@ constexpr int OBSERVE_BYTES = 64;
 
 // -- observe ----------------------------------------------------------------------------------------------------------
 
+// The sum of the samples of a whole tensor; all threads of a block take part, and thread 0 has it.
+__device__ double sample_sum(const float* v, int64_t num_elements) {
+  const int64_t distance = sample_distance(num_elements);
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x * distance; i < num_elements; i += THREADS * distance) sum += v[i];
+  return block_sum(sum);
+}
+
+// Block i tells whether somebody has written to the exp_avg_sq of tensor i of this launch.
+struct RecogniseArguments {
+  static constexpr int CAPACITY = 250;  // within 4 KiB, which a launch copies
+
+  const double* kept;
+  double* is_stale;
+  const float* exp_avg_sqs[CAPACITY];
+  int64_t num_elements[CAPACITY];
+};
+
+__global__ void __launch_bounds__(THREADS) recognise(const RecogniseArguments arguments) {
+  const double sum = sample_sum(arguments.exp_avg_sqs[blockIdx.x], arguments.num_elements[blockIdx.x]);
+  if (threadIdx.x == 0) {
+    const bool is_kept = arguments.kept[blockIdx.x * NUM_KEPT + SAMPLE_SUM] == sum;  // never of NaN
+    arguments.is_stale[blockIdx.x] = is_kept ? 0.0 : 1.0;
+  }
+}
+
+// In the order of advance_chunk, so that equal exp_avg_sqs have equal sums.
+__device__ double sum_chunk(const float* exp_avg_sqs, int count) {
+  double sum = 0.0;
+  for_each_tile<STEP_VECTORS>(count, is_aligned(exp_avg_sqs), [&](auto tile) {
+    float v[tile.NUM];
+    tile.load(exp_avg_sqs, v);
+#pragma unroll
+    for (int i = 0; i < tile.NUM; ++i) sum += v[i];
+  });
+  return sum;
+}
+
 struct ObserveArguments {
   double* partials;
   int64_t column_stride;
-  Table<2> table;  // gradients, parameters
+  const double* is_stale;  // null: there are no exp_avg_sqs
+  const float* coefficient;
+  float coupled_decay;
+  Table<3> table;  // gradients, parameters, exp_avg_sqs
 };
 
 template <bool COUPLED, class GRAD, class PARAM>
@@ -29,8 +70,9 @@ __global__ void __launch_bounds__(THREADS) observe_chunks(const ObserveArguments
   const Chunk chunk(table, blockIdx.x);
   const GRAD* grads = chunk.of<GRAD>(table.lists[0]);
   const PARAM* params = COUPLED ? chunk.of<PARAM>(table.lists[1]) : nullptr;
+  const float coefficient = COUPLED ? *arguments.coefficient : 1.0f;
   const bool are_aligned = is_aligned(grads) && is_aligned(params);
-  double grad_grad = 0.0, grad_param = 0.0, param_param = 0.0;
+  double grad_grad = 0.0, v_sum = 0.0, grad_param = 0.0, param_param = 0.0, expected = 0.0;
   for_each_tile<OBSERVE_BYTES / sizeof(Vector<GRAD>) / (COUPLED ? 2 : 1)>(chunk.count, are_aligned, [&](auto tile) {
     GRAD g[tile.NUM];
     PARAM theta[tile.NUM];
@@ -45,14 +87,19 @@ __global__ void __launch_bounds__(THREADS) observe_chunks(const ObserveArguments
         const double param = widen(theta[i]);
         grad_param = fma(gradient, param, grad_param);
         param_param = fma(param, param, param_param);
+        const double e = effective<true>(widen(g[i]), widen(theta[i]), coefficient, arguments.coupled_decay);
+        expected = fma(e, e, expected);
       }
     }
   });
+  if (arguments.is_stale && arguments.is_stale[chunk.slot] != 0.0) {
+    v_sum = sum_chunk(chunk.of<float>(table.lists[2]), chunk.count);
+  }
 
   double* partials = arguments.partials + blockIdx.x;
-  const double columns[NUM_NORMS] = {grad_grad, grad_param, param_param};
+  const double columns[NUM_OBSERVED] = {grad_grad, v_sum, grad_param, param_param, expected};
 #pragma unroll
-  for (int column = 0; column < (COUPLED ? NUM_NORMS : 1); ++column) {
+  for (int column = 0; column < (COUPLED ? NUM_OBSERVED : V_SUM + 1); ++column) {
     const double sum = block_sum(columns[column]);
     if (threadIdx.x == 0) partials[column * arguments.column_stride] = sum;
   }
@@ -117,18 +164,6 @@ __device__ void decay_chunk(PARAM* params, int count, const Step& step) {
   });
 }
 
-// In the order of advance_chunk, so that equal exp_avg_sqs have equal sums.
-__device__ double sum_chunk(const float* exp_avg_sqs, int count) {
-  double sum = 0.0;
-  for_each_tile<STEP_VECTORS>(count, is_aligned(exp_avg_sqs), [&](auto tile) {
-    float v[tile.NUM];
-    tile.load(exp_avg_sqs, v);
-#pragma unroll
-    for (int i = 0; i < tile.NUM; ++i) sum += v[i];
-  });
-  return sum;
-}
-
 template <class VARIANT, class PARAM, class GRAD>
 __global__ void __launch_bounds__(THREADS) advance_chunks(const AdvanceArguments arguments) {
   const Chunk chunk(arguments.table, blockIdx.x);
@@ -149,11 +184,13 @@ __global__ void __launch_bounds__(THREADS) advance_chunks(const AdvanceArguments
 
 struct SumArguments {
   double* partials;
+  const double* is_stale;
   Table<1> table;  // exp_avg_sqs
 };
 
 __global__ void __launch_bounds__(THREADS) sum_chunks(const SumArguments arguments) {
   const Chunk chunk(arguments.table, blockIdx.x);
+  if (arguments.is_stale[chunk.slot] == 0.0) return;  // nobody looks at the partial
   const double sum = block_sum(sum_chunk(chunk.of<float>(arguments.table.lists[0]), chunk.count));
   if (threadIdx.x == 0) arguments.partials[blockIdx.x] = sum;
 }
@@ -162,26 +199,35 @@ __global__ void __launch_bounds__(THREADS) sum_chunks(const SumArguments argumen
 
 // Block (i, column) adds up the partials of tensor i of this launch.
 struct AddArguments {
-  static constexpr int CAPACITY = 480;  // within 4 KiB, which a launch copies
+  static constexpr int CAPACITY = 160;  // within 4 KiB, which a launch copies
 
   const double* partials;
   int64_t column_stride;
   int num_columns;  // the others are 0
   double* sums;
+  int v_sum_column;
+  const double *kept, *is_stale;  // the sum of v is the kept one where it is not out of date; null: it never is
   int64_t first_partials[CAPACITY + 1];
+  const float* sampled[CAPACITY];  // of advance: the new exp_avg_sqs; else null
+  int64_t num_elements[CAPACITY];
 };
 
 __global__ void __launch_bounds__(THREADS) add_partials(const AddArguments arguments) {
-  const int column = blockIdx.y;
+  const int tensor = blockIdx.x, column = blockIdx.y;
   double sum = 0.0;
   if (column < arguments.num_columns) {
     const double* partials = arguments.partials + column * arguments.column_stride;
-    const int64_t end = arguments.first_partials[blockIdx.x + 1];
+    const int64_t end = arguments.first_partials[tensor + 1];
 #pragma unroll 8
-    for (int64_t i = arguments.first_partials[blockIdx.x] + threadIdx.x; i < end; i += THREADS) sum += partials[i];
+    for (int64_t i = arguments.first_partials[tensor] + threadIdx.x; i < end; i += THREADS) sum += partials[i];
+    sum = block_sum(sum);
+  } else if (arguments.sampled[tensor]) {
+    sum = sample_sum(arguments.sampled[tensor], arguments.num_elements[tensor]);
   }
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) arguments.sums[int64_t{blockIdx.x} * gridDim.y + column] = sum;
+  if (threadIdx.x != 0) return;
+  const bool may_be_kept = arguments.kept && column == arguments.v_sum_column;
+  if (may_be_kept && arguments.is_stale[tensor] == 0.0) sum = arguments.kept[tensor * NUM_KEPT];
+  arguments.sums[int64_t{tensor} * gridDim.y + column] = sum;
 }
 
 // -- launches ---------------------------------------------------------------------------------------------------------
@@ -194,24 +240,55 @@ const char* launch_kernel(void (*kernel)(ARGUMENTS), dim3 blocks, const ARGUMENT
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// `partials` has num_columns rows, of one number for each chunk; `sums` one row of out_columns for each tensor.
-const char* add_all_partials(const std::vector<int64_t>& num_elements, const double* partials, int num_columns,
-                             int out_columns, double* sums, void* stream) {
+// What becomes of partials: num_columns rows of one number for each chunk.
+struct Totals {
+  const double* partials;
+  int num_columns;
+  int out_columns;  // of `sums`, one row for each tensor
+  double* sums;
+  int v_sum_column = 0;
+  const double *kept = nullptr, *is_stale = nullptr;
+  const std::vector<void*>* sampled = nullptr;
+};
+
+const char* add_all_partials(const std::vector<int64_t>& num_elements, const Totals& totals, void* stream) {
   const int64_t num_tensors = static_cast<int64_t>(num_elements.size());
   AddArguments arguments;
-  arguments.partials = partials;
+  arguments.partials = totals.partials;
   arguments.column_stride = num_chunks(num_elements);
-  arguments.num_columns = num_columns;
+  arguments.num_columns = totals.num_columns;
+  arguments.v_sum_column = totals.v_sum_column;
   int64_t first_partial = 0;
   for (int64_t start = 0; start < num_tensors; start += arguments.CAPACITY) {
     const int num_blocks = static_cast<int>(std::min<int64_t>(arguments.CAPACITY, num_tensors - start));
     for (int i = 0; i < num_blocks; ++i) {
       arguments.first_partials[i] = first_partial;
+      arguments.sampled[i] = totals.sampled ? static_cast<const float*>((*totals.sampled)[start + i]) : nullptr;
+      arguments.num_elements[i] = num_elements[start + i];
       first_partial += num_chunks(num_elements[start + i]);
     }
     arguments.first_partials[num_blocks] = first_partial;
-    arguments.sums = sums + start * out_columns;
-    if (const char* error = launch_kernel(add_partials, dim3(num_blocks, out_columns), arguments, stream)) return error;
+    arguments.sums = totals.sums + start * totals.out_columns;
+    arguments.kept = totals.kept ? totals.kept + start * NUM_KEPT : nullptr;
+    arguments.is_stale = totals.is_stale ? totals.is_stale + start : nullptr;
+    const dim3 blocks(num_blocks, totals.out_columns);
+    if (const char* error = launch_kernel(add_partials, blocks, arguments, stream)) return error;
+  }
+  return nullptr;
+}
+
+const char* recognise_all(const States& x, const std::vector<int64_t>& num_elements, double* is_stale, void* stream) {
+  const int64_t num_tensors = static_cast<int64_t>(x.exp_avg_sqs.size());
+  RecogniseArguments arguments;
+  for (int64_t start = 0; start < num_tensors; start += arguments.CAPACITY) {
+    const int num_blocks = static_cast<int>(std::min<int64_t>(arguments.CAPACITY, num_tensors - start));
+    for (int i = 0; i < num_blocks; ++i) {
+      arguments.exp_avg_sqs[i] = static_cast<const float*>(x.exp_avg_sqs[start + i]);
+      arguments.num_elements[i] = num_elements[start + i];
+    }
+    arguments.kept = x.kept + start * NUM_KEPT;
+    arguments.is_stale = is_stale + start;
+    if (const char* error = launch_kernel(recognise, dim3(num_blocks), arguments, stream)) return error;
   }
   return nullptr;
 }
@@ -248,11 +325,17 @@ const char* with_variant(const Advanced& x, const CALL& call) {
 const char* observe(const Observed& x, double* partials, double* sums, void* stream) {
   ObserveArguments arguments;
   arguments.column_stride = num_chunks(x.num_elements);
+  arguments.coefficient = x.coefficient;
+  arguments.coupled_decay = x.coupled_decay;
+  double* is_stale = x.states.exp_avg_sqs.empty() ? nullptr : partials + arguments.column_stride * NUM_OBSERVED;
+  if (const char* error = recognise_all(x.states, x.num_elements, is_stale, stream)) return error;
   for (const Launch& launch : plan_launches(x.num_elements, arguments.table.CAPACITY, MAX_BLOCKS)) {
     arguments.partials = partials + launch.first_chunk;
     arguments.table.set_sizes(x.num_elements, launch);
     arguments.table.set_list(0, x.grads, launch);
     arguments.table.set_list(1, x.params, launch);
+    arguments.table.set_list(2, x.states.exp_avg_sqs, launch);
+    arguments.is_stale = is_stale ? is_stale + launch.first_tensor : nullptr;
     const char* error = with_dtype(x.grad_dtype, [&](auto grad) {
       using GRAD = decltype(grad);
       const dim3 blocks(static_cast<unsigned>(launch.num_chunks));
@@ -263,10 +346,12 @@ const char* observe(const Observed& x, double* partials, double* sums, void* str
     });
     if (error) return error;
   }
-  return add_all_partials(x.num_elements, partials, x.params.empty() ? 1 : NUM_NORMS, NUM_NORMS, sums, stream);
+  const int num_columns = x.params.empty() ? V_SUM + 1 : NUM_OBSERVED;
+  const double* kept = is_stale ? x.states.kept : nullptr;
+  return add_all_partials(x.num_elements, {partials, num_columns, NUM_OBSERVED, sums, V_SUM, kept, is_stale}, stream);
 }
 
-const char* advance(const Advanced& x, double* partials, double* sums, void* stream) {
+const char* advance(const Advanced& x, double* partials, double* kept, void* stream) {
   AdvanceArguments arguments;
   arguments.coefficient = x.coefficient;
   arguments.lr = x.lr;
@@ -292,19 +377,22 @@ const char* advance(const Advanced& x, double* partials, double* sums, void* str
     });
     if (error) return error;
   }
-  return add_all_partials(x.num_elements, partials, 1, 1, sums, stream);
+  return add_all_partials(x.num_elements, {partials, 1, NUM_KEPT, kept, 0, nullptr, nullptr, &x.exp_avg_sqs}, stream);
 }
 
 const char* sum(const Summed& x, double* partials, double* sums, void* stream) {
   SumArguments arguments;
+  double* is_stale = partials + num_chunks(x.num_elements);
+  if (const char* error = recognise_all(x.states, x.num_elements, is_stale, stream)) return error;
   for (const Launch& launch : plan_launches(x.num_elements, arguments.table.CAPACITY, MAX_BLOCKS)) {
     arguments.partials = partials + launch.first_chunk;
+    arguments.is_stale = is_stale + launch.first_tensor;
     arguments.table.set_sizes(x.num_elements, launch);
-    arguments.table.set_list(0, x.exp_avg_sqs, launch);
+    arguments.table.set_list(0, x.states.exp_avg_sqs, launch);
     const dim3 blocks(static_cast<unsigned>(launch.num_chunks));
     if (const char* error = launch_kernel(sum_chunks, blocks, arguments, stream)) return error;
   }
-  return add_all_partials(x.num_elements, partials, 1, 1, sums, stream);
+  return add_all_partials(x.num_elements, {partials, 1, 1, sums, 0, x.states.kept, is_stale}, stream);
 }
 
 }  // namespace adai::cuda

@@ -17,9 +17,6 @@ namespace adai::cuda {
 // A block lasts long enough to hide its start and end, and a small model has enough of them to fill a large GPU.
 constexpr int64_t CHUNK_ELEMENTS = int64_t{1} << 15;
 
-// Columns of observe: <g, g>, <g, theta>, <theta, theta>.
-constexpr int NUM_NORMS = 3;
-
 constexpr int64_t num_chunks(int64_t num_elements) {
   return num_elements / CHUNK_ELEMENTS + (num_elements % CHUNK_ELEMENTS != 0);
 }
@@ -62,11 +59,21 @@ inline std::vector<Launch> plan_launches(const std::vector<int64_t>& num_element
 }
 
 // Tensors without gaps, the same elements in the same order in each list; pointers to device memory.
+
+// The exp_avg_sqs that are read where their samples are not what was kept.
+struct States {
+  std::vector<const void*> exp_avg_sqs;
+  const double* kept;  // what advance has left, shape (number of tensors, NUM_KEPT)
+};
+
 struct Observed {
   std::vector<int64_t> num_elements;
   std::vector<const void*> grads;
-  std::vector<const void*> params;  // empty: no coupled decay, only <g, g> is taken and the other columns are 0
+  std::vector<const void*> params;  // empty: no coupled decay, and the columns that need them are 0
+  States states;                    // none: no sums of them
   Dtype grad_dtype, param_dtype;
+  const float* coefficient;
+  float coupled_decay;
 };
 
 struct Advanced {
@@ -84,25 +91,28 @@ struct Advanced {
 
 struct Summed {
   std::vector<int64_t> num_elements;
-  std::vector<const void*> exp_avg_sqs;
+  States states;
 };
 
 // Float64 that the functions below need at `partials`, device memory.
 inline int64_t num_partials(const Observed& x) {
-  return num_chunks(x.num_elements) * (x.params.empty() ? 1 : NUM_NORMS);
+  const int64_t num_tensors = static_cast<int64_t>(x.num_elements.size());
+  return num_chunks(x.num_elements) * NUM_OBSERVED + num_tensors;  // behind: which sums of v are out of date
 }
 
 inline int64_t num_partials(const Advanced& x) { return num_chunks(x.num_elements); }
 
-inline int64_t num_partials(const Summed& x) { return num_chunks(x.num_elements); }
+inline int64_t num_partials(const Summed& x) {
+  return num_chunks(x.num_elements) + static_cast<int64_t>(x.num_elements.size());
+}
 
-// Sums of each tensor, shape (number of tensors, NUM_NORMS), float64. Enqueued on `stream`, a cudaStream_t, without
-// waiting. Returns what went wrong, or nullptr.
+// Sums of each tensor, shape (number of tensors, NUM_OBSERVED), float64. An exp_avg_sq is read where its samples are not
+// what was kept. Enqueued on `stream`, a cudaStream_t, without waiting. Returns what went wrong, or nullptr.
 const char* observe(const Observed& x, double* partials, double* sums, void* stream);
 
-// One step in place; `sums`, shape (number of tensors), float64, receives those of the new exp_avg_sqs. Where is_live
-// is false nothing but the decoupled decay happens, where is_finite is false nothing at all. Otherwise as observe.
-const char* advance(const Advanced& x, double* partials, double* sums, void* stream);
+// One step in place; `kept`, shape (number of tensors, NUM_KEPT), float64, is for the next observe. Where is_live is
+// false nothing but the decoupled decay happens, where is_finite is false nothing at all. Otherwise as observe.
+const char* advance(const Advanced& x, double* partials, double* kept, void* stream);
 
 // The sums of the exp_avg_sqs as they are, to the bit what `advance` returned when it wrote them.
 const char* sum(const Summed& x, double* partials, double* sums, void* stream);

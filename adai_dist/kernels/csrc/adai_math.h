@@ -102,12 +102,18 @@ ADAI_FUNCTION Step step_of(const Hyper& hyper, float coefficient, float lr, floa
   return {coefficient, 1.0f - lr * hyper.decoupled_decay, lr * -hyper.lr_factor, inverse_mean};
 }
 
+// g, the effective gradient.
+template <bool COUPLED>
+ADAI_FUNCTION float effective(float gradient, float theta, float coefficient, float coupled_decay) {
+  const float g = gradient * coefficient;
+  return COUPLED ? g + theta * coupled_decay : g;
+}
+
 // One step of one element: theta, m, v, P are read and written, the raw gradient is read.
 template <class VARIANT>
 ADAI_FUNCTION void advance(float& theta, float gradient, float& m, float& v, float& P, const Hyper& hyper,
                            const Step& step) {
-  float g = gradient * step.coefficient;
-  if (VARIANT::COUPLED) g = g + theta * hyper.coupled_decay;
+  const float g = effective<VARIANT::COUPLED>(gradient, theta, step.coefficient, hyper.coupled_decay);
   theta = theta * step.decay_factor;
 
   v = v * hyper.beta2;
@@ -130,6 +136,20 @@ ADAI_FUNCTION void advance(float& theta, float gradient, float& m, float& v, flo
     update = m / (1.0f - P);
   }
   theta = theta + update * step.step_size;
+}
+
+// Columns of what observe returns for a tensor: <gradient, gradient>, sum(v), <gradient, theta>, <theta, theta>, and
+// <g, g> of the effective gradient.
+constexpr int NUM_OBSERVED = 5, V_SUM = 1;
+
+// Columns of what advance returns for the next observe: sum(v), and the sum of some of its elements.
+constexpr int NUM_KEPT = 2, SAMPLE_SUM = 1;
+
+// The distance of the elements of v whose sum tells whether somebody has written to it: all of them where they are few,
+// else about 128, each of which costs a CPU a microsecond: it misses the cache, and that of address translation. The
+// distance is odd, so that they are spread over the columns of a matrix.
+ADAI_FUNCTION int64_t sample_distance(int64_t num_elements) {
+  return num_elements <= 2048 ? 1 : (num_elements / 128) | 1;
 }
 
 // A step that does not count: theta decays where the decay is decoupled (and no gradient is non-finite).
