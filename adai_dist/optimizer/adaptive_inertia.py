@@ -2,119 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, overload
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from adai_dist import equations
 from adai_dist.hyper import Hyper, max_grad_norm_in_range
 from adai_dist.kernels import Backends, mode_of
-from adai_dist.optimizer.checking import check_is_mapping, check_state_dict
-from adai_dist.optimizer.pending import PendingMean, versions
-from adai_dist.optimizer.retirement import Retirement, with_zeros
-from adai_dist.optimizer.skips import SkipCounter
-from adai_dist.optimizer.state import new_state, restore_states, step_tensor
-from adai_dist.optimizer.unsupported import (
-    check_not_a_part,
-    check_not_in_backward,
-    check_one_layout,
-    refuse_unregistered_deepspeed,
-    warn_of_no_gradients,
-)
+from adai_dist.optimizer.mean_source import KnownMean, MeanSource, ShardedMean
+from adai_dist.optimizer.reports import ReportsSteps
+from adai_dist.optimizer.stateful import StatefulOptimizer
+from adai_dist.optimizer.unsupported import check_not_in_backward, warn_of_no_gradients
 from adai_dist.sharding.configured import NumReplicas, configured_sharding
-from adai_dist.sharding.holdings import Holdings, exp_avg_sq_sums, keep_sums
-from adai_dist.sharding.mean import GlobalMean, Sums, global_mean
-from adai_dist.sharding.plan import ModelSharding, ShardingPlan
+from adai_dist.sharding.holdings import Holdings
+from adai_dist.sharding.mean import GlobalMean, Sums, unscaling_coefficient
+from adai_dist.sharding.plan import ShardingPlan
 from adai_dist.sharding.shards import OwnedShards
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_UNKNOWN = torch.tensor(torch.nan, dtype=torch.float64)
 
-
-class Driver(Protocol):
-    """An engine that calls step() for one part of the model after the other, and knows the mean over all of it."""
-
-    def step_part(self) -> None:
-        """Advance the parameters that ``param_groups`` lists at the moment."""
-        ...
-
-
-class AdaptiveInertia(torch.optim.Optimizer):
+class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
     """Adaptive Inertia on whatever part of the model this rank holds: the class behind Adai, AdaiW and AdaiV2.
 
     A step has three phases, and only the second one communicates::
 
-        observe       local       inner products of gradients (and parameters), one read of the gradients
-        global_mean   collective  64 bytes per process group: norm, clip coefficient, mean, non-finite flag
-        advance       local       one pass over parameters, gradients and states
+        observe      local       inner products of gradients (and parameters), one read of the gradients
+        global mean  collective  64 bytes per process group: norm, clip coefficient, mean, non-finite flag
+        advance      local       one pass over parameters, gradients and states
 
-    Engines that step a part of the model at a time call the phases themselves, each on the parts that are at hand::
-
-        shards = optimizer.owned_shards()
-        mean = global_mean(optimizer.observe(shards), optimizer.mean_group)   # of adai_dist.sharding
-        for part in shards:
-            optimizer.advance([part], mean)
+    The second one is the business of the :class:`MeanSource`.
 
     Args:
-        params: parameters, named parameters, or parameter groups.
-        hyper: hyperparameters of the parameter groups that do not state their own.
-        max_grad_norm: clip the global gradient norm inside every step; None for no clipping.
+        params: parameters, named parameters, or parameter groups, each with its own hyperparameters.
+        lr: learning rate; that of plain SGD, or lr / (1 - momentum) of SGD with momentum. A one-element tensor may be
+            changed on the device between steps.
+        betas: ``(beta0, beta2)``: scale of ``1 - inertia``; decay rate of the second moment.
+        eps: inertia stays at or below ``1 - eps``.
+        weight_decay: decay rate.
+        dampening: ``d`` of AdaiV2, between 0 and 1; 1 is Adai.
+        decoupled: decay the parameters directly (True, AdaiW) or through the gradient (False, L2); None for the
+            default of the class.
+        maximize: ascend.
+        foreach: where the equations run uncompiled, False steps one tensor at a time; same results.
+        max_grad_norm: clip the global gradient norm inside every step; None for no clipping. ``param.grad`` is not
+            changed.
         require_kernels: raise an error where the compiled kernels cannot be had, instead of a warning.
         retire_beta1_prod: free the state ``beta1_prod`` of a parameter once it has no effect any more (after 17,321
             steps at eps=1e-3, at the latest); not a bit of the trajectory changes.
 
     Attributes:
-        max_grad_norm: as given; may be changed between steps.
+        max_grad_norm, retire_beta1_prod: as given; may be changed between steps.
+        mean_source: supplies the mean of every step; an engine may assign its own.
+        backends: what carries out the local phases.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or is out of range.
 
     Numerics: states and arithmetic are float32, or float64 for float64 parameters; sums are float64. A step makes the
     host wait for no device, unless a parameter's gradients come and go, or a state retires.
     """
 
+    decoupled_by_default: ClassVar[bool] = True
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves unscaling and skipping to step()
-
-    _step_within_engine: ClassVar[Callable[[AdaptiveInertia], bool] | None] = refuse_unregistered_deepspeed
-    """Takes a step by an engine that has not bound the optimizer yet, or says that it did not; None once bound."""
-
-    _driver: Driver | None = None
-    _sharding: ModelSharding | None = None
-    _last_mean: GlobalMean | None = None
-    _pending_mean: PendingMean | None = None
-    _sharers: tuple[AdaptiveInertia, ...] = ()
-    """All optimizers that step with one mean, where there are several."""
+    _kept_by_copies = (
+        *StatefulOptimizer._kept_by_copies,
+        "max_grad_norm",
+        "retire_beta1_prod",
+        "mean_source",
+        "backends",
+    )
     _has_stepped = False
 
     def __init__(
         self,
         params: ParamsT,
-        hyper: Hyper,
+        lr: float | Tensor,
+        betas: tuple[float, float] = Hyper.betas,
+        eps: float = Hyper.eps,
+        weight_decay: float = Hyper.weight_decay,
         *,
+        dampening: float = Hyper.dampening,
+        decoupled: bool | None = None,
+        maximize: bool = Hyper.maximize,
+        foreach: bool | None = Hyper.foreach,
         max_grad_norm: float | None = None,
         require_kernels: bool = False,
         retire_beta1_prod: bool = True,
     ) -> None:
-        self._hyper = hyper
-        self._backends = Backends(mode_of(require_kernels))
-        self.max_grad_norm: float | None = max_grad_norm_in_range("max_grad_norm", max_grad_norm)
+        hyper = Hyper(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            dampening=dampening,
+            decoupled=self.decoupled_by_default if decoupled is None else decoupled,
+            maximize=maximize,
+            foreach=foreach,
+        )
         if not isinstance(retire_beta1_prod, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"retire_beta1_prod must be a bool, got {retire_beta1_prod!r}")
-        self._retirement = Retirement() if retire_beta1_prod else None
-        self._skips = SkipCounter()
-        self._reset_derived()
-        super().__init__(params, hyper.as_defaults())
-        # betas[0] is no momentum. With betas among the defaults, OneCycleLR and CyclicLR would cycle it, silently.
-        del self.defaults["betas"]
+        self.backends: Backends = Backends(mode_of(require_kernels))
+        self.max_grad_norm: float | None = max_grad_norm_in_range("max_grad_norm", max_grad_norm)
+        self.retire_beta1_prod: bool = retire_beta1_prod
+        self.mean_source: MeanSource = ShardedMean()
+        ReportsSteps.__init__(self)
+        self._holdings: dict[Hashable, Holdings] = {}
+        super().__init__(params, hyper)
 
-    def _reset_derived(self) -> None:
-        """Forget everything that is derived from parameters and states; it is found again in the next step."""
-        self._holdings = Holdings(self._backends, self._sharding)
-        self._pending_mean = None
+    def _begin_copy(self) -> None:
+        ReportsSteps.__init__(self)
+        self.mean_source = self.mean_source.between_steps()
 
-    # -- the three phases ------------------------------------------------------------------------------------------
+    # -- a step ----------------------------------------------------------------------------------------------------
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -137,10 +140,10 @@ class AdaptiveInertia(torch.optim.Optimizer):
 
         Raises:
             TypeError: a gradient is sparse, or not held like its parameter.
-            ValueError: a hyperparameter is out of range; a loaded state does not have its parameter's shape.
-            RuntimeError: gradients changed since :meth:`clip_grad_norm_`, or a closure would change them; parameters
-                are sharded by FSDP1 and :meth:`configure_sharding` was not called; a backward pass is under way
-                (optimizer-in-backward); a GradScaler does not see all DTensor gradients.
+            ValueError: a hyperparameter is out of range; a state is incomplete or has another shape.
+            RuntimeError: there is no mean. Gradients changed since :meth:`clip_grad_norm_`; FSDP1 shards parameters
+                without :meth:`configure_sharding`; a backward pass is under way (optimizer-in-backward); a GradScaler
+                does not see all DTensor gradients; DeepSpeed has not bound the optimizer.
 
         Collective: all ranks that share the model's DTensor parameters, or all of the configured process group, also
         those that hold no element or no gradient: one all-reduce of 64 bytes per distinct mesh dimension (one for
@@ -150,7 +153,7 @@ class AdaptiveInertia(torch.optim.Optimizer):
         """
         loss = None
         if closure is not None:
-            if self._pending_mean is not None:
+            if isinstance(self.mean_source, KnownMean):
                 raise RuntimeError(
                     "step(closure) must not follow clip_grad_norm_(), got a closure, which computes other gradients; "
                     "set max_grad_norm to clip those"
@@ -162,33 +165,18 @@ class AdaptiveInertia(torch.optim.Optimizer):
 
     @torch._disable_dynamo  # a collective and host code: nothing to trace
     def _step(self) -> None:
-        if self._driver is not None:
-            self._driver.step_part()
-            return
-        if self._step_within_engine is not None and self._step_within_engine():
-            return
-        if not self._has_stepped and self._sharding is None:
-            check_not_a_part(type(self).__name__)
         check_not_in_backward()
+        source = self.mean_source
         shards = self.owned_shards()
-        pending = self._take_pending()
-        mean = self._mean(shards, self._max_grad_norm_of_all()) if pending is None else pending.mean
+        mean = source.mean(self, shards, self.max_grad_norm)
         self.advance(shards, mean)
+        source.after(self, shards, mean)
         if not self._has_stepped and not shards:
-            warn_of_no_gradients(self._params(), self.sharding_plan.is_main_rank)
+            warn_of_no_gradients(self.params(), self.sharding_plan.is_main_rank)
         self._has_stepped = True
-        is_reported = pending is not None and pending.is_shared
-        self._record(mean, self.sharding_plan.is_main_rank and not is_reported)
-        self._retire(self._params())
-
-    def _retire(self, params: Iterable[Tensor]) -> None:
-        if self._retirement is not None:
-            states = (self.state[param] for param in params if param in self.state)
-            self._retirement.after_step(states, self._device())
-
-    def _record(self, mean: GlobalMean, is_main_rank: bool) -> None:
-        self._skips.record(mean.is_finite, is_main_rank)
-        self._last_mean = mean
+        if self.retire_beta1_prod:
+            states = (self.state[param] for param in self.params() if param in self.state)
+            self._retirement.after_step(states, self.device)
 
     @torch.no_grad()
     def owned_shards(self) -> list[OwnedShards]:
@@ -196,33 +184,30 @@ class AdaptiveInertia(torch.optim.Optimizer):
 
         Collective: where a gradient is placed unlike its parameter, all ranks of the parameter's mesh.
         """
-        self._create_states(self._params())
-        return self._holdings.owned_shards(self.param_groups, self.state)
-
-    def _create_states(self, params: Iterable[Tensor]) -> None:
-        for param in params:
-            # Also without a gradient: all ranks must have the same states, or checkpoints hang or lack keys.
-            if (param.requires_grad or param.grad is not None) and not self.state[param]:
-                self.state[param] = new_state(param)
+        self.create_states(self.params())
+        return self._holdings_of_part().owned_shards(self.param_groups, self.state, self.mean_source.sharding())
 
     @torch.no_grad()
-    def observe(self, shards: list[OwnedShards]) -> Sums:
-        """What this rank adds to the global mean: weighted sums, float64, on the device of the first shard.
+    def observe(self, shards: list[OwnedShards], expected: Tensor | None = None) -> Sums:
+        """What this rank adds to the global mean: weighted sums, float64, on the device of the first parameter.
+
+        Args:
+            expected: what the gradients are probably going to be multiplied by, 0-dim float64; by default 1 over the
+                loss scale.
 
         Collective: none.
         """
-        device = self._device()
-        total = torch.zeros(len(Sums._fields), dtype=torch.float64, device=device)
+        if expected is None:
+            expected = unscaling_coefficient(getattr(self, "grad_scale", None), self.device)
+        total = torch.zeros(len(Sums._fields), dtype=torch.float64, device=self.device)
         for owned in shards:
-            lr = equations.scalar_tensor(owned.hyper.lr, owned.layout.weights)
-            norms = owned.backend.observe(owned.shards, owned.hyper)
-            mean_terms = equations.mean_terms(norms, exp_avg_sq_sums(owned), owned.correction, owned.hyper)
-            terms = (torch.stack([norms.grad_grad, *mean_terms]) * owned.layout.weights).sum(1)
-            no_overflow = torch.zeros_like(lr)
-            total += torch.cat([terms, torch.stack([owned.layout.num_elements, no_overflow, lr])]).to(device)
+            total += owned.observe(expected.to(owned.layout.weights.device)).to(self.device)
         sums = Sums(*total.unbind())
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # set by torch.amp.GradScaler
-        return sums if found_inf is None else sums._replace(num_overflows=found_inf.to(sums.lr).reshape(()))
+        if found_inf is None:
+            return sums
+        is_overflow = found_inf.to(self.device).reshape(()) > 0
+        return sums._replace(grad_squared=torch.where(is_overflow, torch.inf, sums.grad_squared))
 
     @torch.no_grad()
     def advance(self, shards: list[OwnedShards], mean: GlobalMean) -> None:
@@ -231,34 +216,33 @@ class AdaptiveInertia(torch.optim.Optimizer):
         Collective: none.
         """
         for owned in shards:
-            local_mean = mean.to(owned.layout.weights.device)
-            scalars = local_mean.step_scalars(owned.hyper, owned.correction, owned.shards.exp_avg[0].dtype)
-            keep_sums(owned, owned.advance(scalars))
-            # With alpha torch takes the tensor as a tensor; without, it reads it on the host as a number.
-            torch._foreach_add_(owned.steps, local_mean.is_live.to(owned.steps[0].dtype), alpha=1.0)
+            owned.advance(mean.to(owned.layout.weights.device))
 
-    def _mean(self, shards: list[OwnedShards], max_norm: float | None) -> GlobalMean:
-        """The mean of this step, which the other optimizers that share it get to know."""
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)  # set by torch.amp.GradScaler
-        if grad_scale is not None or hasattr(self, "found_inf"):
-            check_one_layout(self._params())
-        sums = self.observe(shards)
-        others = [optimizer for optimizer in self._sharers if optimizer is not self]
-        for other in others:
-            sums = sums.plus(other.observe(other.owned_shards()))
-        mean = global_mean(sums, self.mean_group, max_norm=max_norm, grad_scale=grad_scale)
-        for other in others:
-            other._pending_mean = PendingMean(mean, versions(other._params()), is_shared=True)
-        return mean
+    def record(self, mean: GlobalMean, *, is_logged: bool = True) -> None:
+        """Keep what a step has found out for the properties that report it.
 
-    def _max_grad_norm_of_all(self) -> float | None:
-        bounds = {optimizer.max_grad_norm for optimizer in self._sharers} | {self.max_grad_norm}
-        if len(bounds) > 1:
-            raise ValueError(
-                "optimizers that share one mean share one norm and must have the same max_grad_norm, "
-                f"got {[optimizer.max_grad_norm for optimizer in self._sharers]!r}; set them alike"
-            )
-        return self.max_grad_norm
+        Args:
+            is_logged: the main rank logs a step that did not count.
+
+        Collective: none.
+        """
+        self._report(mean, lambda: is_logged and self.sharding_plan.is_main_rank)
+
+    def refresh(self) -> None:
+        """Read the states anew in the next step, after writing to single elements in a way that torch does not record.
+
+        Other writes are seen without this call: torch records in-place operations, replaced and loaded states, and
+        what collectives, ``.data``, NumPy and DLPack write to whole tensors shows in samples that every step compares.
+
+        Collective: none.
+        """
+        self._holdings = {}
+        self.mean_source.refresh()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As that of torch; raises RuntimeError where an engine has taken the parameters over."""
+        self.mean_source.check_allows("add_param_group()", "list all parameters before")
+        super().add_param_group(param_group)
 
     # -- clipping --------------------------------------------------------------------------------------------------
 
@@ -278,41 +262,19 @@ class AdaptiveInertia(torch.optim.Optimizer):
 
         Collective: as :meth:`step`, which makes none then.
         """
-        self._check_not_driven("clip_grad_norm_()", "set its own clipping")
+        source = self.mean_source.between_steps()
+        source.check_allows("clip_grad_norm_()", "set its own clipping")
         bound = max_grad_norm_in_range("max_norm", max_norm)
         if bound is None:
             raise TypeError("max_norm must be a number, got None; leave the call out to clip nothing")
-        mean = self._mean(self.owned_shards(), bound)
-        self._pending_mean = PendingMean(mean, versions(self._params()), is_shared=False)
+        mean = source.mean(self, self.owned_shards(), bound)
+        self.mean_source = KnownMean(self, mean, source, is_shared=False)
         return mean.grad_norm
-
-    def _take_pending(self) -> PendingMean | None:
-        pending, self._pending_mean = self._pending_mean, None
-        if pending is not None:
-            pending.check(versions(self._params()))
-        return pending
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As :meth:`torch.optim.Optimizer.zero_grad`; a pending :meth:`clip_grad_norm_` is dropped."""
-        self._pending_mean = None
+        self.mean_source = self.mean_source.between_steps()
         super().zero_grad(set_to_none)
-
-    # -- what a step found out -------------------------------------------------------------------------------------
-
-    @property
-    def grad_norm(self) -> Tensor:
-        """Global norm of the last step's gradients, unscaled, before clipping; 0-dim float64, NaN before any step."""
-        return _UNKNOWN.clone() if self._last_mean is None else self._last_mean.grad_norm
-
-    @property
-    def inertia_mean(self) -> Tensor:
-        """Global mean of the bias-corrected second moment in the last step; 0-dim float64, NaN before any step."""
-        return _UNKNOWN.clone() if self._last_mean is None else self._last_mean.inertia_mean
-
-    @property
-    def num_skipped_steps(self) -> Tensor:
-        """Steps skipped because of a non-finite gradient since this object was made; 0-dim int64."""
-        return self._skips.num_skipped_steps.clone()
 
     # -- sharding --------------------------------------------------------------------------------------------------
 
@@ -348,21 +310,8 @@ class AdaptiveInertia(torch.optim.Optimizer):
 
         Collective: none here; all ranks of the process groups must step together afterwards.
         """
-        self._check_not_driven("configure_sharding()", "leave it out")
-        if self._sharers:
-            raise RuntimeError(
-                "an optimizer that shares its mean must be configured with the others, got configure_sharding() of "
-                "one; pass the arguments to share_mean()"
-            )
-        self._shard(configured_sharding(process_group, num_replicas, model, stages))
-
-    def _check_not_driven(self, call: str, remedy: str) -> None:
-        if self._driver is not None:
-            raise RuntimeError(f"an engine steps this optimizer part by part and has the norm, got {call}; {remedy}")
-
-    def _shard(self, sharding: ModelSharding | None) -> None:
-        self._sharding = sharding
-        self._reset_derived()
+        self.mean_source.check_allows("configure_sharding()", "leave it out")
+        self.mean_source = ShardedMean(configured_sharding(process_group, num_replicas, model, stages))
 
     @property
     def mean_group(self) -> tuple[ProcessGroup, ...]:
@@ -372,90 +321,13 @@ class AdaptiveInertia(torch.optim.Optimizer):
     @property
     def sharding_plan(self) -> ShardingPlan:
         """Who shares the mean, and the weight of every parameter in it, as of now."""
-        return self._holdings.plan(self.param_groups)
+        return self._holdings_of_part().plan(self.param_groups, self.mean_source.sharding())
 
-    def _params(self) -> list[Tensor]:
-        return [param for param_group in self.param_groups for param in param_group["params"]]
-
-    def _device(self) -> torch.device:
-        for param in self._params():
-            return param.device
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
-
-    # -- torch.optim -----------------------------------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with their own hyperparameters where given; also during training.
-
-        Raises:
-            TypeError, ValueError: as the constructor.
-        """
-        if isinstance(param_group, dict):  # pyright: ignore[reportUnnecessaryIsInstance] torch refuses the others
-            if "params" not in param_group:
-                raise ValueError(
-                    f"a parameter group must have the key 'params', got {sorted(param_group)}; list parameters there"
-                )
-            Hyper.from_param_group({**self._hyper.as_defaults(), **param_group})
-            param_group.setdefault("betas", self._hyper.betas)
-        super().add_param_group(param_group)
-        for optimizer in self._sharers:
-            optimizer._reset_derived()
-
-    def state_dict(self) -> dict[str, Any]:
-        """As :meth:`torch.optim.Optimizer.state_dict`; zeros stand for a retired ``beta1_prod``. Collective: none."""
-        state_dict = super().state_dict()
-        for key, state in state_dict["state"].items():
-            if isinstance(state, dict):
-                state_dict["state"][key] = with_zeros(state)
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this optimizer, or of the authors' Adai and AdaiV2; states keep float32 at least.
-
-        Raises:
-            TypeError, ValueError: the checkpoint is of another optimizer, model or layout, or incomplete; parameters,
-                states and hyperparameters are as before.
-
-        Collective: none.
-        """
-        check_is_mapping(state_dict)
-        loaded: dict[str, Any] = {}
-
-        def check_and_keep(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
-            check_state_dict(final, self.param_groups)
-            loaded.update(final)
-
-        hook = self.register_load_state_dict_pre_hook(check_and_keep)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
-        restore_states(self.state, self.param_groups, loaded)
-        if self._retirement is not None:
-            self._retirement.look_after_next_step()
+    def _holdings_of_part(self) -> Holdings:
+        part = self.mean_source.part(self)
+        if part not in self._holdings:
+            self._holdings[part] = Holdings(self.backends)
+        return self._holdings[part]
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()}\nKernels: {self._backends}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "_hyper": self._hyper,
-            "max_grad_norm": self.max_grad_norm,
-            "_backends": Backends(self._backends.mode),
-            "_sharding": self._sharding,
-            "_retirement": None if self._retirement is None else Retirement(),
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("_skips", SkipCounter())
-        self.__dict__.setdefault("_retirement", Retirement())
-        for param_group in self.param_groups:
-            for name, value in self._hyper.as_defaults().items():
-                param_group.setdefault(name, value)
-            for param in param_group["params"]:
-                if "step" in self.state.get(param, {}):
-                    self.state[param]["step"] = step_tensor(self.state[param]["step"], param)
-        self._reset_derived()
+        return f"{super().__repr__()}\nKernels: {self.backends}"

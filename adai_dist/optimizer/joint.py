@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
-from adai_dist.sharding.configured import Joint, NumReplicas, configured_sharding
+from adai_dist.optimizer.mean_source import SharedMean
+from adai_dist.sharding.configured import NumReplicas, configured_sharding
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -43,14 +44,10 @@ def share_mean(
     for optimizer in members:
         if not isinstance(optimizer, AdaptiveInertia):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"optimizers must be Adai, AdaiW or AdaiV2, got one of type {type(optimizer).__name__}")
-        optimizer._check_not_driven("share_mean()", "leave it out")
+        optimizer.mean_source.check_allows("share_mean()", "leave it out")
     if not members or len(set(members)) < len(members):
         raise ValueError(f"optimizers must be one or more, each once, got {len(members)}, {len(set(members))} distinct")
     sharding = configured_sharding(process_group, num_replicas, model, stages)
-
-    def all_params() -> list[Tensor]:
-        return [param for optimizer in members for param in optimizer._params()]
-
+    shared = SharedMean(members, sharding)
     for optimizer in members:
-        optimizer._sharers = members
-        optimizer._shard(Joint(all_params, sharding))
+        optimizer.mean_source = shared

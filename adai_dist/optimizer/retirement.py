@@ -12,11 +12,12 @@ which retire again after the first step.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from adai_dist.optimizer.host_copy import HostCopy
 from adai_dist.sharding.ownership import local_tensor
 
 STEPS_BETWEEN_LOOKS = 500
@@ -24,15 +25,32 @@ STEPS_BETWEEN_LOOKS = 500
 States = Mapping[Tensor, dict[str, Any]]
 
 
-class _Look(NamedTuple):
-    """The largest entries of some products, on their way to the host."""
+Products = list[tuple[dict[str, Any], Tensor]]
+"""(state, its beta1_prod)."""
 
-    products: list[tuple[dict[str, Any], Tensor]]
-    """(state, its beta1_prod)."""
-    largest: Tensor
-    """On the host; complete once ``arrived`` is."""
-    arrived: torch.Event | None
-    """None where the products are on the host themselves."""
+
+class _Look:
+    """Finds the largest entries of some products, of one device and dtype."""
+
+    def __init__(self) -> None:
+        self._products: Products = []
+        self._largest = HostCopy()
+
+    def start(self, products: Products) -> None:
+        self._products = products
+        largest = torch._foreach_norm([local_tensor(product) for _, product in products], torch.inf)
+        self._largest.start(torch.stack(largest))
+
+    def retire(self) -> None:
+        """Free what can be freed, once the numbers have arrived."""
+        largest = self._largest.take()
+        if largest is None:
+            return
+        small = largest <= torch.finfo(largest.dtype).eps / 4
+        for (state, product), is_small in zip(self._products, small.tolist(), strict=True):
+            if is_small and state.get("beta1_prod") is product:  # it may have been loaded anew meanwhile
+                del state["beta1_prod"]
+        self._products = []
 
 
 class Retirement:
@@ -40,7 +58,7 @@ class Retirement:
 
     def __init__(self) -> None:
         self._num_steps = 0
-        self._looks: list[_Look] = []
+        self._looks: dict[tuple[torch.device, torch.dtype], _Look] = {}
         self._is_captured = False
 
     def look_after_next_step(self) -> None:
@@ -60,10 +78,12 @@ class Retirement:
         self._is_captured |= device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if self._is_captured:
             return
-        self._looks = [look for look in self._looks if not _retire(look)]
         self._num_steps += 1
         if self._num_steps % STEPS_BETWEEN_LOOKS == 0:
-            self._looks = [look for look in _look_at(states) if not _retire(look)]
+            for kind, products in _by_kind(states).items():
+                self._looks.setdefault(kind, _Look()).start(products)
+        for look in self._looks.values():
+            look.retire()
 
 
 def is_retired(state: Mapping[str, Any]) -> bool:
@@ -75,32 +95,10 @@ def with_zeros(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**state, "beta1_prod": torch.zeros_like(state["exp_avg"])} if is_retired(state) else dict(state)
 
 
-def _look_at(states: Iterable[dict[str, Any]]) -> list[_Look]:
-    by_kind: dict[tuple[torch.device, torch.dtype], list[tuple[dict[str, Any], Tensor]]] = {}
+def _by_kind(states: Iterable[dict[str, Any]]) -> dict[tuple[torch.device, torch.dtype], Products]:
+    found: dict[tuple[torch.device, torch.dtype], Products] = {}
     for state in states:
         product = state.get("beta1_prod")
         if product is not None and local_tensor(product).numel():
-            by_kind.setdefault((product.device, product.dtype), []).append((state, product))
-    return [_look(products) for products in by_kind.values()]
-
-
-def _look(products: list[tuple[dict[str, Any], Tensor]]) -> _Look:
-    largest = torch.stack(torch._foreach_norm([local_tensor(product) for _, product in products], torch.inf))
-    if largest.device.type == "cpu":
-        return _Look(products, largest, None)
-    on_host = torch.empty(largest.shape, dtype=largest.dtype, pin_memory=True)
-    on_host.copy_(largest, non_blocking=True)
-    arrived = torch.Event(largest.device)
-    arrived.record()
-    return _Look(products, on_host, arrived)
-
-
-def _retire(look: _Look) -> bool:
-    """Free what can be freed; False while the numbers are still on their way."""
-    if look.arrived is not None and not look.arrived.query():
-        return False
-    small = look.largest <= torch.finfo(look.largest.dtype).eps / 4
-    for (state, product), is_small in zip(look.products, small.tolist(), strict=True):
-        if is_small and state.get("beta1_prod") is product:  # it may have been loaded anew meanwhile
-            del state["beta1_prod"]
-    return True
+            found.setdefault((product.device, product.dtype), []).append((state, product))
+    return found

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from adai_dist.sharding.ownership import is_dtensor
+
+if TYPE_CHECKING:
+    from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 
 logger: logging.Logger = logging.getLogger("adai_dist")
 
@@ -24,45 +28,20 @@ def check_not_in_backward() -> None:
         )
 
 
-def check_not_a_part(name: str) -> None:
-    """Refuse a step within a ``ZeroRedundancyOptimizer`` that has not said so: its hook is missing.
-
-    Args:
-        name: of the optimizer's class.
+def check_params_were_given(optimizer: AdaptiveInertia) -> None:
+    """Refuse an optimizer whose parameters DeepSpeed has replaced without binding it: they are parts of the model.
 
     Raises:
-        RuntimeError: the mean would be taken over this rank's part of the model.
+        RuntimeError: the mean would be taken over a part of the model.
     """
-    if "torch.distributed.optim.zero_redundancy_optimizer" in modules_of_callers():
-        raise RuntimeError(
-            f"{name} within ZeroRedundancyOptimizer must know that every rank holds other parameters, or the mean is "
-            "taken over a part of the model; got a step without that; leave ADAI_DIST_REGISTER=0 out of the "
-            "environment, or call optimizer.optim.configure_sharding(num_replicas=1) after making the optimizer"
-        )
-
-
-def refuse_unregistered_deepspeed(optimizer: torch.optim.Optimizer) -> bool:
-    """Keep DeepSpeed from stepping an optimizer while nothing is registered with it; returns False otherwise."""
-    *_, caller = modules_of_callers()
-    if caller.startswith("deepspeed.runtime."):
+    replaced = optimizer.replaced_params if "deepspeed.runtime.engine" in sys.modules else []
+    if replaced and all(param.dim() == 1 and not is_dtensor(param) for param in replaced):  # flat partitions
         raise RuntimeError(
             f"DeepSpeed must bind {type(optimizer).__name__} before it steps it, or the mean is taken over a part of "
-            f"the model; got a step from {caller} with nothing registered; call adai_dist.register() before "
-            "deepspeed.initialize(), or leave ADAI_DIST_REGISTER=0 out of the environment"
+            "the model; got a step with flat parameters that the optimizer was not made with; call "
+            "adai_dist.register() before deepspeed.initialize(), or leave ADAI_DIST_REGISTER=0 out of the environment; "
+            "where each parameter is whole on every rank, optimizer.configure_sharding(num_replicas=...) says so"
         )
-    return False
-
-
-def modules_of_callers() -> Iterator[str]:
-    """Names of the calling modules, from the inside: those of this package and of torch, and the first other one."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        name: str = frame.f_globals.get("__name__", "")
-        yield name
-        if name.split(".")[0] not in ("adai_dist", "torch"):
-            return
-    yield ""
 
 
 def check_one_layout(params: Iterable[Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -81,20 +82,18 @@ class ModelAndStages(_Shared):
 
 
 @dataclass(frozen=True)
-class Joint(_Shared):
+class Joint:
     """Several optimizers share one mean: what holds for the parameters of all of them."""
 
-    all_params: Callable[[], list[Tensor]]
+    all_params: tuple[Tensor, ...]
     sharding: ModelSharding | None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise TypeError(
-            "an optimizer that shares its mean with others must not be copied alone; copy the models and make new "
-            "optimizers"
-        )
+    def is_of(self, params: tuple[Tensor, ...]) -> bool:
+        """Whether these are all the parameters still."""
+        return len(params) == len(self.all_params) and all(map(operator.is_, params, self.all_params))
 
     def plan(self, params: tuple[Tensor, ...]) -> ShardingPlan:
-        return replace(plan_sharding(self.all_params(), self.sharding), params=params)
+        return replace(plan_sharding(self.all_params, self.sharding), params=params)
 
 
 def configured_sharding(

@@ -14,7 +14,7 @@ from adai_dist.hyper import Hyper
 from adai_dist.kernels import Backends
 from adai_dist.sharding.ownership import aligned_gradient, local_tensor
 from adai_dist.sharding.plan import ModelSharding, ShardingPlan, plan_sharding
-from adai_dist.sharding.shards import Holding, Layout, OwnedShards
+from adai_dist.sharding.shards import Holding, Layout, OwnedShards, check_is_complete
 
 States = Mapping[Tensor, dict[str, Any]]
 
@@ -23,32 +23,35 @@ class Holdings:
     """Lists the owned shards of every step.
 
     Everything kept here follows from parameters and states, and is found again where it is missing or out of date: the
-    sharding plan when parameters were replaced, local tensors when parameter or state were, the sums of exp_avg_sq when
-    the state was replaced or written to.
+    sharding plan when parameters were replaced, local tensors when parameter or state were, what was kept of exp_avg_sq
+    when the state was replaced or written to.
     """
 
-    def __init__(self, backends: Backends, sharding: ModelSharding | None = None) -> None:
+    def __init__(self, backends: Backends) -> None:
         self.backends = backends
-        self.sharding = sharding
         self._plan: ShardingPlan | None = None
+        self._sharding: ModelSharding | None = None
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         self._holdings: dict[int, Holding] = {}  # by id: hashing a tensor is slow
 
-    def plan(self, param_groups: list[dict[str, Any]]) -> ShardingPlan:
+    def plan(self, param_groups: list[dict[str, Any]], sharding: ModelSharding | None) -> ShardingPlan:
         """The sharding of these parameters. Collective: none."""
         params = [param for param_group in param_groups for param in param_group["params"]]
-        if self._plan is None or not self._plan.fits(params):
-            self._plan = plan_sharding(params, self.sharding)
+        if self._plan is None or self._sharding is not sharding or not self._plan.fits(params):
+            self._plan = plan_sharding(params, sharding)
+            self._sharding = sharding
             self._layouts.clear()
             self._holdings.clear()
         return self._plan
 
-    def owned_shards(self, param_groups: list[dict[str, Any]], states: States) -> list[OwnedShards]:
+    def owned_shards(
+        self, param_groups: list[dict[str, Any]], states: States, sharding: ModelSharding | None
+    ) -> list[OwnedShards]:
         """Local tensors of all parameters that have a gradient, by parameter group, device, dtypes and backend.
 
         Collective: where a gradient is placed unlike its parameter, all ranks of the parameter's mesh.
         """
-        plan = self.plan(param_groups)
+        plan = self.plan(param_groups, sharding)
         found: dict[tuple[Any, ...], list[tuple[Holding, Tensor]]] = {}
         for index, param_group in enumerate(param_groups):
             for param in param_group["params"]:
@@ -65,9 +68,9 @@ class Holdings:
         holding = self._holdings.get(id(param))
         if holding is None or not holding.is_of(param, state):
             holding = self._holdings[id(param)] = Holding(param, state)
-        holding.check_shape("grad", grad)
-        gradient_form = (grad.dtype, grad.stride())
+        gradient_form = (grad.dtype, grad.shape, grad.stride())
         if gradient_form != holding.gradient_form:
+            holding.check_shape("grad", grad)
             holding.backend = self.backends.of((holding.local_param, *holding.states, grad))
             holding.gradient_form = gradient_form
         return holding
@@ -83,7 +86,13 @@ class Holdings:
         layout = self._layouts.get(key)
         if layout is None or not layout.fits(holdings):
             layout = self._layouts[key] = Layout.of(holdings, plan.weights)
-        steps = [holding.state["step"] for holding in holdings]
+        try:
+            steps = [holding.state["step"] for holding in holdings]
+            next_steps = torch.stack(steps).double() + 1.0
+        except (KeyError, TypeError):
+            for holding in holdings:
+                check_is_complete(holding.state)
+            raise
         return OwnedShards(
             hyper=hyper,
             backend=key[-1],
@@ -97,22 +106,5 @@ class Holdings:
                 beta1_prod=[holding.beta1_prod for holding in holdings if holding.beta1_prod is not None],
             ),
             steps=steps,
-            correction=equations.bias_correction(hyper.beta2, torch.stack(steps).double() + 1.0),
+            correction=equations.bias_correction(hyper.beta2, next_steps),
         )
-
-
-def exp_avg_sq_sums(owned: OwnedShards) -> Tensor:
-    """Sums of exp_avg_sq as it stands, float64, one per parameter: those that were kept, or one more read."""
-    kept = [holding.kept_sum() for holding in owned.holdings]
-    if all(of_param is not None and of_param[0] is owned.layout.exp_avg_sq_sums for of_param in kept):
-        return owned.layout.exp_avg_sq_sums
-    missing = [owned.shards.exp_avg_sq[i] for i, of_param in enumerate(kept) if of_param is None]
-    found = iter(owned.backend.sums(missing).unbind() if missing else ())
-    return torch.stack([of_param[0][of_param[1]] if of_param else next(found) for of_param in kept])
-
-
-def keep_sums(owned: OwnedShards, sums: Tensor) -> None:
-    """Keep the sums of exp_avg_sq, float64, one per parameter, for the next step."""
-    kept = owned.layout.exp_avg_sq_sums.copy_(sums)
-    for index, holding in enumerate(owned.holdings):
-        holding.keep_sum(kept, index)

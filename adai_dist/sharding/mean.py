@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from adai_dist.equations import StepScalars, scalar_tensor
+from adai_dist.equations import MeanTerms, StepScalars, mean_sum, scalar_tensor
 from adai_dist.hyper import Hyper
 
 if TYPE_CHECKING:
@@ -23,21 +23,25 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 class Sums(NamedTuple):
     """What travels: 8 float64 (64 bytes), each 0-dim, weighted so that every element of the model counts once.
 
-    The middle four are sums over all shards of :class:`adai_dist.equations.MeanTerms`.
+    The five in the middle are sums over all shards of :class:`adai_dist.equations.MeanTerms`.
     """
 
     grad_squared: Tensor
-    """Squared norm of the gradients as they are: neither unscaled nor clipped."""
+    """Squared norm of the gradients as they are: neither unscaled nor clipped; infinite where a gradient scaler found a
+    non-finite gradient."""
     carried: Tensor
     quadratic: Tensor
     linear: Tensor
     constant: Tensor
+    expected: Tensor
     num_elements: Tensor
     """Number of real elements with a gradient in this step."""
-    num_overflows: Tensor
-    """> 0 where a gradient scaler found a non-finite gradient."""
     lr: Tensor
     """Sum of the learning rates: 0 means that this step cannot move a parameter."""
+
+    def added_up(self, process_groups: tuple[ProcessGroup, ...]) -> Sums:
+        """Those of all ranks together. Collective: as :func:`all_reduce`."""
+        return Sums(*all_reduce(torch.stack(self), process_groups).unbind()) if process_groups else self
 
     def plus(self, other: Sums) -> Sums:
         """Both together, on the device of the first."""
@@ -57,6 +61,8 @@ class GlobalMean(NamedTuple):
     """bool: no gradient on any rank is non-finite, nor so large that the second moment would overflow float32."""
     is_live: Tensor
     """bool: finite, and the mean is > 0; otherwise the step does not count."""
+    is_undefined: Tensor
+    """bool: the mean is 0, as all gradients so far are. Not so in a step without any learning rate, which is idle."""
 
     def to(self, device: torch.device) -> GlobalMean:
         """The same on another device, for models that span several."""
@@ -87,6 +93,7 @@ def global_mean(
     *,
     max_norm: float | None = None,
     grad_scale: Tensor | None = None,
+    expected: Tensor | None = None,
 ) -> GlobalMean:
     """Add up the sums of all ranks and evaluate clip coefficient and mean from them, alike on every rank.
 
@@ -95,42 +102,51 @@ def global_mean(
         process_groups: see :class:`adai_dist.sharding.plan.ShardingPlan`.
         max_norm: bound of the global gradient norm.
         grad_scale: loss scale by which the gradients are still multiplied; 0-dim.
+        expected: the coefficient that the sums were made for; by default 1 over the loss scale.
 
     Collective: all ranks of each process group, in order; one all-reduce of 64 bytes per process group.
 
     Numerics: float64.
     """
-    packed = all_reduce(torch.stack(local_sums), process_groups)
-    sums = Sums(*packed.unbind())
-    scale = torch.ones_like(sums.grad_squared) if grad_scale is None else grad_scale.to(packed.device, torch.float64)
-    scale = scale.reshape(())
-    grad_norm = sums.grad_squared.sqrt() / scale
-    clip_coefficient = 1.0 if max_norm is None else (max_norm / (grad_norm + CLIP_EPS)).clamp(max=1.0)
-    return evaluate(sums, grad_norm, clip_coefficient / scale)
+    sums = local_sums.added_up(process_groups)
+    unscaling = unscaling_coefficient(grad_scale, sums.lr.device)
+    grad_norm = sums.grad_squared.sqrt() * unscaling
+    c = unscaling if max_norm is None else unscaling * (max_norm / (grad_norm + CLIP_EPS)).clamp(max=1.0)
+    return evaluate(sums, grad_norm, c, unscaling if expected is None else expected)
 
 
-def evaluate(sums: Sums, grad_norm: Tensor, c: Tensor) -> GlobalMean:
+def unscaling_coefficient(grad_scale: Tensor | None, device: torch.device) -> Tensor:
+    """1 over the loss scale: the coefficient of gradients that are not clipped; 0-dim float64, on ``device``."""
+    if grad_scale is None:
+        return torch.ones((), dtype=torch.float64, device=device)
+    return 1.0 / grad_scale.to(device, torch.float64).reshape(())
+
+
+def evaluate(sums: Sums, grad_norm: Tensor, c: Tensor, expected: Tensor) -> GlobalMean:
     """The mean from sums over all ranks.
 
     Args:
         grad_norm: global norm to report; 0-dim float64.
         c: factor of every gradient, clip coefficient over loss scale; 0-dim float64.
+        expected: the factor that the sums were made for, see :func:`adai_dist.equations.mean_sum`.
 
     Collective: none.
     """
+    total = mean_sum(MeanTerms(*sums[1:6]), c, expected)
     # No gradient so far and no learning rate: nobody trains, somebody wants the states created.
     is_idle = (sums.grad_squared == 0) & (sums.carried == 0) & (sums.lr == 0)
-    constant = torch.where(is_idle, 0.0, sums.constant)
-    total = sums.carried + c * c * sums.quadratic + c * sums.linear + constant
+    is_undefined = (total == 0) & ~is_idle
+    total = torch.where(is_idle, 0.0, total)
     mean = total / sums.num_elements.clamp(min=1.0)
     # A second moment beyond float32 would be inf for ever. An inf or NaN in any sum fails the comparisons, too.
-    is_finite = (sums.grad_squared < torch.inf) & (total <= FLOAT32_MAX) & (sums.num_overflows == 0)
+    is_finite = (sums.grad_squared < torch.inf) & (total <= FLOAT32_MAX)
     return GlobalMean(
         coefficient=c,
         grad_norm=grad_norm,
         inertia_mean=mean,
         is_finite=is_finite,
         is_live=is_finite & (mean > 0),
+        is_undefined=is_undefined,
     )
 
 

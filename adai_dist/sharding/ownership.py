@@ -32,7 +32,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
     Shape: the local one; complex tensors get a last dimension of 2 (real, imaginary).
     """
-    if is_dtensor(tensor):
+    if type(tensor) not in PLAIN_TYPES and is_dtensor(tensor):
         with torch.no_grad():
             local: Any = tensor.to_local()
         # An AsyncCollectiveTensor's communication may still be under way.

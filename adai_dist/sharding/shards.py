@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adai_dist.equations import Shards, StepScalars
+from adai_dist import equations
+from adai_dist.equations import Shards, StepScalars, compute_dtype
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import Backend
-from adai_dist.sharding.ownership import is_dtensor, local_tensor, num_padding
+from adai_dist.sharding.mean import GlobalMean
+from adai_dist.sharding.ownership import PLAIN_TYPES, is_dtensor, local_tensor, num_padding
 
 STATE_NAMES = ("exp_avg", "exp_avg_sq", "beta1_prod")
 """beta1_prod is not there once it is retired (:mod:`adai_dist.optimizer.retirement`)."""
@@ -23,11 +25,12 @@ class Holding:
     Finding them takes many small calls; a holding serves for as long as parameter and states stay the same objects.
 
     Raises:
-        ValueError: a state differs from the parameter in its local shape.
+        ValueError: a state is incomplete, or differs from the parameter in its local shape.
+        TypeError: a state has another dtype than the parameter asks for.
     """
 
     __slots__ = (
-        *("_exp_avg_sq_sum", "_source", "_states"),
+        *("_is_complex", "_kept_row", "_source", "_states"),
         *("backend", "beta1_prod", "exp_avg", "exp_avg_sq", "gradient_form", "local_param", "param", "state"),
     )
 
@@ -35,17 +38,24 @@ class Holding:
         self.param = param
         self.state = state
         self._source = _source(param)
+        self._is_complex = param.is_complex()
+        check_is_complete(state)
         self._states = tuple(state.get(name) for name in STATE_NAMES)
         # The parameter itself where possible: it follows when a user sets param.data.
-        self.local_param: Tensor = self._source if not param.is_complex() else local_tensor(param)
+        self.local_param: Tensor = local_tensor(param) if self._is_complex else self._source
         self.exp_avg: Tensor = local_tensor(state["exp_avg"])
         self.exp_avg_sq: Tensor = local_tensor(state["exp_avg_sq"])
         self.beta1_prod: Tensor | None = local_tensor(state["beta1_prod"]) if "beta1_prod" in state else None
         for name, tensor in zip(STATE_NAMES, self.states, strict=False):
             self.check_shape(name, tensor)
-        self._exp_avg_sq_sum: tuple[Tensor, int, int] | None = None
+            if tensor.dtype != compute_dtype(param.dtype):
+                raise TypeError(
+                    f"{name} must be {compute_dtype(param.dtype)}, as its parameter is {param.dtype}, got "
+                    f"{tensor.dtype}; convert it"
+                )
+        self._kept_row: tuple[Tensor, int, int] | None = None
         self.gradient_form: tuple[Any, ...] = ()
-        """Dtype and strides of the gradient for which the backend was chosen."""
+        """Dtype, shape and strides of the gradient for which the backend was chosen."""
         self.backend: Backend | None = None
 
     @property
@@ -57,15 +67,18 @@ class Holding:
     def is_of(self, param: Tensor, state: dict[str, Any]) -> bool:
         """Whether parameter and state are the same objects still."""
         exp_avg, exp_avg_sq, beta1_prod = self._states
-        return (
-            self.param is param
-            and self.state is state
-            and state["exp_avg_sq"] is exp_avg_sq
-            and state["exp_avg"] is exp_avg
-            and state.get("beta1_prod") is beta1_prod
-            and self._source is _source(param)
-            and not param.is_complex()
-        )
+        try:
+            return (
+                self.param is param
+                and self.state is state
+                and state["exp_avg_sq"] is exp_avg_sq
+                and state["exp_avg"] is exp_avg
+                and state.get("beta1_prod") is beta1_prod
+                and self._source is (param if type(param) in PLAIN_TYPES else _source(param))
+                and not self._is_complex
+            )
+        except KeyError:
+            return False
 
     def check_shape(self, name: str, tensor: Tensor) -> None:
         shape = self.local_param.shape
@@ -76,15 +89,26 @@ class Holding:
                 "converts between layouts)"
             )
 
-    def keep_sum(self, sums: Tensor, index: int) -> None:
-        """Keep the sum of exp_avg_sq as it stands: entry ``index`` of ``sums``."""
-        self._exp_avg_sq_sum = (sums, index, self.exp_avg_sq._version)
+    def keep_row(self, kept: Tensor, index: int) -> None:
+        """Keep that row ``index`` of ``kept`` tells of exp_avg_sq as it stands."""
+        self._kept_row = (kept, index, self.exp_avg_sq._version)
 
-    def kept_sum(self) -> tuple[Tensor, int] | None:
-        """What was kept, unless exp_avg_sq was written to since."""
-        if self._exp_avg_sq_sum is None or self._exp_avg_sq_sum[2] != self.exp_avg_sq._version:
+    def kept_row(self) -> tuple[Tensor, int] | None:
+        """What was kept, unless torch knows that exp_avg_sq was written to since; the kernels see other writes."""
+        if self._kept_row is None or self._kept_row[2] != self.exp_avg_sq._version:
             return None
-        return self._exp_avg_sq_sum[:2]
+        return self._kept_row[:2]
+
+
+def check_is_complete(state: dict[str, Any]) -> None:
+    """Raises: ValueError: a state lacks what every state has."""
+    names = ("step", *STATE_NAMES[:2])
+    missing = [name for name in names if not isinstance(state.get(name), Tensor)]
+    if missing:
+        raise ValueError(
+            f"a state must have tensors {', '.join(names)}, got one without {', '.join(missing)}; to start a parameter "
+            "anew, delete all of its state"
+        )
 
 
 def _source(param: Tensor) -> Tensor:
@@ -105,8 +129,8 @@ class Layout:
     """float64, one per parameter: weight of its elements in the mean."""
     num_elements: Tensor
     """float64, 0-dim: weighted number of elements of all of them together."""
-    exp_avg_sq_sums: Tensor
-    """float64, one per parameter: written by every step for the next, in place, as a replayed CUDA graph needs it."""
+    kept: Tensor
+    """float64, two per parameter: what every step keeps of exp_avg_sq for the next (see :class:`Backend`)."""
     halves: tuple[Tensor, ...]
     """int64: where the retired parameters are, and where the others; empty unless there are both."""
 
@@ -127,7 +151,7 @@ class Layout:
             retired=retired,
             weights=torch.tensor(weights, dtype=torch.float64, device=device),
             num_elements=torch.tensor(num_elements, dtype=torch.float64, device=device),
-            exp_avg_sq_sums=torch.zeros(len(params), dtype=torch.float64, device=device),
+            kept=torch.full((len(params), 2), torch.nan, dtype=torch.float64, device=device),
             halves=tuple(torch.tensor(half, device=device) for half in halves) if all(halves) else (),
         )
 
@@ -158,19 +182,56 @@ class OwnedShards:
     correction: Tensor
     """``1 - beta2^t`` of this step, if it counts; float64."""
 
-    def advance(self, scalars: StepScalars) -> Tensor:
-        """One step, in place; returns the sums of the new exp_avg_sq, float64, one per parameter."""
-        if not self.layout.halves:
-            return self.backend.advance(self.shards, self.hyper, scalars)
-        sums = torch.empty_like(self.correction)
+    def observe(self, expected: Tensor) -> Tensor:
+        """The sums of :class:`adai_dist.sharding.mean.Sums` over these shards, in one tensor, weighted.
+
+        Args:
+            expected: the coefficient of the gradients that is expected; 0-dim, float64.
+
+        Collective: none.
+        """
+        dtype = self.shards.exp_avg_sq[0].dtype
+        c = (self.hyper.sign * expected).to(dtype)
+        norms, v_sums = self.backend.observe(self.shards, self.hyper, c, self._kept_rows())
+        terms = equations.mean_terms(norms, v_sums, self.correction, self.hyper, expected, dtype)
+        of_shards = (torch.stack([norms.grad_grad, *terms]) * self.layout.weights).sum(1)
+        lr = equations.scalar_tensor(self.hyper.lr, expected)
+        return torch.cat([of_shards, torch.stack([self.layout.num_elements, lr])])
+
+    def advance(self, mean: GlobalMean) -> None:
+        """One step, in place. Collective: none."""
+        scalars = mean.step_scalars(self.hyper, self.correction, self.shards.exp_avg[0].dtype)
+        rows = self._advance_halves(scalars) if self.layout.halves else self._advance(self.shards, scalars)
+        if rows is not None:
+            kept = self.layout.kept.copy_(rows)  # in place, as a replayed CUDA graph needs it
+            for index, holding in enumerate(self.holdings):
+                holding.keep_row(kept, index)
+        # With alpha torch takes the tensor as a tensor; without, it reads it on the host as a number.
+        torch._foreach_add_(self.steps, mean.is_live.to(self.steps[0].dtype), alpha=1.0)
+
+    def _advance(self, shards: Shards, scalars: StepScalars) -> Tensor | None:
+        return self.backend.advance(shards, self.hyper, scalars)
+
+    def _advance_halves(self, scalars: StepScalars) -> Tensor | None:
+        rows: Tensor | None = None
         for half, is_retired in zip(self.layout.halves, (True, False), strict=True):
             shards = Shards(
                 *(_where(self.layout.retired, is_retired, tensors) for tensors in self.shards[:-1]),
                 beta1_prod=[] if is_retired else self.shards.beta1_prod,
             )
-            of_half = scalars._replace(inverse_means=scalars.inverse_means[half])
-            sums[half] = self.backend.advance(shards, self.hyper, of_half)
-        return sums
+            of_half = self._advance(shards, scalars._replace(inverse_means=scalars.inverse_means[half]))
+            if of_half is not None:
+                rows = torch.empty_like(self.layout.kept) if rows is None else rows
+                rows[half] = of_half
+        return rows
+
+    def _kept_rows(self) -> Tensor:
+        """What the last step of each parameter has kept of exp_avg_sq; NaN where there was none, or others wrote."""
+        rows = [holding.kept_row() for holding in self.holdings]
+        if all(row is not None and row[0] is self.layout.kept for row in rows):
+            return self.layout.kept
+        nothing = torch.full_like(self.layout.kept[0], torch.nan)
+        return torch.stack([nothing if row is None else row[0][row[1]] for row in rows])
 
 
 def _where(retired: list[bool], wanted: bool, tensors: list[Tensor]) -> list[Tensor]:

@@ -92,7 +92,7 @@ def measure(setting: Setting) -> dict[str, Any]:
             "hardware": hardware(setting.device),
             "threads": torch.get_num_threads(),
             "versions": versions(),
-            "kernels": str(optimizer._backends),
+            "kernels": str(optimizer.backends),
             "shapes": setting.shapes,
             "num_tensors": len(shapes),
             "numel": model.numel,

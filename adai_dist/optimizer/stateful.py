@@ -1,0 +1,143 @@
+"""The optimizer as torch.optim has it: parameter groups, states, checkpoints, copies."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from adai_dist.hyper import Hyper
+from adai_dist.optimizer.checking import check_is_mapping, check_state_dict
+from adai_dist.optimizer.retirement import Retirement, with_zeros
+from adai_dist.optimizer.state import new_state, restore_states, step_tensor
+
+
+class StatefulOptimizer(torch.optim.Optimizer):
+    """Parameter groups with the hyperparameters of :class:`adai_dist.hyper.Hyper`, and a state for every parameter.
+
+    Args:
+        params: parameters, named parameters, or parameter groups.
+        hyper: hyperparameters of the parameter groups that do not state their own.
+    """
+
+    _kept_by_copies: ClassVar[tuple[str, ...]] = ("_hyper",)
+    """Attributes that copies and pickles of the optimizer have, beside what torch gives them."""
+
+    def __init__(self, params: ParamsT, hyper: Hyper) -> None:
+        self._hyper = hyper
+        self._retirement = Retirement()
+        self._given: dict[int, weakref.ref[Tensor]] = {}
+        super().__init__(params, hyper.as_defaults())
+        # betas[0] is no momentum. With betas among the defaults, OneCycleLR and CyclicLR would cycle it, silently.
+        del self.defaults["betas"]
+
+    def params(self) -> list[Tensor]:
+        """The parameters of all parameter groups, in order."""
+        return [param for param_group in self.param_groups for param in param_group["params"]]
+
+    @property
+    def device(self) -> torch.device:
+        """That of the first parameter, or where a rank holds none, of the current accelerator."""
+        for param_group in self.param_groups:
+            for param in param_group["params"]:
+                return param.device
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+
+    @property
+    def replaced_params(self) -> list[Tensor]:
+        """The parameters that parameter groups list, though neither the constructor nor a later group brought them."""
+        return [param for param in self.params() if self._given.get(id(param), _gone)() is not param]
+
+    def create_states(self, params: Iterable[Tensor]) -> None:
+        """Create the states that do not exist yet, of parameters that require a gradient or have one.
+
+        Also without a gradient: all ranks must have the same states, or checkpoints hang or lack keys.
+
+        Collective: none.
+        """
+        for param in params:
+            if (param.requires_grad or param.grad is not None) and not self.state[param]:
+                self.state[param] = new_state(param)
+
+    def refresh(self) -> None:
+        """Forget everything that is derived from parameters and states; it is found again in the next step."""
+        raise NotImplementedError
+
+    def _begin_copy(self) -> None:
+        """Make what copies and pickles have anew."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with their own hyperparameters where given; also during training.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
+        if isinstance(param_group, dict):  # pyright: ignore[reportUnnecessaryIsInstance] torch refuses the others
+            if "params" not in param_group:
+                raise ValueError(
+                    f"a parameter group must have the key 'params', got {sorted(param_group)}; list parameters there"
+                )
+            Hyper.from_param_group({**self._hyper.as_defaults(), **param_group})
+            param_group.setdefault("betas", self._hyper.betas)
+        super().add_param_group(param_group)
+        self._given.update((id(param), weakref.ref(param)) for param in self.param_groups[-1]["params"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`torch.optim.Optimizer.state_dict`; zeros stand for a retired ``beta1_prod``. Collective: none."""
+        state_dict = super().state_dict()
+        for key, state in state_dict["state"].items():
+            if isinstance(state, dict):
+                state_dict["state"][key] = with_zeros(state)
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this optimizer, or of the authors' Adai and AdaiV2; states keep float32 at least.
+
+        Raises:
+            TypeError, ValueError: the checkpoint is of another optimizer, model or layout, or incomplete; parameters,
+                states and hyperparameters are as before.
+
+        Collective: none.
+        """
+        check_is_mapping(state_dict)
+        loaded: dict[str, Any] = {}
+
+        def check_and_keep(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
+            check_state_dict(final, self.param_groups)
+            loaded.update(final)
+
+        hook = self.register_load_state_dict_pre_hook(check_and_keep)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        restore_states(self.state, self.param_groups, loaded)
+        self._retirement.look_after_next_step()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {name: getattr(self, name) for name in self._kept_by_copies}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy or a pickle, or from :meth:`load_state_dict`."""
+        super().__setstate__(state)
+        if "_hyper" in state:
+            self._retirement = Retirement()
+            self._given = {id(param): weakref.ref(param) for param in self.params()}
+            self._begin_copy()
+        for param_group in self.param_groups:
+            for name, value in self._hyper.as_defaults().items():
+                param_group.setdefault(name, value)
+            for param in param_group["params"]:
+                if "step" in self.state.get(param, {}):
+                    self.state[param]["step"] = step_tensor(self.state[param]["step"], param)
+        self.refresh()
+
+
+def _gone() -> None:
+    """A reference to a parameter that is not there."""
