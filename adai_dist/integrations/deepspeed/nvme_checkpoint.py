@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from deepspeed.checkpoint.constants import FP32_FLAT_GROUPS, OPTIMIZER_STATE_DICT, PARAM_GROUPS
 
-from adai_dist.integrations.deepspeed.driver import CHECKPOINT_KEY
 from adai_dist.integrations.deepspeed.files import load_file
+from adai_dist.integrations.deepspeed.zero_mean import ZeroMean
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.state import new_state, step_tensor
 from adai_dist.sharding.shards import STATE_NAMES
@@ -23,7 +23,7 @@ IN_MEMORY_FILE = "adai_dist_in_memory.pt"
 """Beside the files of the swapped tensors, while DeepSpeed copies them: what is not among them."""
 
 
-def wrap_nvme_checkpoints(wrapper: Any, optimizer: AdaptiveInertia) -> None:
+def wrap_nvme_checkpoints(wrapper: Any, optimizer: AdaptiveInertia, source: ZeroMean) -> None:
     """Let ``engine.load_checkpoint`` restore everything where ZeRO 3 keeps states on NVMe.
 
     The number of ranks and the sub-groups must be those of the run that saved. A checkpoint that was saved without this
@@ -32,6 +32,7 @@ def wrap_nvme_checkpoints(wrapper: Any, optimizer: AdaptiveInertia) -> None:
     Args:
         wrapper: ``engine.optimizer`` of ZeRO 3, of which this instance alone is changed.
         optimizer: ``engine.basic_optimizer``.
+        source: of its mean.
 
     **Collective**: none here; what is added to loading is called by all ranks, as loading itself.
     """
@@ -53,7 +54,7 @@ def wrap_nvme_checkpoints(wrapper: Any, optimizer: AdaptiveInertia) -> None:
     def reset_swap_buffers() -> None:
         """DeepSpeed calls it once its files are back, and nowhere else."""
         try:
-            _restore(wrapper, optimizer, in_memory_path)
+            _restore(wrapper, optimizer, source, in_memory_path)
         finally:
             in_memory_path.unlink(missing_ok=True)
 
@@ -62,7 +63,7 @@ def wrap_nvme_checkpoints(wrapper: Any, optimizer: AdaptiveInertia) -> None:
     wrapper.reset_swap_buffers = reset_swap_buffers
 
 
-def _restore(wrapper: Any, optimizer: AdaptiveInertia, in_memory_path: Path) -> None:
+def _restore(wrapper: Any, optimizer: AdaptiveInertia, source: ZeroMean, in_memory_path: Path) -> None:
     if not in_memory_path.is_file():
         raise FileNotFoundError(
             f"a checkpoint with states on NVMe must hold {IN_MEMORY_FILE} in offloaded_tensors, but there is "
@@ -89,8 +90,7 @@ def _restore(wrapper: Any, optimizer: AdaptiveInertia, in_memory_path: Path) -> 
             optimizer.state[flat] = {key: value.to(flat.device) for key, value in states.get(index, {}).items()}
         wrapper._reassign_or_swap_out_partitioned_parameters(index)
         wrapper._release_sub_group(index, timer_names)
-    driver: Any = optimizer._driver
-    driver.load(saved.get(CHECKPOINT_KEY))
+    source.after_loading()
 
 
 def _read_states(wrapper: Any, optimizer: AdaptiveInertia, flat: Any, saved: dict[str, Any] | None) -> None:

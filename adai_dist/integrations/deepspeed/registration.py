@@ -14,7 +14,6 @@ from adai_dist.integrations.after_import import after_import, wrap_once
 from adai_dist.kernels.build import Extension, set_compiler
 from adai_dist.optimizer import Adai, AdaiV2, AdaiW
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
-from adai_dist.optimizer.unsupported import modules_of_callers
 
 OPTIMIZERS: dict[str, type[AdaptiveInertia]] = {
     spelling: cls for cls in (Adai, AdaiW, AdaiV2) for spelling in (cls.__name__, cls.__name__.lower())
@@ -48,7 +47,6 @@ def _register_with(engine_module: ModuleType) -> None:
         return
     for name, cls in OPTIMIZERS.items():
         setattr(torch.optim, name, cls)  # where DeepSpeed looks up names that it does not know
-    AdaptiveInertia._step_within_engine = _step_within_deepspeed
     set_compiler(_compile_with_deepspeed)
 
 
@@ -62,19 +60,3 @@ def _add_op_builders(all_ops_module: ModuleType) -> None:
     from adai_dist.integrations.deepspeed._op_builder import add_to
 
     add_to(all_ops_module.ALL_OPS)
-
-
-def _step_within_deepspeed(optimizer: AdaptiveInertia) -> bool:
-    """Keep DeepSpeed from stepping an optimizer that is not bound: it would take the mean over a part of the model."""
-    *_, caller = modules_of_callers()
-    if not caller.startswith("deepspeed.runtime."):
-        return False
-    params = optimizer._params()
-    if not optimizer.state and not any(param.grad is not None and bool(param.grad.any()) for param in params):
-        optimizer._create_states(params)  # the constructor of a wrapper; the optimizer is bound after it
-        return True
-    raise RuntimeError(
-        f"DeepSpeed must bind {type(optimizer).__name__} before it steps it, or the mean is taken over a part of the "
-        f"model; got a step from {caller} without a binding; pass the optimizer to deepspeed.initialize(), or name it "
-        "in the DeepSpeed configuration"
-    )

@@ -11,8 +11,9 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
-from adai_dist.integrations.deepspeed.driver import skipped
+from adai_dist.integrations.deepspeed.unchanged import TrainedModel
 from adai_dist.integrations.deepspeed.zero import tensor_parallel_rank
+from adai_dist.integrations.deepspeed.zero_mean import skipped
 from adai_dist.sharding.plan import ShardingPlan
 
 if TYPE_CHECKING:
@@ -30,14 +31,21 @@ class ModelParallel:
         return ShardingPlan(params, self.process_groups, {param: self.weights[param] for param in params})
 
 
-def sharding_of_whole_parameters(engine: Any) -> ModelParallel | None:
-    """Who holds what; None where all ranks hold the same, and nothing needs to be communicated. Collective: none."""
+class Whole:
+    """All parameters are the same on all ranks, and nothing needs to be communicated."""
+
+    def plan(self, params: tuple[Tensor, ...]) -> ShardingPlan:
+        return ShardingPlan(params, (), dict.fromkeys(params, 1.0))
+
+
+def sharding_of_whole_parameters(engine: Any) -> ModelParallel | Whole:
+    """Who holds what. Collective: none."""
     mpu, has_experts = engine.mpu, engine.has_moe_layers
     model_parallel_group: ProcessGroup | None = None
     if mpu is not None and not hasattr(mpu, "initialize_sequence_parallel"):
         model_parallel_group = mpu.get_model_parallel_group()
     if model_parallel_group is None and not has_experts:
-        return None
+        return Whole()
     data_parallel_group: ProcessGroup = engine.seq_data_parallel_group
     weights: dict[Tensor, float] = {}
     for held, param in _held_and_model_params(engine):
@@ -55,18 +63,23 @@ def sharding_of_whole_parameters(engine: Any) -> ModelParallel | None:
     return ModelParallel(tuple(process_groups), weights)
 
 
-def count_skipped_steps(engine: Any) -> None:
-    """Let the optimizer count the steps that the wrapper skips without a call. Collective: none."""
+def wrap_step_of_masters(engine: Any) -> None:
+    """Where a wrapper steps float32 copies of the parameters, refuse a model that changes, and count skipped steps.
+
+    Collective: none.
+    """
     wrapper, optimizer = engine.optimizer, engine.basic_optimizer
     if wrapper is optimizer:
         return
+    trained = TrainedModel(engine.module, optimizer)
     original = wrapper.step
 
     @functools.wraps(original)
     def step(closure: Any = None) -> Any:
+        trained.check()
         result = original(closure)
         if wrapper.overflow:
-            optimizer._record(skipped(wrapper._global_grad_norm), dist.get_rank() == 0)
+            optimizer.record(skipped(wrapper._global_grad_norm))
         return result
 
     wrapper.step = step

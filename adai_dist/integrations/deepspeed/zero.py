@@ -41,7 +41,7 @@ class Fragment(NamedTuple):
 
 
 class ZeroWrapper:
-    """One of ZeRO's wrappers, as far as the driver has to know it; the base of the classes below."""
+    """One of ZeRO's wrappers, as far as the mean has to know it; the base of the classes below."""
 
     signatures: ClassVar[dict[str, tuple[str, ...]]] = {"step": ("closure",), "state_dict": (), "load_state_dict": ()}
     """Methods that the binding replaces or calls, with their parameters."""
@@ -315,7 +315,7 @@ ZERO_WRAPPERS: dict[type, type[ZeroWrapper]] = {
 
 
 def wrapper_of(engine: Any) -> ZeroWrapper | None:
-    """What the driver has to know of ``engine.optimizer``; None where one call of the optimizer sees whole parameters.
+    """What the mean has to know of ``engine.optimizer``; None where one call of the optimizer sees whole parameters.
 
     Raises:
         RuntimeError: a wrapper of an unknown class.
