@@ -73,16 +73,20 @@ def _kernels(folder: Path) -> Path:
 def operators(library: ctypes.CDLL) -> Operators:
     """The same as torch.ops.adai_dist, for CPU tensors."""
 
-    def observe(grads: list[Tensor], params: list[Tensor]) -> Tensor:
-        result = torch.full((len(grads), 3), float("nan"), dtype=torch.float64)
+    def observe(
+        grads: list[Tensor], params: list[Tensor], exp_avg_sqs: list[Tensor], kept: Tensor, c: Tensor, decay: float
+    ) -> Tensor:
+        result = torch.full((len(grads), 5), float("nan"), dtype=torch.float64)
+        lists = [_pointers(tensors) for tensors in (grads, params, exp_avg_sqs)]
         dtypes = _dtype(grads), _dtype(params or grads)
-        _check(library.observe(*_sizes(grads), _pointers(grads), _pointers(params), *dtypes, _address(result)))
+        scalars = _address(kept), _address(c), ctypes.c_float(decay)
+        _check(library.observe(*_sizes(grads), *lists, *dtypes, *scalars, _address(result)))
         return result
 
     def advance(*arguments: Any) -> Tensor:
         *lists, inverse_means, coefficient, lr, is_finite, is_live, hyper = arguments
         params, grads = lists[:2]
-        result = torch.full((len(params),), float("nan"), dtype=torch.float64)
+        result = torch.full((len(params), 2), float("nan"), dtype=torch.float64)
         pointers = [_pointers(tensors) for tensors in lists]
         error = library.advance(
             *_sizes(params),
@@ -98,9 +102,9 @@ def operators(library: ctypes.CDLL) -> Operators:
         _check(error)
         return result
 
-    def sums(exp_avg_sqs: list[Tensor]) -> Tensor:
+    def sums(exp_avg_sqs: list[Tensor], kept: Tensor) -> Tensor:
         result = torch.full((len(exp_avg_sqs),), float("nan"), dtype=torch.float64)
-        _check(library.sum(*_sizes(exp_avg_sqs), _pointers(exp_avg_sqs), _address(result)))
+        _check(library.sum(*_sizes(exp_avg_sqs), _pointers(exp_avg_sqs), _address(kept), _address(result)))
         return result
 
     return Operators(observe, advance, sums, torch.device("cpu"))

@@ -13,6 +13,7 @@ from torch import Tensor
 from adai_dist import equations
 from adai_dist.equations import Shards, StepScalars
 from adai_dist.hyper import Hyper
+from adai_dist.kernels import nothing_kept
 from adai_dist.kernels.ops import packed
 
 
@@ -57,6 +58,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_PAIRS = list(itertools.product(DTYPES, DTYPES))
 
 SENTINEL = 7.0
+COEFFICIENT, DECAY = 0.7, 0.1
 
 
 def placed(values: Tensor, offset: int) -> Tensor:
@@ -115,8 +117,27 @@ def copied(shards: Shards, offset: int | None = None, **to: Any) -> Shards:
     return Shards(*([copy(x) for x in tensors] for tensors in shards))
 
 
+def observe(
+    operators: Operators,
+    grads: list[Tensor],
+    params: list[Tensor],
+    exp_avg_sqs: list[Tensor] | None = None,
+    kept: Tensor | None = None,
+) -> Tensor:
+    """What `observe` finds under coupled decay, at an expected coefficient below 1."""
+    exp_avg_sqs = exp_avg_sqs or []
+    kept = nothing_kept(exp_avg_sqs).to(operators.device) if kept is None else kept
+    c = torch.tensor(COEFFICIENT, device=operators.device)
+    return operators.observe(grads, params, exp_avg_sqs, kept, c, DECAY)
+
+
+def sums(operators: Operators, exp_avg_sqs: list[Tensor]) -> Tensor:
+    """The sums of tensors of which nothing was kept."""
+    return operators.sums(exp_avg_sqs, nothing_kept(exp_avg_sqs))
+
+
 def step(operators: Operators, shards: Shards, hyper: Hyper, scalars: StepScalars) -> Tensor:
-    """One step in place. Returns: the sums of the new exp_avg_sq."""
+    """One step in place. Returns: sum and sum of the samples of each new exp_avg_sq."""
     values = (scalars.inverse_means, scalars.coefficient, scalars.lr, scalars.is_finite, scalars.is_live)
     return operators.advance(*shards, *values, packed(hyper))
 
@@ -135,13 +156,13 @@ def check_advance(operators: Operators, shards: Shards, hyper: Hyper) -> None:
     equations.advance(exact, hyper, wide)
     equations.advance(rounded, hyper, scalars)
     found = copied(shards)
-    sums = step(operators, found, hyper, make_scalars(shards))
+    kept = step(operators, found, hyper, make_scalars(shards))
     assert_same_bits(Shards([], found.grad, [], [], []), Shards([], shards.grad, [], [], []))
     for name, a, b, c in zip(Shards._fields, found, rounded, exact, strict=True):
         error, allowed = _error(a, c), _error(b, c)
         ulp = torch.finfo(b[0].dtype).eps if b else 0.0
         assert error <= max(2 * allowed, ulp), f"{name}: {error:.1e}, equations {allowed:.1e}"
-    for v, total in zip(found.exp_avg_sq, sums.tolist(), strict=True):
+    for v, total in zip(found.exp_avg_sq, kept[:, 0].tolist(), strict=True):
         assert math.isclose(total, math.fsum(v.tolist()), rel_tol=1e-13)
 
 
@@ -156,25 +177,50 @@ def check_alignment(operators: Operators, hyper: Hyper, dtypes: tuple[torch.dtyp
     aligned = make_shards([*MIXED, 2**16 + 1], operators.device, dtypes)
     for offset in (1, 2, 3, 5):
         shifted = copied(aligned, offset)
-        observed = [operators.observe(x.grad, x.param) for x in (aligned, shifted)]
+        observed = [observe(operators, x.grad, x.param, x.exp_avg_sq) for x in (aligned, shifted)]
         assert torch.equal(*observed)
         expected = copied(aligned)
         scalars = make_scalars(aligned)
         assert torch.equal(step(operators, expected, hyper, scalars), step(operators, shifted, hyper, scalars))
         assert_same_bits(shifted, expected)
-        assert torch.equal(operators.sums(shifted.exp_avg_sq), operators.sums(expected.exp_avg_sq))
+        assert torch.equal(sums(operators, shifted.exp_avg_sq), sums(operators, expected.exp_avg_sq))
         for x in itertools.chain(*shifted, *expected):
             assert (neighbours(x) == SENTINEL).all()
 
 
 def check_sums(operators: Operators, shards: Shards) -> None:
-    """The operator `sums` has the bits of what `advance` returned, and of what it returns where it stands still."""
+    """All operators have the same bits for the sum of an exp_avg_sq, also where a step stands still."""
     for v in shards.exp_avg_sq:  # of so many magnitudes that the sum depends on its order, also in float64
         v.mul_(torch.exp2(torch.arange(v.numel(), device=v.device) % 61 - 30.0))
     returned = step(operators, shards, Hyper(lr=1.0), make_scalars(shards))
-    assert torch.equal(returned, operators.sums(shards.exp_avg_sq))
+    assert torch.equal(returned[:, 0], sums(operators, shards.exp_avg_sq))
+    assert torch.equal(returned[:, 0], observe(operators, shards.grad, [], shards.exp_avg_sq)[:, 1])
     still = make_scalars(shards, is_finite=False, is_live=False)
     assert torch.equal(returned, step(operators, shards, Hyper(lr=1.0), still))
+
+
+def check_recognition(operators: Operators, shards: Shards) -> None:
+    """What was kept is used, and not once somebody has written to a tensor."""
+    hyper = Hyper(lr=1.0)
+    kept = step(operators, shards, hyper, make_scalars(shards))
+    marked = kept.clone()
+    marked[:, 0] = SENTINEL  # so that it shows where the sum comes from
+    assert (observe(operators, shards.grad, [], shards.exp_avg_sq, marked)[:, 1] == SENTINEL).all()
+    assert (operators.sums(shards.exp_avg_sq, marked) == SENTINEL).all()
+    count = len(shards.exp_avg_sq)
+    for index in range(count) if count <= 16 else (0, count // 2, count - 1):
+        v = shards.exp_avg_sq[index]
+        if not v.numel():
+            continue
+        before = v.clone()
+        for write in (lambda x: x.mul_(0.5), lambda x: x.zero_(), lambda x: x.fill_(math.nan)):
+            write(v)
+            found = observe(operators, shards.grad, [], shards.exp_avg_sq, marked)[:, 1]
+            expected = torch.full_like(found, SENTINEL)
+            expected[index] = sums(operators, [v])[0]
+            torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
+            assert torch.equal(found.isnan(), operators.sums(shards.exp_avg_sq, marked).isnan())
+            v.copy_(before)
 
 
 def check_standing_still(operators: Operators, dtypes: tuple[torch.dtype, torch.dtype], *, is_finite: bool) -> None:
@@ -193,11 +239,17 @@ def check_standing_still(operators: Operators, dtypes: tuple[torch.dtype, torch.
 def check_observe(operators: Operators, shards: Shards) -> None:
     """Sums are right to the last bits of float64; without parameters the columns that need them are 0."""
     wide = [[x.cpu().double() for x in tensors] for tensors in (shards.grad, shards.param)]
-    expected = torch.stack([torch.stack([g @ g, g @ p, p @ p]) for g, p in zip(*wide, strict=True)])
-    bounds = torch.stack([torch.stack([g @ g, g.abs() @ p.abs(), p @ p]) for g, p in zip(*wide, strict=True)])
-    found = operators.observe(shards.grad, shards.param).cpu()
+    pairs = zip(shards.grad, shards.param, strict=True)
+    effective = [g.cpu().float() * COEFFICIENT + p.cpu().float() * DECAY for g, p in pairs]  # rounded as in a step
+    columns = [
+        torch.stack([g @ g, v.cpu().double().sum(), g @ p, p @ p, e.double() @ e.double()])
+        for g, p, v, e in zip(*wide, shards.exp_avg_sq, effective, strict=True)
+    ]
+    expected, bounds = torch.stack(columns), torch.stack(columns)
+    bounds[:, 2] = torch.stack([g.abs() @ p.abs() for g, p in zip(*wide, strict=True)])
+    found = observe(operators, shards.grad, shards.param, shards.exp_avg_sq).cpu()
     assert ((found - expected).abs() <= 1e-13 * bounds).all()
-    alone = operators.observe(shards.grad, []).cpu()
+    alone = observe(operators, shards.grad, []).cpu()
     assert torch.equal(alone[:, 0], found[:, 0])
     assert not alone[:, 1:].any()
 
@@ -207,7 +259,7 @@ def check_non_finite(operators: Operators, value: float, dtype: torch.dtype) -> 
     for position in (0, CHUNK_ELEMENTS + 2, CHUNK_ELEMENTS + TILE_ELEMENTS + 2):
         shards = make_shards(MIXED, operators.device, (torch.float32, dtype))
         shards.grad[2][position] = value
-        finite = operators.observe(shards.grad, []).isfinite().all(1).tolist()
+        finite = observe(operators, shards.grad, []).isfinite().all(1).tolist()
         assert finite == [True, True, False, True]
 
 

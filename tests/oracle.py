@@ -4,8 +4,8 @@ Imports nothing of the package and no torch, so that it can share no fault with 
 code except where the package differs from it on purpose:
 
 1. 0/0. While the mean is 0 (nothing but zero gradients so far) inertia is undefined: decoupled decay is applied and the
-   step does not count. A step with neither gradient nor learning rate before the first one that counts is no step
-   either, also where coupled decay would have made the mean positive.
+   step does not count. A step with neither gradient nor learning rate while all second moments are 0 is no step either,
+   also where coupled decay would have made the mean positive.
 2. A non-finite gradient anywhere: nothing at all happens.
 3. Gradients handed in are never written to.
 """
@@ -114,7 +114,7 @@ class Oracle:
         coefficient = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (grad_norm + 1e-6))
 
         is_rehearsal = all(
-            group.lr == 0 and self.states[name].step == 0 and not g.any() for group, name, g in taking_part
+            group.lr == 0 and not self.states[name].exp_avg_sq.any() and not g.any() for group, name, g in taking_part
         )
 
         # First pass: the second moment of every parameter, and the mean over all of them.

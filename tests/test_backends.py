@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from adai_dist import Adai, AdaiV2
 from adai_dist.hyper import Hyper
-from adai_dist.kernels import backends, foreach
+from adai_dist.kernels import backends, foreach, nothing_kept
 from adai_dist.kernels.backends import Backend, Kernels
 from adai_dist.kernels.foreach import CompiledEquations, Equations
 from tests import kernel_cases
@@ -147,13 +147,14 @@ def test_the_equations_are_a_backend_with_sums_that_agree(
 ) -> None:
     monkeypatch.setitem(foreach.PIECE_ELEMENTS, "cpu", pieces)
     shards = make_shards(MIXED, torch.device("cpu"), dtypes)
-    equations, hyper = Equations(), Hyper(lr=1.0, weight_decay=0.1)
-    norms = torch.stack(equations.observe(shards, hyper), 1)
-    torch.testing.assert_close(norms, torch.ops.adai_dist.observe(shards.grad, shards.param), rtol=1e-6, atol=1e-9)
-    with_gaps = [torch.stack([grad, grad], -1)[..., 0] for grad in shards.grad]
-    for each in (shards, shards._replace(grad=with_gaps)):
-        new_sums = equations.advance(each, hyper, make_scalars(each))
-        assert torch.equal(new_sums, equations.sums(each.exp_avg_sq))
+    hyper, c, kept = Hyper(lr=1.0, weight_decay=0.1), torch.tensor(0.7), nothing_kept(shards.exp_avg_sq)
+    of_equations = Equations().observe(shards, hyper, c, kept)
+    for found, expected in zip(of_equations, Kernels("kernels").observe(shards, hyper, c, kept), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    with_gaps = shards._replace(grad=[torch.stack([grad, grad], -1)[..., 0] for grad in shards.grad])
+    for each in (shards, with_gaps):
+        assert Equations().advance(each, hyper, make_scalars(each)) is None, "nothing to trust, everything is read"
+        assert torch.equal(Equations().observe(each, hyper, c, kept)[1], Equations().sums(each.exp_avg_sq, kept))
 
 
 @pytest.mark.slow
@@ -166,9 +167,8 @@ def test_the_equations_compiled_by_torch_take_the_same_step(name: str, retired: 
     shards = make_shards([7, 2**12 + 3, 1], torch.device("cpu"), retired=retired)
     expected, scalars = kernel_cases.copied(shards), make_scalars(shards)
     hyper = Hyper(lr=1.0, **kernel_cases.OPTIONS[name])
-    sums = backend.advance(shards, hyper, scalars)
-    assert torch.equal(sums, backend.sums(shards.exp_avg_sq))
-    torch.testing.assert_close(sums, Equations().advance(expected, hyper, scalars), rtol=1e-6, atol=0)
+    for each, of in ((backend, shards), (Equations(), expected)):
+        each.advance(of, hyper, scalars)
     for found, other in zip(shards, expected, strict=True):
         torch.testing.assert_close(found, other, rtol=2e-6, atol=1e-7)
 

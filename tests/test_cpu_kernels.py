@@ -43,6 +43,11 @@ def test_every_size_is_stepped_and_observed(operators: Operators, name: str) -> 
     kernel_cases.check_sums(operators, make_shards(SIZES[name], CPU))
 
 
+@pytest.mark.parametrize("sizes", [MIXED, [2048, 2049, 5000], [3] * 260, [2**16 + 1]], ids=str)
+def test_a_write_to_a_state_is_recognised(operators: Operators, sizes: list[int]) -> None:
+    kernel_cases.check_recognition(operators, make_shards(sizes, operators.device))
+
+
 @pytest.mark.parametrize("retired", [False, True], ids=["with products", "retired"])
 @pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
@@ -98,7 +103,7 @@ def all_bits(operators: Operators) -> str:
         for dtypes in DTYPE_PAIRS[::2]:
             shards = made_by_numpy([7, 0, 3 * 2**16 + 11, 2**15, 1], dtypes)
             hyper, scalars = Hyper(lr=1.0, **options), make_scalars(shards)
-            results = [operators.observe(shards.grad, shards.param)]
+            results = [kernel_cases.observe(operators, shards.grad, shards.param)]
             results += [kernel_cases.step(operators, shards, hyper, scalars) for _ in range(2)]
             for tensor in (*results, *(x for tensors in shards for x in tensors)):
                 digest.update(tensor.flatten().contiguous().view(torch.uint8).numpy() if tensor.numel() else b"")
@@ -214,14 +219,16 @@ def test_torch_finds_schemas_and_fakes_in_order(operators: Operators, retired: b
     scalars = make_scalars(shards)
     values = (scalars.inverse_means, scalars.coefficient, scalars.lr, scalars.is_finite, scalars.is_live)
     ops = torch.ops.adai_dist
-    torch.library.opcheck(ops.observe.default, (shards.grad, shards.param))
-    torch.library.opcheck(ops.sums.default, (shards.exp_avg_sq,))
+    kept = torch.zeros(2, 2, dtype=torch.float64)
+    observed = (shards.grad, shards.param, shards.exp_avg_sq, kept, scalars.coefficient, 0.1)
+    torch.library.opcheck(ops.observe.default, observed)
+    torch.library.opcheck(ops.sums.default, (shards.exp_avg_sq, kept))
     torch.library.opcheck(ops.advance.default, (*shards, *values, packed(Hyper(lr=1.0))))
 
 
 def test_a_compiled_function_may_contain_them(operators: Operators) -> None:
     def phases(shards: Shards) -> tuple[Tensor, Tensor]:
-        observed = operators.observe(shards.grad, [])
+        observed = kernel_cases.observe(operators, shards.grad, [])
         return observed, kernel_cases.step(operators, shards, Hyper(lr=1.0), make_scalars(shards))
 
     compiled, eager = make_shards(MIXED, CPU), make_shards(MIXED, CPU)
@@ -267,8 +274,8 @@ def test_a_tensor_of_more_than_2_to_the_31_elements_is_read_to_its_end(operators
         pytest.skip(f"needs 10 GB of free memory, got {gigabytes:.1f}")
     gradient = torch.zeros(num_elements, dtype=torch.bfloat16)
     gradient[0], gradient[2**31 - 1], gradient[-1] = 1.0, 2.0, 4.0
-    assert operators.observe([gradient], [])[0, 0].item() == 21.0
+    assert kernel_cases.observe(operators, [gradient], [])[0, 0].item() == 21.0
     del gradient
     v = torch.zeros(num_elements)
     v[2**31], v[-1] = 0.25, 0.5
-    assert operators.sums([v]).item() == 0.75
+    assert kernel_cases.sums(operators, [v]).item() == 0.75

@@ -88,6 +88,11 @@ def test_every_size_is_stepped_and_observed(operators: Operators, name: str) -> 
     kernel_cases.check_sums(operators, make_shards(SIZES[name], operators.device))
 
 
+@pytest.mark.parametrize("sizes", [MIXED, [2048, 2049, 5000], [3] * 260, [2**16 + 1]], ids=str)
+def test_a_write_to_a_state_is_recognised(operators: Operators, sizes: list[int]) -> None:
+    kernel_cases.check_recognition(operators, make_shards(sizes, operators.device))
+
+
 @pytest.mark.parametrize("retired", [False, True], ids=["with products", "retired"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_variant_follows_the_equations(operators: Operators, name: str, retired: bool) -> None:

@@ -21,11 +21,16 @@ PAGES = [
     ROOT / "configs/README.md",
     ROOT / "launch/README.md",
 ]
+NEED_RANKS = ("sharding.md", "checkpoints.md", "engines.md")  # tests/distributed/test_documentation_of_*.py
 EXAMPLES = [
     pytest.param(block, id=f"{page.name}-{k}")
     for page in PAGES
     if page.name
-    not in ("sharding.md", "checkpoints.md")  # those need ranks: tests/distributed/test_documentation_of_*.py
+    not in (
+        "sharding.md",
+        "checkpoints.md",
+        "engines.md",
+    )  # those need ranks: tests/distributed/test_documentation_of_*.py
     for k, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
     if "deepspeed.initialize" not in block  # this one needs an engine: tests/integrations
 ]

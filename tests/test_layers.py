@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+
+from adai_dist import AdaiV2
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "adai_dist"
@@ -154,3 +157,21 @@ def test_the_reader_sees_every_form_of_import(
     path.write_text(statement, encoding="utf-8")
     monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
     assert [item.module for item in imports_of(path, {"adai_dist.sharding.mean", "adai_dist.cli"})] == [expected]
+
+
+def test_private_names_of_the_optimizer_stay_within_its_package() -> None:
+    """What integrations, tools and recipes need of an optimizer is public."""
+    optimizer = AdaiV2([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    own = {name for base in type(optimizer).__mro__ if base.__module__.startswith(PACKAGE) for name in vars(base)}
+    own |= vars(optimizer).keys() - vars(torch.optim.SGD(optimizer.params(), lr=0.1)).keys()
+    private = {name for name in own if name.startswith("_") and not name.startswith("__")}
+    assert {"_holdings", "_retirement", "_step"} <= private
+    outside = [path for path in sources() if component_of(module_of(path)) != "optimizer"]
+    used = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.attr}"
+        for path in outside
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in private and ast.unparse(node.value) != "self"
+    ]
+    assert not used
+    assert len(outside) > 30

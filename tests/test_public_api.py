@@ -12,14 +12,19 @@ import torch
 
 import adai_dist
 import adai_dist.sharding
-from adai_dist import Adai, AdaiV2, AdaiW
-from adai_dist.optimizer import AdaptiveInertia
+from adai_dist import Adai, AdaiV2, AdaiW, AdaptiveInertia
 
-NAMES = {"Adai", "AdaiV2", "AdaiW", "__version__", "register", "share_mean"}
+NAMES = {
+    *("Adai", "AdaiV2", "AdaiW", "AdaptiveInertia", "GlobalMean", "MeanSource"),
+    *("__version__", "global_mean", "register", "share_mean"),
+}
 
 REQUIRED = "required"
-COMMON = {"lr": REQUIRED, "betas": (0.1, 0.99), "eps": 1e-3, "weight_decay": 0.0}
+# Arguments with their defaults, in their order: positional ones, and those by keyword only.
+POSITIONAL = {"params": REQUIRED, "lr": REQUIRED, "betas": (0.1, 0.99), "eps": 1e-3, "weight_decay": 0.0}
 KEYWORD_ONLY = {
+    "dampening": 1.0,
+    "decoupled": None,
     "maximize": False,
     "foreach": None,
     "max_grad_norm": None,
@@ -27,12 +32,7 @@ KEYWORD_ONLY = {
     "retire_beta1_prod": True,
 }
 
-# positional parameters in their order, with their defaults
-POSITIONAL = {
-    Adai: {"params": REQUIRED, **COMMON, "decoupled": False},
-    AdaiW: {"params": REQUIRED, **COMMON, "decoupled": True},
-    AdaiV2: {"params": REQUIRED, **COMMON, "dampening": 1.0, "decoupled": True},
-}
+DECOUPLED_BY_DEFAULT = {Adai: False, AdaiW: True, AdaiV2: True}
 
 # Signatures: parameters in their order with their defaults, those after * by keyword only; and what is returned.
 STAR = ("*", None)
@@ -42,9 +42,13 @@ METHODS: dict[str, Signature] = {
     "step": ([("closure", None)], "float | None"),
     "clip_grad_norm_": ([("max_norm", REQUIRED)], "Tensor"),
     "configure_sharding": (SHARDING, "None"),
+    "params": ([], "list[Tensor]"),
+    "create_states": ([("params", REQUIRED)], "None"),
     "owned_shards": ([], "list[OwnedShards]"),
-    "observe": ([("shards", REQUIRED)], "Sums"),
+    "observe": ([("shards", REQUIRED), ("expected", None)], "Sums"),
     "advance": ([("shards", REQUIRED), ("mean", REQUIRED)], "None"),
+    "record": ([("mean", REQUIRED), STAR, ("is_logged", True)], "None"),
+    "refresh": ([], "None"),
     "add_param_group": ([("param_group", REQUIRED)], "None"),
     "state_dict": ([], "dict[str, Any]"),
     "load_state_dict": ([("state_dict", REQUIRED)], "None"),
@@ -54,10 +58,17 @@ FUNCTIONS: dict[str, Signature] = {
     "register": ([], "None"),
     "share_mean": ([("optimizers", REQUIRED), *SHARDING], "None"),
     "sharding.mean.global_mean": (
-        [("local_sums", REQUIRED), ("process_groups", REQUIRED), STAR, ("max_norm", None), ("grad_scale", None)],
+        [
+            *(("local_sums", REQUIRED), ("process_groups", REQUIRED), STAR),
+            *(("max_norm", None), ("grad_scale", None), ("expected", None)),
+        ],
         "GlobalMean",
     ),
-    "sharding.mean.evaluate": ([("sums", REQUIRED), ("grad_norm", REQUIRED), ("c", REQUIRED)], "GlobalMean"),
+    "sharding.mean.evaluate": (
+        [("sums", REQUIRED), ("grad_norm", REQUIRED), ("c", REQUIRED), ("expected", REQUIRED)],
+        "GlobalMean",
+    ),
+    "sharding.mean.unscaling_coefficient": ([("grad_scale", REQUIRED), ("device", REQUIRED)], "Tensor"),
     "sharding.mean.all_reduce": ([("packed", REQUIRED), ("process_groups", REQUIRED)], "Tensor"),
     "sharding.plan.plan_by_spreads": (
         [("params", REQUIRED), ("spreads_of", REQUIRED), ("stages", None)],
@@ -69,18 +80,31 @@ FUNCTIONS: dict[str, Signature] = {
 
 # records: their fields, in order
 FIELDS: dict[str, list[str]] = {
-    "sharding.mean.GlobalMean": ["coefficient", "grad_norm", "inertia_mean", "is_finite", "is_live"],
+    "sharding.mean.GlobalMean": ["coefficient", "grad_norm", "inertia_mean", "is_finite", "is_live", "is_undefined"],
     "sharding.mean.Sums": [
-        *("grad_squared", "carried", "quadratic", "linear", "constant", "num_elements", "num_overflows", "lr"),
+        *("grad_squared", "carried", "quadratic", "linear", "constant", "expected", "num_elements", "lr"),
     ],
     "sharding.plan.ShardingPlan": ["params", "process_groups", "weights"],
     "sharding.plan.Spread": ["process_group", "is_sharded"],
 }
+# What an engine that brings its own source of the mean may implement.
+SOURCE: dict[str, Signature] = {
+    "mean": ([("optimizer", REQUIRED), ("shards", REQUIRED), ("max_norm", REQUIRED)], "GlobalMean"),
+    "after": ([("optimizer", REQUIRED), ("shards", REQUIRED), ("mean", REQUIRED)], "None"),
+    "part": ([("optimizer", REQUIRED)], "Hashable"),
+    "sharding": ([], "ModelSharding | None"),
+    "check_allows": ([("call", REQUIRED), ("remedy", REQUIRED)], "None"),
+    "refresh": ([], "None"),
+    "between_steps": ([], "MeanSource"),
+}
 PROPERTIES = {
+    "device": "torch.device",
     "grad_norm": "Tensor",
     "inertia_mean": "Tensor",
     "mean_group": "tuple[ProcessGroup, ...]",
     "num_skipped_steps": "Tensor",
+    "num_undefined_steps": "Tensor",
+    "replaced_params": "list[Tensor]",
     "sharding_plan": "ShardingPlan",
 }
 
@@ -127,14 +151,21 @@ def test_the_constructor_takes_these_arguments_in_this_order(cls: type[AdaptiveI
     kinds = {p.kind for p in inspect.signature(cls).parameters.values()}
     assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
     positional = parameters(cls, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    assert list(positional.items()) == list(POSITIONAL[cls].items())
+    assert list(positional.items()) == list(POSITIONAL.items())
     assert parameters(cls, inspect.Parameter.KEYWORD_ONLY) == KEYWORD_ONLY
 
 
 @each_class
+def test_the_classes_differ_in_one_default(cls: type[AdaptiveInertia]) -> None:
+    for decoupled, expected in ((None, DECOUPLED_BY_DEFAULT[cls]), (True, True), (False, False)):
+        optimizer = cls([torch.nn.Parameter(torch.ones(1))], lr=0.1, decoupled=decoupled)
+        assert optimizer.param_groups[0]["decoupled"] is expected
+
+
+@each_class
 def test_the_class_has_these_public_methods_and_properties(cls: type[AdaptiveInertia]) -> None:
-    own = {name for base in cls.__mro__[: cls.__mro__.index(torch.optim.Optimizer)] for name in vars(base)}
-    assert {name for name in own if not name.startswith("_")} == {*PROPERTIES, *METHODS}
+    own = {name for base in cls.__mro__ if base.__module__.startswith("adai_dist.") for name in vars(base)}
+    assert {name for name in own if not name.startswith("_")} == {*PROPERTIES, *METHODS, "decoupled_by_default"}
     for name, returned in PROPERTIES.items():
         found = inspect.getattr_static(cls, name)
         assert isinstance(found, property), name
@@ -146,6 +177,17 @@ def test_the_class_has_these_public_methods_and_properties(cls: type[AdaptiveIne
 def test_a_method_takes_and_returns_this(cls: type[AdaptiveInertia], name: str) -> None:
     parameters, returned = METHODS[name]
     assert signature_of(getattr(cls, name)) == ([("self", REQUIRED), *parameters], returned)
+
+
+def test_a_source_of_the_mean_has_these_methods() -> None:
+    assert {name for name in vars(adai_dist.MeanSource) if not name.startswith("_")} == set(SOURCE)
+    assert adai_dist.MeanSource.__abstractmethods__ == {"mean"}
+
+
+@pytest.mark.parametrize("name", SOURCE)
+def test_a_method_of_a_source_takes_and_returns_this(name: str) -> None:
+    parameters, returned = SOURCE[name]
+    assert signature_of(getattr(adai_dist.MeanSource, name)) == ([("self", REQUIRED), *parameters], returned)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

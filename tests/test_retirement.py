@@ -35,7 +35,7 @@ class Pair:
             # Inertia stays at its bound there, so that the product falls as slowly as it can.
             gradients[0][:20] = gradients[1][:3] = 0.0
             for optimizer in self.optimizers:
-                for index, (param, gradient) in enumerate(zip(optimizer._params(), gradients, strict=True)):
+                for index, (param, gradient) in enumerate(zip(optimizer.params(), gradients, strict=True)):
                     # The second parameter comes late, and misses gradients: it retires by its own count.
                     is_missing = index == 1 and (step < 300 or step % 3 == 0)
                     param.grad = None if is_missing else gradient.to(param.dtype)
@@ -46,7 +46,7 @@ class Pair:
 
     def assert_equal(self) -> None:
         first, second = (optimizer.state_dict()["state"] for optimizer in self.optimizers)
-        for a, b in zip(*(optimizer._params() for optimizer in self.optimizers), strict=True):
+        for a, b in zip(*(optimizer.params() for optimizer in self.optimizers), strict=True):
             assert torch.equal(a, b)
         for key, state in second.items():
             for name in ("step", "exp_avg", "exp_avg_sq"):
@@ -162,13 +162,13 @@ def test_a_retired_checkpoint_is_recognised_and_continued_to_the_bit(retires: bo
 def test_an_older_checkpoint_brings_the_product_back() -> None:
     params, optimizer = retired_optimizer()
     fresh = Adai([torch.nn.Parameter(param.detach().clone()) for param in params], lr=0.1, eps=0.1)
-    step_on(fresh._params(), fresh)  # type: ignore[arg-type]
+    step_on(fresh.params(), fresh)  # type: ignore[arg-type]
     optimizer.load_state_dict(copy.deepcopy(fresh.state_dict()))
     with torch.no_grad():
-        for param, loaded in zip(params, fresh._params(), strict=True):
+        for param, loaded in zip(params, fresh.params(), strict=True):
             param.copy_(loaded)
     assert ["beta1_prod" in optimizer.state[param] for param in params] == [True, True]
-    for a, b in zip(step_on(params, optimizer), step_on(fresh._params(), fresh), strict=True):  # type: ignore[arg-type]
+    for a, b in zip(step_on(params, optimizer), step_on(fresh.params(), fresh), strict=True):  # type: ignore[arg-type]
         assert torch.equal(a, b)
 
 
@@ -177,7 +177,7 @@ def test_copies_and_pickles_stay_retired_and_keep_the_choice() -> None:
     copied = copy.deepcopy(optimizer)
     assert ["beta1_prod" in state for state in copied.state.values()] == [False, True]
     unwilling = copy.deepcopy(Adai([torch.nn.Parameter(torch.ones(1))], lr=0.1, retire_beta1_prod=False))
-    assert unwilling._retirement is None
+    assert not unwilling.retire_beta1_prod
 
 
 def test_retired_states_take_eight_bytes_per_float32_parameter() -> None:

@@ -137,7 +137,7 @@ def test_nothing_is_read_back_to_the_host_in_a_step(monkeypatch: pytest.MonkeyPa
         name: Parameter(torch.empty_like(value, device="meta")) for name, value in problem.parameters().items()
     }
     optimizer = AdaiV2(problem.param_groups(parameters), lr=1.0, max_grad_norm=1.0)
-    monkeypatch.setattr(optimizer._skips, "record", lambda *_: None)
+    monkeypatch.setattr(optimizer._uncounted, "record", lambda *_: None)
     for _ in range(2):
         for parameter in parameters.values():
             parameter.grad = torch.empty_like(parameter)

@@ -289,7 +289,7 @@ def test_what_fits_is_loaded(fitting: str) -> None:
     optimizer = optimizer_of(parameters())
     optimizer.load_state_dict(loaded)
     assert_equal(optimizer.param_groups[1]["lr"], loaded[GROUPS][1]["lr"])
-    for parameter, state in zip(optimizer._params(), loaded["state"].values(), strict=False):
+    for parameter, state in zip(optimizer.params(), loaded["state"].values(), strict=False):
         if isinstance(state, dict) and "beta1_prod" in state:
             assert optimizer.state[parameter]["step"].item() == 1
     step(optimizer)
@@ -323,7 +323,7 @@ def refused_loads() -> dict[str, str]:
 
     def optimizer_with(parameter: Tensor) -> Any:
         optimizer = Adai([Parameter(parameter)], lr=0.1)
-        optimizer._params()[0].grad = torch.ones_like(optimizer._params()[0])
+        optimizer.params()[0].grad = torch.ones_like(optimizer.params()[0])
         optimizer.step()
         return optimizer
 

@@ -35,13 +35,17 @@ int64_t chunks(const int64_t* num_elements, int64_t num_tensors, int64_t max_ten
 }
 
 const char* observe(const int64_t* num_elements, int64_t num_tensors, void* const* grads, void* const* params,
-                    int32_t grad_dtype, int32_t param_dtype, double* sums) {
+                    void* const* exp_avg_sqs, int32_t grad_dtype, int32_t param_dtype, const double* kept,
+                    const float* coefficient, float coupled_decay, double* sums) {
   Observed x;
   x.num_elements.assign(num_elements, num_elements + num_tensors);
   x.grads = listed<const void*>(grads, num_tensors);
   x.params = listed<const void*>(params, num_tensors);
+  if (exp_avg_sqs) x.states = {listed<const void*>(exp_avg_sqs, num_tensors), kept};
   x.grad_dtype = static_cast<Dtype>(grad_dtype);
   x.param_dtype = static_cast<Dtype>(param_dtype);
+  x.coefficient = coefficient;
+  x.coupled_decay = coupled_decay;
   std::vector<double> partials(static_cast<size_t>(num_partials(x)));
   return observe(x, partials.data(), sums, nullptr);
 }
@@ -72,8 +76,9 @@ const char* advance(const int64_t* num_elements, int64_t num_tensors, void* cons
   return advance(x, partials.data(), sums, nullptr);
 }
 
-const char* sum(const int64_t* num_elements, int64_t num_tensors, void* const* exp_avg_sqs, double* sums) {
-  const Summed x{{num_elements, num_elements + num_tensors}, listed<const void*>(exp_avg_sqs, num_tensors)};
+const char* sum(const int64_t* num_elements, int64_t num_tensors, void* const* exp_avg_sqs, const double* kept,
+                double* sums) {
+  const Summed x{{num_elements, num_elements + num_tensors}, {listed<const void*>(exp_avg_sqs, num_tensors), kept}};
   std::vector<double> partials(static_cast<size_t>(num_partials(x)));
   return sum(x, partials.data(), sums, nullptr);
 }

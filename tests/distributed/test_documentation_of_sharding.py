@@ -42,7 +42,7 @@ def run_all() -> list[list[float]]:
         exec(compile(example, "example", "exec"), names)
         optimizers = names.get("optimizers") or [names["optimizer"]]
         for optimizer in optimizers:
-            for param in optimizer._params():
+            for param in optimizer.params():
                 is_copy = "experts" in names and param not in names["experts"]
                 param.grad = torch.full_like(param, 1.0 if is_copy else dist.get_rank() + 1.0)
                 if padding := getattr(param, "_shard_numel_padded", 0):

@@ -36,7 +36,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "betas": (None, 0.9, "ab", (0.1,), (0.1, 0.9, 0.9), {}, (-0.1, 0.9), (0.1, 1.0), (0.1, -0.1), (NAN, 0.9), ("a", 1)),
     "eps": (*NO_NUMBERS, *NEGATIVE, 0, 1.0, 1e-8, INF),
     "weight_decay": (*NO_NUMBERS, *NEGATIVE, INF),
-    "decoupled": NO_BOOLS,
+    "decoupled": NO_BOOLS[1:],
     "maximize": NO_BOOLS,
     "foreach": NO_BOOLS[1:],
 }
@@ -204,7 +204,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     "optimizers.adaiv2.eps": ("0", "1", "1e-8", "x", "null"),
     "optimizers.adaiv2.dampening": ("-0.1", "2", "x", "null"),
     "optimizers.adaiv2.weight_decay": ("-0.1", "inf", "x"),
-    "optimizers.adaiv2.decoupled": ("3", "x", "null"),
+    "optimizers.adaiv2.decoupled": ("3", "x"),
     "optimizers.adaiv2.momentum": ("0.9",),
     "optimizers.adai": ("3", "[]", "{lr: -1}"),
     "model": ("3", "null", "[]"),

@@ -54,6 +54,11 @@ def test_every_size_is_stepped_and_observed(operators: Operators, name: str) -> 
     kernel_cases.check_sums(operators, make_shards(SIZES[name], operators.device))
 
 
+@pytest.mark.parametrize("sizes", [MIXED, [2048, 2049, 5000], [3] * 260, [2**16 + 1]], ids=str)
+def test_a_write_to_a_state_is_recognised(operators: Operators, sizes: list[int]) -> None:
+    kernel_cases.check_recognition(operators, make_shards(sizes, operators.device))
+
+
 @pytest.mark.parametrize("retired", [False, True], ids=["with products", "retired"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_variant_follows_the_equations(operators: Operators, name: str, retired: bool) -> None:
@@ -107,10 +112,13 @@ def test_results_have_the_same_bits_from_run_to_run(operators: Operators) -> Non
     shards = make_shards([*MIXED, 10_000_019], operators.device)
     scalars = make_scalars(shards)
     first = copied(shards)
-    norms, sums = operators.observe(shards.grad, shards.param), step(operators, first, FRACTIONAL_POWERS, scalars)
+    norms, sums = (
+        kernel_cases.observe(operators, shards.grad, shards.param),
+        step(operators, first, FRACTIONAL_POWERS, scalars),
+    )
     for _ in range(5):
         again = copied(shards)
-        assert torch.equal(norms, operators.observe(again.grad, again.param))
+        assert torch.equal(norms, kernel_cases.observe(operators, again.grad, again.param))
         assert torch.equal(sums, step(operators, again, FRACTIONAL_POWERS, scalars))
         assert_same_bits(again, first)
 
@@ -147,12 +155,14 @@ def test_the_host_does_not_wait_for_the_device(operators: Operators) -> None:
     scalars = make_scalars(shards)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        norms = operators.observe(shards.grad, shards.param)
+        norms = kernel_cases.observe(operators, shards.grad, shards.param)
         returned = step(operators, shards, L2, scalars)
-        sums = operators.sums(shards.exp_avg_sq)
+        recognised = kernel_cases.observe(operators, shards.grad, [], shards.exp_avg_sq, returned)[:, 1]
+        sums = kernel_cases.sums(operators, shards.exp_avg_sq)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(returned, sums)
+    assert torch.equal(returned[:, 0], sums)
+    assert torch.equal(returned[:, 0], recognised)
     assert norms.isfinite().all()
 
 
@@ -162,8 +172,8 @@ def test_a_captured_graph_replays_what_it_recorded(operators: Operators) -> None
     scalars = make_scalars(shards)
 
     def run(on: Shards) -> tuple[Tensor, Tensor, Tensor]:
-        norms = operators.observe(on.grad, on.param)
-        return norms, step(operators, on, FRACTIONAL_POWERS, scalars), operators.sums(on.exp_avg_sq)
+        norms = kernel_cases.observe(operators, on.grad, on.param)
+        return norms, step(operators, on, FRACTIONAL_POWERS, scalars), kernel_cases.sums(operators, on.exp_avg_sq)
 
     run(copied(shards))  # loads the kernels
     graph = torch.cuda.CUDAGraph()
@@ -186,7 +196,7 @@ def test_compiled_functions_call_them(operators: Operators) -> None:
     scalars = make_scalars(shards)
 
     def run(on: Shards, given: StepScalars) -> tuple[Tensor, Tensor]:
-        scale = operators.observe(on.grad, on.param).sum().rsqrt().float()
+        scale = kernel_cases.observe(operators, on.grad, on.param).sum().rsqrt().float()
         return scale, step(operators, on, L2, given._replace(coefficient=given.coefficient * scale))
 
     eager = run(expected, scalars)
@@ -202,9 +212,11 @@ def test_schemas_and_fakes_tell_the_truth(operators: Operators) -> None:
     values = (scalars.inverse_means, scalars.coefficient, scalars.lr, scalars.is_finite, scalars.is_live)
     checks = ("test_schema", "test_faketensor")
     ops = torch.ops.adai_dist
-    torch.library.opcheck(ops.observe.default, (shards.grad, shards.param), test_utils=checks)
+    kept = torch.zeros(len(shards.param), 2, dtype=torch.float64, device=operators.device)
+    observed = (shards.grad, shards.param, shards.exp_avg_sq, kept, scalars.coefficient, 0.1)
+    torch.library.opcheck(ops.observe.default, observed, test_utils=checks)
     torch.library.opcheck(ops.advance.default, (*shards, *values, packed(L2)), test_utils=checks)
-    torch.library.opcheck(ops.sums.default, (shards.exp_avg_sq,), test_utils=checks)
+    torch.library.opcheck(ops.sums.default, (shards.exp_avg_sq, kept), test_utils=checks)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -216,9 +228,9 @@ def test_a_step_needs_less_than_a_mebibyte(operators: Operators) -> None:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    operators.observe(shards.grad, shards.param)
+    kernel_cases.observe(operators, shards.grad, shards.param)
     step(operators, shards, L2, scalars)
-    operators.sums(shards.exp_avg_sq)
+    kernel_cases.sums(operators, shards.exp_avg_sq)
     assert torch.cuda.max_memory_allocated() - before <= 2**20
 
 
@@ -241,8 +253,8 @@ def test_more_than_2_to_the_31_elements_are_stepped(operators: Operators) -> Non
         return Shards(*lists, [])
 
     large, small = filled(NUM_BEYOND), filled(5)
-    norms = operators.observe(large.grad, large.param)
-    assert norms.tolist() == [[0.25 * (NUM_BEYOND - 1.5), 0.5 * (NUM_BEYOND - 1.5), NUM_BEYOND - 1.5]]
+    norms = kernel_cases.observe(operators, large.grad, large.param)
+    assert norms[:, [0, 2, 3]].tolist() == [[0.25 * (NUM_BEYOND - 1.5), 0.5 * (NUM_BEYOND - 1.5), NUM_BEYOND - 1.5]]
     sums = step(operators, large, hyper, make_scalars(large))
     step(operators, small, hyper, make_scalars(small))
     for of_large, of_small in zip(large[:4], small[:4], strict=True):
@@ -251,4 +263,4 @@ def test_more_than_2_to_the_31_elements_are_stepped(operators: Operators) -> Non
         assert (of_large[0][:start].view(-1, 2**25) == of_small[0][0]).all()
         assert (of_large[0][start:-2] == of_small[0][0]).all()
     v = small.exp_avg_sq[0].double()
-    assert math.isclose(sums.item(), (v[0] * (NUM_BEYOND - 2) + v[-2:].sum()).item(), rel_tol=1e-12)
+    assert math.isclose(sums[0, 0].item(), (v[0] * (NUM_BEYOND - 2) + v[-2:].sum()).item(), rel_tol=1e-12)

@@ -33,7 +33,7 @@ def make(**options: Any) -> Adai:
 
 
 def step(optimizer: Adai, generator: torch.Generator) -> None:
-    for param in optimizer._params():
+    for param in optimizer.params():
         param.grad = torch.randn(param.shape, generator=generator, device="cuda")
         param.grad[:10] = 0.0
     optimizer.step()
@@ -51,7 +51,7 @@ def test_not_a_bit_changes() -> None:
             step(optimizer, torch.Generator("cuda").manual_seed(seed))
         seen.add(tuple(is_retired(first)))
     assert seen == {(False, False), (True, False), (True, True)}
-    for a, b in zip(first._params(), second._params(), strict=True):
+    for a, b in zip(first.params(), second.params(), strict=True):
         assert torch.equal(a, b)
         for name in ("step", "exp_avg", "exp_avg_sq"):
             assert torch.equal(first.state[a][name], second.state[b][name])

@@ -37,7 +37,7 @@ class Seen:
     was_skipped: list[bool] = field(default_factory=list)
     unscaled_by: list[float] = field(default_factory=list)
     """Loss scale of the gradients over the one that DeepSpeed divides by: 1/2 in a step in which it is doubled."""
-    collectives: list[list[str]] = field(default_factory=list)
+    collectives: list[list[tuple[str, int]]] = field(default_factory=list)
     num_engine_skips: int = 0
     """Skipped steps as the engine counts them, ..."""
     num_skipped_steps: int = 0
@@ -179,7 +179,7 @@ def walk(setup: Setup) -> Seen:
         loss_scale = engine.optimizer.loss_scale if setup.dtype == torch.float16 else 1.0
         with CollectiveCounter() as counter:
             engine.step()
-        seen.collectives.append([name for name, _ in counter.calls])
+        seen.collectives.append(counter.calls)
         seen.unscaled_by.append(loss_scale / engine.optimizer.loss_scale if setup.dtype == torch.float16 else 1.0)
         note_step(engine, seen)
     gather(engine, model.by_name(), seen, setup.has_linked_masters)

@@ -75,9 +75,11 @@ def class_and_groups(optimizer: Any, name: str | None) -> tuple[str, bool, list[
     )
     engine.backward(engine(torch.ones(1, 3)).sum())
     engine.step()
+    from adai_dist.integrations.deepspeed.zero_mean import ZeroMean
+
     basic = engine.basic_optimizer
     groups = [{key: value for key, value in group.items() if key != "params"} for group in basic.param_groups]
-    return type(basic).__name__, basic._driver is not None, groups
+    return type(basic).__name__, isinstance(basic.mean_source, ZeroMean), groups
 
 
 class DefaultLR(Mine):

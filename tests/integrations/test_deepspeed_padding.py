@@ -1,0 +1,37 @@
+"""What DeepSpeed allocates and does not initialise, such as the padding of gradients, reaches no mean and no state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.integrations.deepspeed_engines import Family, Seen, walk
+from tests.integrations.deepspeed_setups import BF16, CLIPPED, CPU_OFFLOAD, Setup, zero
+from tests.integrations.deepspeed_verdict import judge
+
+pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
+
+
+def walk_in_nan(setup: Setup) -> Seen:
+    """Every tensor that nobody initialises is full of NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan()
+    try:
+        return walk(setup)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+FAMILY = Family(
+    {
+        "stage-2-offload": Setup(zero(2, **CPU_OFFLOAD), CLIPPED),
+        "stage-3-sub-groups-bf16": Setup(zero(3, sub_group_size=50) | BF16, CLIPPED),
+        "stage-3-offload": Setup(zero(3, **CPU_OFFLOAD), CLIPPED),
+    },
+    walk_in_nan,
+)
+
+
+@pytest.mark.parametrize("name", FAMILY.setups)
+def test_what_is_not_initialised_is_not_looked_at(name: str) -> None:
+    judge(FAMILY, name)

@@ -1,0 +1,154 @@
+"""Copies to the host: on the stream of their own device, with memory and events that serve again and again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from adai_dist.optimizer.host_copy import HostCopy
+from adai_dist.optimizer.reports import UncountedSteps
+from adai_dist.optimizer.retirement import STEPS_BETWEEN_LOOKS, Retirement
+from adai_dist.sharding.mean import GlobalMean
+
+
+@dataclass
+class FakeEvent:
+    """An event that is complete when the test says so."""
+
+    device: torch.device
+    streams: list[Any] = field(default_factory=list)
+    is_complete: bool = False
+
+    def record(self, stream: Any = None) -> None:
+        self.streams.append(stream)
+        self.is_complete = False
+
+    def query(self) -> bool:
+        return self.is_complete
+
+
+@dataclass
+class FakeDevice:
+    """What this process has done on its devices, none of which is there."""
+
+    events: list[FakeEvent] = field(default_factory=list)
+    num_buffers: int = 0
+
+
+class OnDevice(torch.Tensor):
+    """A CPU tensor that says it is on another device."""
+
+    where: torch.device
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.where
+
+    def to(self, *_: Any, **__: Any) -> torch.Tensor:
+        return self
+
+
+class OnDevice0(OnDevice):
+    where = torch.device("cuda", 0)
+
+
+class OnDevice1(OnDevice):
+    where = torch.device("cuda", 1)
+
+
+def on_device(values: Any, index: int = 1) -> torch.Tensor:
+    return torch.as_tensor(values).as_subclass((OnDevice0, OnDevice1)[index])
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    """cuda:0 is the current device."""
+    seen, real_empty = FakeDevice(), torch.empty
+
+    def make_event(device: Any = "cuda:0") -> FakeEvent:
+        seen.events.append(FakeEvent(torch.device(device)))
+        return seen.events[-1]
+
+    def empty(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        seen.num_buffers += pin_memory
+        return real_empty(*size, **options)
+
+    monkeypatch.setattr(torch, "Event", make_event)
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(
+        torch.accelerator, "current_stream", lambda device=None: f"stream of {torch.device(device or 'cuda:0')}"
+    )
+    return seen
+
+
+def test_on_a_cpu_the_numbers_are_there_at_once() -> None:
+    copy = HostCopy()
+    assert copy.take() is None
+    copy.start(torch.tensor([1.0, 2.0]))
+    assert copy.is_under_way
+    assert torch.equal(copy.take(), torch.tensor([1.0, 2.0]))  # type: ignore[arg-type]
+    assert not copy.is_under_way
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_event_is_recorded_on_the_stream_of_the_tensors_device(fake: FakeDevice, index: int) -> None:
+    copy = HostCopy()
+    copy.start(on_device([1.0], index))
+    (event,) = fake.events
+    assert event.device == torch.device("cuda", index)
+    assert event.streams == [f"stream of cuda:{index}"]
+    assert copy.take() is None, "nothing is read before it has arrived"
+    event.is_complete = True
+    assert copy.take() == torch.tensor([1.0])
+
+
+def test_memory_and_event_serve_again(fake: FakeDevice) -> None:
+    copy = HostCopy()
+    for number in range(5):
+        copy.start(on_device([float(number)]))
+        fake.events[-1].is_complete = True
+        assert copy.take() == torch.tensor([float(number)])
+    assert (len(fake.events), fake.num_buffers) == (1, 1)
+
+
+def test_two_devices_in_one_process_have_an_event_each(fake: FakeDevice) -> None:
+    products = {index: on_device(torch.zeros(3), index) for index in (0, 1)}
+    states = [{"beta1_prod": product, "exp_avg": product} for product in products.values()]
+    retirement = Retirement()
+    for _ in range(STEPS_BETWEEN_LOOKS):
+        retirement.after_step(states, torch.device("cpu"))
+    assert [(event.device.index, event.streams) for event in fake.events] == [
+        (0, ["stream of cuda:0"]),
+        (1, ["stream of cuda:1"]),
+    ]
+    assert all("beta1_prod" in state for state in states)
+    fake.events[1].is_complete = True
+    retirement.after_step(states, torch.device("cpu"))
+    assert ["beta1_prod" in state for state in states] == [True, False]
+
+
+def test_products_that_are_large_stay_while_their_numbers_are_on_the_way(fake: FakeDevice) -> None:
+    """A buffer holds zeros before anything has arrived, and zeros would mean that all products are retired."""
+    state = {"beta1_prod": on_device(torch.full((3,), 0.5)), "exp_avg": torch.zeros(3)}
+    retirement = Retirement()
+    for _ in range(2 * STEPS_BETWEEN_LOOKS + 1):
+        retirement.after_step([state], torch.device("cpu"))
+    fake.events[0].is_complete = True
+    retirement.after_step([state], torch.device("cpu"))
+    assert "beta1_prod" in state
+
+
+def test_skips_are_logged_when_their_number_has_arrived(fake: FakeDevice, caplog: pytest.LogCaptureFixture) -> None:
+    counter = UncountedSteps()
+    counter.counts = on_device(torch.zeros(2, dtype=torch.int64))
+    nan, no = on_device(torch.nan), on_device(False)
+    skipped = GlobalMean(nan, nan, nan, is_finite=no, is_live=no, is_undefined=no)
+    counter.record(skipped, is_to_be_logged=lambda: True)
+    assert not caplog.records
+    fake.events[0].is_complete = True
+    counter.record(skipped, is_to_be_logged=lambda: True)
+    assert "skipped so far: 1" in caplog.text
+    assert fake.events[0].streams == ["stream of cuda:1"] * 2, "and another copy is on its way"
