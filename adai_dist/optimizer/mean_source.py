@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adai_dist.hyper import Hyper
-from adai_dist.optimizer.unsupported import check_one_layout, check_params_were_given
+from adai_dist.optimizer.unsupported import check_not_held_in_parts, check_one_layout, check_params_were_given
 from adai_dist.sharding.configured import Joint
 from adai_dist.sharding.mean import GlobalMean, global_mean, unscaling_coefficient
 from adai_dist.sharding.ownership import local_tensor
@@ -85,10 +85,14 @@ class ShardedMean(MeanSource):
     def __init__(self, model_sharding: ModelSharding | None = None) -> None:
         self.model_sharding = model_sharding
         self._last_clip = LastClip()
+        self._is_first = True
 
     def mean(self, optimizer: AdaptiveInertia, shards: list[OwnedShards], max_norm: float | None) -> GlobalMean:
         if self.model_sharding is None:
             check_params_were_given(optimizer)
+            if self._is_first:
+                check_not_held_in_parts(optimizer)
+                self._is_first = False
         return _observed_mean(optimizer, shards, max_norm, self._last_clip, others=())
 
     def sharding(self) -> ModelSharding | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Iterable
@@ -42,6 +43,24 @@ def check_params_were_given(optimizer: AdaptiveInertia) -> None:
             "adai_dist.register() before deepspeed.initialize(), or leave ADAI_DIST_REGISTER=0 out of the environment; "
             "where each parameter is whole on every rank, optimizer.configure_sharding(num_replicas=...) says so"
         )
+
+
+def check_not_held_in_parts(optimizer: AdaptiveInertia) -> None:
+    """Refuse an optimizer within a ``ZeroRedundancyOptimizer`` that has not told it so, for want of an import hook.
+
+    Raises:
+        RuntimeError: the mean would be taken over a part of the model.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if module is None or hasattr(module.ZeroRedundancyOptimizer._init_local_optimizer, "__wrapped__"):
+        return
+    for held_by in gc.get_objects():
+        if issubclass(type(held_by), module.ZeroRedundancyOptimizer) and held_by.optim is optimizer:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} within ZeroRedundancyOptimizer must know that every rank holds other "
+                "parameters, got a step without; leave ADAI_DIST_REGISTER=0 out of the environment, or call "
+                "optimizer.optim.configure_sharding(optimizer.process_group, num_replicas=1)"
+            )
 
 
 def check_one_layout(params: Iterable[Tensor]) -> None:
