@@ -144,9 +144,8 @@ def test_a_late_rank_goes_on_as_the_one_it_received_from(kernels: str, monkeypat
             assert all((a == b).all() for a, b in zip(ranks["tensors"], expected, strict=True)), case
 
 
-def average(kernels: str) -> list[tuple[float, float]]:
+def average() -> list[tuple[float, float]]:
     """Local SGD: ranks train alone and average everything now and then; the mean, and what the states say."""
-    del kernels
     model, optimizer = make()
     seen: list[tuple[float, float]] = []
     num_elements = sum(param.numel() for param in model.parameters())
@@ -166,7 +165,7 @@ def test_after_averaging_over_ranks_the_mean_is_that_of_the_averages(
     kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ADAI_DIST_KERNELS", kernels)
-    for seen in run_ranks(average, 2, kernels):
+    for seen in run_ranks(average, 2):
         for mean, stored in seen:
             assert mean == pytest.approx(stored, rel=1e-6)
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from tests.integrations.deepspeed_engines import Family, Seen
 from tests.integrations.deepspeed_setups import STATE_NAMES, Setup
 from tests.oracle import Array, Observation, Oracle
-from tests.problems import relative_error, worst_relative_error
+from tests.problems import Problem, relative_error, worst_relative_error
+
+
+def gradients_under_zero(problem: Problem, step: int) -> dict[str, Any]:
+    """Those of a step, with zeros for a parameter that has none."""
+    gradients: dict[str, Any] = {spec.name: np.zeros(spec.shape) for spec in problem.specs()}
+    return gradients | {name: g for name, g in problem.oracle_gradients(step).items() if g is not None}
 
 
 def solve(setup: Setup, seen: Seen | None = None) -> tuple[Oracle, list[Observation | None]]:
@@ -15,8 +23,7 @@ def solve(setup: Setup, seen: Seen | None = None) -> tuple[Oracle, list[Observat
     problem = setup.rounded
     oracle, observations = problem.oracle(), list[Observation | None]()
     for step in range(problem.steps):
-        gradients = {spec.name: np.zeros(spec.shape) for spec in problem.specs()}
-        gradients |= {name: g for name, g in problem.oracle_gradients(step).items() if g is not None}
+        gradients = gradients_under_zero(problem, step)
         if seen is not None:
             gradients = {name: g * seen.unscaled_by[step] for name, g in gradients.items()}
         is_skipped = seen is not None and seen.was_skipped[step]

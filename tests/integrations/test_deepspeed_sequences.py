@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tests.integrations import deepspeed_engines
 from tests.integrations.deepspeed_engines import Family, Prescribed, note_step, start
 from tests.integrations.deepspeed_setups import CLIPPED, WORLD_SIZE, Setup, zero
+from tests.integrations.deepspeed_verdict import gradients_under_zero
 from tests.oracle import Oracle
 from tests.problems import relative_error
 
@@ -176,10 +177,9 @@ class OracleEvents:
             rates = [group.lr for group in self.oracle.groups]
             for group in self.oracle.groups:
                 group.lr = 0.0 if event == "idle step" else group.lr
-            gradients = {spec.name: np.zeros(spec.shape) for spec in self.problem.specs()}
-            if event == "step":
-                drawn = self.problem.oracle_gradients(self.number % CLIPPED.steps)
-                gradients |= {name: g for name, g in drawn.items() if g is not None}
+            factor = 1.0 if event == "step" else 0.0
+            drawn = gradients_under_zero(self.problem, self.number % CLIPPED.steps)
+            gradients = {name: factor * g for name, g in drawn.items()}
             self.means.append(self.oracle.step(gradients).mean)
             for group, lr in zip(self.oracle.groups, rates, strict=True):
                 group.lr = lr

@@ -59,6 +59,11 @@ class ZeroMean(MeanSource):
         self._part_of = {id(flat): part for part, flat in enumerate(self.flats)}
         self._num_ranks = math.prod(map(dist.get_world_size, self.process_groups))
         self._group_of_part = zero_wrapper.group_indices()
+        fragments = map(zero_wrapper.fragments, range(len(self.flats)))
+        self._counted = [[f for f in of_part if f.is_counted and f.num_elements] for of_part in fragments]
+        self._num_elements = [sum(f.num_elements for f in of_part) for of_part in self._counted]
+        pairs = zip(self._counted, self.flats, strict=True)
+        self._not_counted = [_runs_outside(of_part, flat.numel()) for of_part, flat in pairs]
         self._trained = TrainedModel(model, optimizer)
         self._check_param_groups()
         self.check_coupled_decay()
@@ -134,9 +139,8 @@ class ZeroMean(MeanSource):
             dtype = self.flats[part].dtype
             v_sum = self._exp_avg_sq_sum(part).to(self.device)
             terms = equations.mean_terms(norms, v_sum, correction, hypers[group], self._expected, dtype)
-            num_elements = sum(f.num_elements for f in self.zero_wrapper.fragments(part) if f.is_counted)
             lr = equations.scalar_tensor(hypers[group].lr, correction)
-            total += torch.stack([norms.grad_grad, *terms, torch.full_like(lr, num_elements), lr])
+            total += torch.stack([norms.grad_grad, *terms, torch.full_like(lr, self._num_elements[part]), lr])
         sums = Sums(*total.unbind())
         if squared_norms is None:
             self._sums = sums.added_up(self.process_groups)
@@ -163,25 +167,25 @@ class ZeroMean(MeanSource):
 
     def _exp_avg_sq_sum(self, part: int) -> Tensor:
         """Of the elements of a part that this rank counts, as they stand; 0-dim float64."""
-        if not self.optimizer.state.get(self.flats[part]):
+        flat = self.flats[part]
+        state = self.optimizer.state.get(flat)
+        if not state:
             return torch.zeros((), dtype=torch.float64, device=self.device)
         if self.zero_wrapper.is_swapped(part):
             return self._sums_on_disk[part]
-        flat, fragments = self.flats[part], self.zero_wrapper.fragments(part)
-        state = self.optimizer.state[flat]
         holding = self._stepped.get(id(flat))
         row = holding.kept_row() if holding is not None and holding.is_of(flat, state) else None
         v = state["exp_avg_sq"]
         backend = self.optimizer.backends.of([v])
         kept = nothing_kept([v]) if row is None else row[0][row[1]].unsqueeze(0)
         total = backend.sums([v], kept).sum()
-        outside = [v.view(-1)[run] for run in _runs_outside([f for f in fragments if f.is_counted], v.numel())]
-        return total - backend.sums(outside, nothing_kept(outside)).sum() if outside else total
+        not_counted = [v.view(-1)[run] for run in self._not_counted[part]]
+        return total - backend.sums(not_counted, nothing_kept(not_counted)).sum() if not_counted else total
 
     def _note_sum_on_disk(self, part: int) -> None:
         """While a swapped part is in memory. It is read: its padding comes from disk, and may be anything."""
         v = self.optimizer.state[self.flats[part]]["exp_avg_sq"]
-        counted = [f.of(v) for f in self.zero_wrapper.fragments(part) if f.is_counted and f.num_elements]
+        counted = [fragment.of(v) for fragment in self._counted[part]]
         backend = self.optimizer.backends.of([v])
         self._sums_on_disk[part] = backend.sums(counted, nothing_kept(counted)).sum().to(self.device)
 
