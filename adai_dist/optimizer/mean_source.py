@@ -11,8 +11,9 @@ from torch import Tensor
 
 from adai_dist.hyper import Hyper
 from adai_dist.optimizer.unsupported import check_not_held_in_parts, check_one_layout, check_params_were_given
+from adai_dist.sharding.comparison import Comparison
 from adai_dist.sharding.configured import Joint
-from adai_dist.sharding.mean import GlobalMean, global_mean, unscaling_coefficient
+from adai_dist.sharding.mean import GlobalMean, Sums, global_mean, unscaling_coefficient
 from adai_dist.sharding.ownership import local_tensor
 from adai_dist.sharding.plan import ModelSharding
 from adai_dist.sharding.shards import OwnedShards
@@ -84,16 +85,14 @@ class ShardedMean(MeanSource):
 
     def __init__(self, model_sharding: ModelSharding | None = None) -> None:
         self.model_sharding = model_sharding
-        self._last_clip = LastClip()
-        self._is_first = True
+        self._observed = ObservedMean()
 
     def mean(self, optimizer: AdaptiveInertia, shards: list[OwnedShards], max_norm: float | None) -> GlobalMean:
         if self.model_sharding is None:
             check_params_were_given(optimizer)
-            if self._is_first:
+            if self._observed.is_first:
                 check_not_held_in_parts(optimizer)
-                self._is_first = False
-        return _observed_mean(optimizer, shards, max_norm, self._last_clip, others=())
+        return self._observed.of(optimizer, shards, max_norm)
 
     def sharding(self) -> ModelSharding | None:
         return self.model_sharding
@@ -108,7 +107,7 @@ class SharedMean(MeanSource):
     def __init__(self, members: tuple[AdaptiveInertia, ...], model_sharding: ModelSharding | None) -> None:
         self.members = members
         self.model_sharding = model_sharding
-        self._last_clip = LastClip()
+        self._observed = ObservedMean()
         self._joint = Joint((), model_sharding)
 
     def mean(self, optimizer: AdaptiveInertia, shards: list[OwnedShards], max_norm: float | None) -> GlobalMean:
@@ -119,7 +118,7 @@ class SharedMean(MeanSource):
                 f"got {bounds!r}; set them alike"
             )
         others = [member for member in self.members if member is not optimizer]
-        mean = _observed_mean(optimizer, shards, max_norm, self._last_clip, others)
+        mean = self._observed.of(optimizer, shards, max_norm, others)
         for other in others:
             other.mean_source = KnownMean(other, mean, self, is_shared=True)
         return mean
@@ -253,21 +252,55 @@ class LastClip:
         self._clip = torch.where(mean.is_finite, mean.coefficient / unscaling, self._clip)
 
 
-def _observed_mean(
-    optimizer: AdaptiveInertia,
-    shards: list[OwnedShards],
-    max_norm: float | None,
-    last_clip: LastClip,
-    others: Sequence[AdaptiveInertia],
-) -> GlobalMean:
-    grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)  # set by torch.amp.GradScaler
-    if grad_scale is not None or hasattr(optimizer, "found_inf"):
-        check_one_layout(optimizer.params())
-    unscaling = unscaling_coefficient(grad_scale, optimizer.device)
-    expected = last_clip.expected(unscaling)
-    sums = optimizer.observe(shards, expected)
-    for other in others:
-        sums = sums.plus(other.observe(other.owned_shards(), expected))
-    mean = global_mean(sums, optimizer.mean_group, max_norm=max_norm, grad_scale=grad_scale, expected=expected)
-    last_clip.note(mean, unscaling)
-    return mean
+class ObservedMean:
+    """Observes shards and adds up over the process groups of the plan; keeps what one mean has to do with the next."""
+
+    def __init__(self) -> None:
+        self.is_first = True
+        self._last_clip = LastClip()
+        self._comparison = Comparison()
+
+    def of(
+        self,
+        optimizer: AdaptiveInertia,
+        shards: list[OwnedShards],
+        max_norm: float | None,
+        others: Sequence[AdaptiveInertia] = (),
+    ) -> GlobalMean:
+        """The mean over the shards of an optimizer, and of ``others`` that share it.
+
+        Raises:
+            RuntimeError: the sharding plan of this rank, or in the first step of any rank, refuses the layout.
+
+        Collective: one all-reduce of 64 bytes per process group of the plan, also where it is refused.
+        """
+        grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)  # set by torch.amp.GradScaler
+        if grad_scale is not None or hasattr(optimizer, "found_inf"):
+            check_one_layout(optimizer.params())
+        plan = optimizer.sharding_plan
+        self._comparison.before_step(plan)
+        unscaling = unscaling_coefficient(grad_scale, optimizer.device)
+        expected = self._last_clip.expected(unscaling)
+        if plan.refusal:
+            sums = Sums.of_refusal(optimizer.device)
+        else:
+            sums = optimizer.observe(shards, expected)
+            for other in others:
+                sums = sums.plus(other.observe(other.owned_shards(), expected))
+        sums = sums.added_up(plan.process_groups)
+        if plan.refusal:
+            raise RuntimeError(plan.refusal)
+        if self.is_first and plan.process_groups:
+            _check_not_refused(sums)
+        self.is_first = False
+        mean = global_mean(sums, (), max_norm=max_norm, grad_scale=grad_scale, expected=expected)
+        self._last_clip.note(mean, unscaling)
+        return mean
+
+
+def _check_not_refused(sums: Sums) -> None:
+    if sums.are_refused():
+        raise RuntimeError(
+            "all ranks that share the mean must be able to tell which ranks hold what, but another one cannot; what it "
+            "says in its own error message applies to all of them"
+        )

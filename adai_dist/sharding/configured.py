@@ -60,12 +60,7 @@ class OneProcessGroup(_Shared):
             given = self.num_replicas
         if given is None:
             given = _dtensor_replicas(param, size) if is_dtensor(param) else size
-        if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= size:
-            raise ValueError(
-                f"num_replicas must be an int between 1 and the size of the process group ({size}), "
-                f"got {given!r} for a parameter of shape {tuple(param.shape)}"
-            )
-        return given
+        return _in_range(given, size, "the process group", param)
 
 
 @dataclass(frozen=True)
@@ -74,11 +69,17 @@ class ModelAndStages(_Shared):
 
     model: nn.Module | None
     stages: ProcessGroup | None
+    num_replicas: NumReplicas
 
     def plan(self, params: tuple[Tensor, ...]) -> ShardingPlan:
-        if self.model is None:
-            return plan_by_spreads(params, spreads_of_tensor, self.stages)
-        return plan_by_spreads(params, FSDP1Parameters.of(self.model).spreads_of, self.stages)
+        spreads_of = spreads_of_tensor if self.model is None else FSDP1Parameters.of(self.model).spreads_of
+        return plan_by_spreads(params, spreads_of, self.stages, self._num_stages_with)
+
+    def _num_stages_with(self, param: Tensor) -> int:
+        if self.stages is None or self.num_replicas is None:
+            return 1
+        given = self.num_replicas(param) if callable(self.num_replicas) else self.num_replicas
+        return 1 if given is None else _in_range(given, dist.get_world_size(self.stages), "stages", param)
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,12 @@ def configured_sharding(
 
     Collective: none.
     """
-    names_one_group = process_group is not None or num_replicas is not None
+    names_one_group = process_group is not None or (num_replicas is not None and stages is None)
     if names_one_group and (model is not None or stages is not None):
         raise ValueError(
-            "process_group and num_replicas say all there is to say, and go with neither model nor stages, "
-            f"got {process_group=}, {num_replicas=}, model of type {type(model).__name__} and {stages=}; leave one "
-            "pair out"
+            "process_group says all there is to say, with or without num_replicas, and goes with neither model nor "
+            "stages; num_replicas goes with stages, but not with model alone; "
+            f"got {process_group=}, {num_replicas=}, model of type {type(model).__name__} and {stages=}; leave one out"
         )
     if not (num_replicas is None or callable(num_replicas) or type(num_replicas) is int):
         raise TypeError(f"num_replicas must be an int, a function of the parameter or None, got {num_replicas!r}")
@@ -126,7 +127,7 @@ def configured_sharding(
     if names_one_group:
         process_group = dist.group.WORLD if process_group is None else process_group
         return OneProcessGroup(_member_of("process_group", process_group), num_replicas)
-    return ModelAndStages(model, None if stages is None else _member_of("stages", stages))
+    return ModelAndStages(model, None if stages is None else _member_of("stages", stages), num_replicas)
 
 
 def _member_of(name: str, process_group: object) -> ProcessGroup:
@@ -138,6 +139,15 @@ def _member_of(name: str, process_group: object) -> ProcessGroup:
     if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(f"{name} must be a torch.distributed.ProcessGroup, got {process_group!r}")
     return process_group
+
+
+def _in_range(given: object, size: int, of: str, param: Tensor) -> int:
+    if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= size:
+        raise ValueError(
+            f"num_replicas must be an int between 1 and the size of {of} ({size}), "
+            f"got {given!r} for a parameter of shape {tuple(param.shape)}"
+        )
+    return given
 
 
 def _dtensor_replicas(param: DTensor, size: int) -> int:

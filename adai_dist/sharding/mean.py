@@ -39,6 +39,15 @@ class Sums(NamedTuple):
     lr: Tensor
     """Sum of the learning rates: 0 means that this step cannot move a parameter."""
 
+    @classmethod
+    def of_refusal(cls, device: torch.device) -> Sums:
+        """What a rank that must not step adds, so that the others learn of it and are not left waiting."""
+        return cls(*torch.full((len(cls._fields),), torch.nan, dtype=torch.float64, device=device).unbind())
+
+    def are_refused(self) -> bool:
+        """Whether a rank has refused to step; the host waits for the device."""
+        return bool(self.num_elements.isnan())  # a sum of sizes, and finite whatever the gradients are
+
     def added_up(self, process_groups: tuple[ProcessGroup, ...]) -> Sums:
         """Those of all ranks together. Collective: as :func:`all_reduce`."""
         return Sums(*all_reduce(torch.stack(self), process_groups).unbind()) if process_groups else self

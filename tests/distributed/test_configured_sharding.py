@@ -162,7 +162,8 @@ def wrong_settings() -> dict[str, str]:
     attempt("zero", num_replicas=0)
     attempt("many", num_replicas=3)
     attempt("function", num_replicas=lambda p: 7)
-    attempt("two ways", num_replicas=2, stages=dist.group.WORLD)
+    attempt("two ways", dist.group.WORLD, stages=dist.group.WORLD)
+    attempt("more than stages", num_replicas=3, stages=dist.group.WORLD)
     attempt("no module", model=optimizer_like)
     attempt("no group", stages=[0, 1])
     attempt("foreign stages", stages=groups[1 - dist.get_rank()])
@@ -173,10 +174,10 @@ def wrong_settings() -> dict[str, str]:
 
 def test_wrong_settings_are_refused_with_their_name_and_value() -> None:
     for messages in run_ranks(wrong_settings, 2):
-        of_num_replicas = {"text", "float", "bool", "zero", "many", "function"}
+        of_num_replicas = {"text", "float", "bool", "zero", "many", "function", "more than stages"}
         of_the_others = {"foreign", "two ways", "no module", "no group", "foreign stages"}
         assert set(messages) == of_num_replicas | of_the_others
-        assert messages["two ways"].startswith("ValueError: process_group and num_replicas say all there is to say")
+        assert messages["two ways"].startswith("ValueError: process_group says all there is to say")
         assert messages["no module"].startswith("TypeError: model must be a torch.nn.Module, got Adai")
         assert messages["no group"].startswith("TypeError: stages must be a torch.distributed.ProcessGroup, got [0, 1]")
         assert messages["foreign stages"].startswith("ValueError: stages must contain this rank")
@@ -184,7 +185,7 @@ def test_wrong_settings_are_refused_with_their_name_and_value() -> None:
         for name, value in {"text": "'2'", "float": "2.0", "bool": "True"}.items():
             assert messages[name].startswith("TypeError: num_replicas")
             assert value in messages[name]
-        for name, value in {"zero": "0", "many": "3", "function": "7"}.items():
+        for name, value in {"zero": "0", "many": "3", "function": "7", "more than stages": "3"}.items():
             assert messages[name].startswith("ValueError: num_replicas")
             assert f"got {value}" in messages[name]
 

@@ -1,0 +1,96 @@
+"""The mean is exact where the meshes decide who holds what, refused where they cannot, and warned about where only the
+other ranks know."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+
+import pytest
+import torch.distributed as dist
+
+from adai_dist import AdaiV2
+from adai_dist.sharding.comparison import LOOKS
+from tests.distributed.mesh_layouts import LAYOUTS, gradient_of
+from tests.distributed.recorded import Recorder, Recording, follow
+from tests.spawn import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+WORLD_SIZES = (2, 4, 8)
+
+
+@dataclass
+class Seen:
+    """What one rank saw of a layout."""
+
+    recording: Recording | None
+    error: str
+    warnings: list[str]
+
+
+def walk(layout: str) -> Seen:
+    """Some steps; the ranks keep together, as by their data. Collective: all ranks."""
+    made = LAYOUTS[layout].make()
+    names = made.names()
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger("adai_dist").addHandler(handler)
+    seen = Seen(None, "", [])
+    if names:
+        optimizer = AdaiV2(list(names), lr=0.3, dampening=0.5, max_grad_norm=20.0)
+        made.tell(optimizer)
+        recorder = Recorder([optimizer], names)
+    for step in range(LOOKS[-1]):
+        if names and not seen.error:
+            for param, name in names.items():
+                param.grad = gradient_of(param, name, step)
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                seen.error = str(error)
+        dist.barrier()
+    if names and not seen.error:
+        seen.recording = recorder.finish()
+    logging.getLogger("adai_dist").removeHandler(handler)
+    seen.warnings = [record.getMessage() for record in records]
+    return seen
+
+
+def walk_all(world_size: int) -> dict[str, Seen]:
+    return {name: walk(name) for name, layout in LAYOUTS.items() if layout.world_size == world_size}
+
+
+@functools.cache
+def ranks(world_size: int) -> list[dict[str, Seen]]:
+    return run_ranks(walk_all, world_size, world_size)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_mean_is_exact_or_refused_or_warned_about(name: str) -> None:
+    layout = LAYOUTS[name]
+    seen = [of_rank[name] for of_rank in ranks(layout.world_size)]
+    if layout.outcome == "exact":
+        assert [one.error for one in seen] == [""] * len(seen)
+        assert [one.warnings for one in seen] == [[]] * len(seen), "no false alarm"
+        recordings = [one.recording for one in seen if one.recording is not None]
+        for part in by_mean(recordings, name):
+            assert follow(part, rounding=1e-13) < 1e-13
+    elif layout.is_refused:
+        assert all(one.error for one in seen), "refused on all ranks"
+        assert any(one.error.startswith(layout.outcome) and "configure_sharding(" in one.error for one in seen)
+        for one in seen:
+            assert one.error.startswith((layout.outcome, "all ranks that share the mean must be able to tell"))
+    else:
+        assert [one.error for one in seen] == [""] * len(seen)
+        assert [one.warnings for one in seen[1:]] == [[]] * (len(seen) - 1), "rank 0 alone"
+        (warning,) = seen[0].warnings
+        assert layout.outcome in warning
+        assert "configure_sharding(" in warning
+
+
+def by_mean(recordings: list[Recording], name: str) -> list[list[Recording]]:
+    """All ranks together, but where each has a model of its own."""
+    return [[one] for one in recordings] if name.startswith("models of their own") else [recordings]
