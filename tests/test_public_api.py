@@ -71,7 +71,7 @@ FUNCTIONS: dict[str, Signature] = {
     "sharding.mean.unscaling_coefficient": ([("grad_scale", REQUIRED), ("device", REQUIRED)], "Tensor"),
     "sharding.mean.all_reduce": ([("packed", REQUIRED), ("process_groups", REQUIRED)], "Tensor"),
     "sharding.plan.plan_by_spreads": (
-        [("params", REQUIRED), ("spreads_of", REQUIRED), ("stages", None)],
+        [("params", REQUIRED), ("spreads_of", REQUIRED), ("stages", None), ("num_stages_with", None)],
         "ShardingPlan",
     ),
     "sharding.plan.plan_sharding": ([("params", REQUIRED), ("sharding", REQUIRED)], "ShardingPlan"),
@@ -84,7 +84,8 @@ FIELDS: dict[str, list[str]] = {
     "sharding.mean.Sums": [
         *("grad_squared", "carried", "quadratic", "linear", "constant", "expected", "num_elements", "lr"),
     ],
-    "sharding.plan.ShardingPlan": ["params", "process_groups", "weights"],
+    "sharding.plan.Assumptions": ["copied", "stages", "of_one_stage"],
+    "sharding.plan.ShardingPlan": ["params", "process_groups", "weights", "refusal", "assumptions"],
     "sharding.plan.Spread": ["process_group", "is_sharded"],
 }
 # What an engine that brings its own source of the mean may implement.

@@ -108,8 +108,9 @@ def record_of(plan: ShardingPlan) -> Record:
     assert plan.assumptions is not None
     stages = plan.assumptions.stages
     process_groups = [sorted(dist.get_process_group_ranks(process_group)) for process_group in plan.process_groups]
-    hashes = dict(zip(plan.params, _hashes(plan.params), strict=True))
-    largest = sorted(plan.assumptions.counted_once, key=torch.numel, reverse=True)[:MAX_LARGE]
+    params = list(plan.weights)  # of all optimizers that share the mean
+    hashes = dict(zip(params, _hashes(params), strict=True))
+    largest = sorted(plan.assumptions.of_one_stage, key=torch.numel, reverse=True)[:MAX_LARGE]
     return Record(
         process_groups=[ranks for ranks in process_groups if ranks != list(stages)],
         stages=list(stages),

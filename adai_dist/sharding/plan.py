@@ -63,7 +63,7 @@ class Assumptions:
     say so."""
     stages: Ranks = ()
     """The ranks of the pipeline, which hold different parameters."""
-    counted_once: list[Tensor] = field(default_factory=list)
+    of_one_stage: list[Tensor] = field(default_factory=list)
     """The parameters that no other stage is taken to hold."""
 
 
@@ -156,14 +156,14 @@ def plan_by_spreads(
     params: tuple[Tensor, ...],
     spreads_of: Callable[[Tensor], Sequence[Spread]],
     stages: ProcessGroup | None = None,
-    num_stages_with: Callable[[Tensor], int] = lambda param: 1,
+    num_stages_with: Callable[[Tensor], int] | None = None,
 ) -> ShardingPlan:
     """The plan for parameters that are spread over process groups.
 
     Args:
         spreads_of: the process groups of a parameter.
         stages: a process group whose ranks hold different parameters.
-        num_stages_with: how many ranks of ``stages`` hold a copy of a parameter.
+        num_stages_with: how many ranks of ``stages`` hold a copy of a parameter; by default one.
 
     Raises:
         ValueError: the ranks of ``stages`` share parameters.
@@ -177,6 +177,7 @@ def plan_by_spreads(
         if len(ranks := _ranks(process_group)) > 1:
             process_groups.setdefault(ranks, process_group)
 
+    of_stages = {param: 1 if num_stages_with is None else num_stages_with(param) for param in params}
     weights: dict[Tensor, float] = {}
     copied: dict[Ranks, list[Tensor]] = {}
     refusal = ""
@@ -189,7 +190,7 @@ def plan_by_spreads(
                     refusal = refusal or _refusal(param, f"spread over ranks {sorted(spanned)}", ranks)
         if is_dtensor(param) and not of_param:
             refusal = refusal or _refusal(param, f"on {param.device_mesh}, which lacks this rank", dist.get_rank())
-        weights[param] = _weight(of_param, process_groups) / num_stages_with(param)
+        weights[param] = _weight(of_param, process_groups) / of_stages[param]
 
     assumptions = Assumptions(copied)
     if stages is not None and dist.get_world_size(stages) > 1:
@@ -200,7 +201,7 @@ def plan_by_spreads(
                 "connects the stages"
             )
         process_groups[_ranks(stages)] = stages
-        of_one_stage = [param for param in params if num_stages_with(param) == 1]
+        of_one_stage = [param for param in params if of_stages[param] == 1]
         assumptions = Assumptions(copied, _ranks(stages), of_one_stage)
     return ShardingPlan(params, tuple(process_groups.values()), weights, refusal, assumptions)
 

@@ -143,7 +143,7 @@ def test_wrong_configurations_are_refused_with_what_to_do() -> None:
             "part of the model": ("ValueError", "pass the whole model"),
             "another model": ("ValueError", "pass the whole model"),
             "no model": ("TypeError", "model must be a torch.nn.Module, got 'model'"),
-            "model and process group": ("ValueError", "leave one pair out"),
+            "model and process group": ("ValueError", "leave one out"),
             "model and number": ("ValueError", "num_replicas=1"),
             "stages over the shards": ("ValueError", "stages must hold different parameters"),
             "stages of others": ("ValueError", "stages must contain this rank"),
