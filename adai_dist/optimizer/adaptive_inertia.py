@@ -141,8 +141,9 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         Raises:
             TypeError: a gradient is sparse, or not held like its parameter.
             ValueError: a hyperparameter is out of range; a state is incomplete or has another shape.
-            RuntimeError: there is no mean. Gradients changed since :meth:`clip_grad_norm_`; FSDP1 shards parameters
-                without :meth:`configure_sharding`; a backward pass is under way (optimizer-in-backward); a GradScaler
+            RuntimeError: there is no mean. Gradients changed since :meth:`clip_grad_norm_`; the tensors do not show
+                which ranks hold what, and :meth:`configure_sharding` has not said it (FSDP1, marks of Megatron, meshes
+                of some ranks); a backward pass is under way (optimizer-in-backward); a GradScaler
                 does not see all DTensor gradients; DeepSpeed has not bound the optimizer.
 
         Collective: all ranks that share the model's DTensor parameters, or all of the configured process group, also
@@ -296,15 +297,16 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
             num_replicas: how many of these ranks hold the same local elements of a plain parameter: a number, a
                 function of the parameter, or None where all of them do. A function is asked about DTensors too;
                 where it returns None the placements decide, and ranks beyond the mesh are taken to hold copies.
+                With ``stages``: how many of its ranks hold the parameter (a tied embedding); None stands for one.
             model: the module that FSDP1 wraps, or that contains FSDP1 modules; they are asked about their parameters.
             stages: ranks that hold different parameters, one of every pipeline stage; the sums are added up over them
                 in the end. Goes with ``model`` and with DTensors.
 
         Raises:
             TypeError: an argument is none of these.
-            ValueError: this rank is no member of a process group; ``process_group`` or ``num_replicas`` are given with
-                ``model`` or ``stages``; in the next step: ``num_replicas`` is out of range, ``model`` lacks an FSDP1
-                module of the parameters, the ranks of ``stages`` share parameters.
+            ValueError: this rank is no member of a process group; ``process_group`` is given with ``model`` or
+                ``stages``, or ``num_replicas`` with ``model`` alone; in the next step: ``num_replicas`` is out of
+                range, ``model`` lacks an FSDP1 module of the parameters, the ranks of ``stages`` share parameters.
             RuntimeError: torch.distributed is not initialised; DeepSpeed's ZeRO drives the optimizer; the optimizer
                 shares its mean (configure that in :func:`adai_dist.share_mean`).
 

@@ -334,7 +334,7 @@ def tensor_parallel_and_fsdp2(is_reversed: bool) -> Callable[[], Made]:
         linear = fully_shard(on_mesh("linear", mesh["tp"], Shard(0)), mesh=mesh["dp"])
         norm = fully_shard(Model("norm"), mesh=mesh["dp"])
         only_tp = on_mesh("head", mesh["tp"], Shard(0))
-        return Made([linear, norm, only_tp], is_reversed=is_reversed and rank() % 2 == 1)
+        return Made([linear, norm, only_tp], is_reversed=is_reversed and rank() in (0, 3))
 
     return make
 

@@ -24,7 +24,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.experts = nn.Linear(4, 3)
-        self.rest = nn.Linear(3, 2)
+        self.rest = self.embedding = nn.Linear(3, 2)
 
 
 def run_all() -> list[list[float]]:
@@ -43,7 +43,7 @@ def run_all() -> list[list[float]]:
         optimizers = names.get("optimizers") or [names["optimizer"]]
         for optimizer in optimizers:
             for param in optimizer.params():
-                is_copy = "experts" in names and param not in names["experts"]
+                is_copy = param in names.get("tied", ()) or ("experts" in names and param not in names["experts"])
                 param.grad = torch.full_like(param, 1.0 if is_copy else dist.get_rank() + 1.0)
                 if padding := getattr(param, "_shard_numel_padded", 0):
                     param.grad[-padding:] = 0.0
@@ -54,16 +54,16 @@ def run_all() -> list[list[float]]:
 
 
 def test_the_ranks_of_every_example_share_one_mean() -> None:
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
     first, second = run_ranks(run_all, 2)
     assert first == second
-    fsdp1, pipeline, interleaved, experts = first
+    fsdp1, pipeline, interleaved, tied, experts = first
     num_elements, num_of_experts = 23, 15
     first_piece = 12  # of the flat parameter; the second one has 11 and padding
     assert fsdp1 == pytest.approx([(first_piece + 4 * (num_elements - first_piece)) / num_elements], rel=1e-5)
     assert pipeline == pytest.approx([2.5], rel=1e-6)
     assert interleaved == pytest.approx([2.5, 2.5], rel=1e-6)
     num_others = num_elements - num_of_experts
-    assert experts == pytest.approx(
-        [(num_of_experts + 4 * num_of_experts + num_others) / (2 * num_of_experts + num_others)], rel=1e-6
-    )
+    counted_once = (num_of_experts + 4 * num_of_experts + num_others) / (2 * num_of_experts + num_others)
+    assert tied == pytest.approx([counted_once], rel=1e-6)
+    assert experts == pytest.approx([counted_once], rel=1e-6)

@@ -8,11 +8,12 @@ import logging
 from dataclasses import dataclass
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from adai_dist import AdaiV2
 from adai_dist.sharding.comparison import LOOKS
-from tests.distributed.mesh_layouts import LAYOUTS, gradient_of
+from tests.distributed.mesh_layouts import LAYOUTS, OTHERS, gradient_of
 from tests.distributed.recorded import Recorder, Recording, follow
 from tests.spawn import run_ranks
 
@@ -94,3 +95,40 @@ def test_the_mean_is_exact_or_refused_or_warned_about(name: str) -> None:
 def by_mean(recordings: list[Recording], name: str) -> list[list[Recording]]:
     """All ranks together, but where each has a model of its own."""
     return [[one] for one in recordings] if name.startswith("models of their own") else [recordings]
+
+
+def step_by_turns(stepping: tuple[int, ...]) -> list[str]:
+    """Only some of the ranks step, each a model of its own size. Collective: none."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger("adai_dist").addHandler(handler)
+    if dist.get_rank() in stepping:
+        model = torch.nn.Linear(2, 2 + dist.get_rank())
+        optimizer = AdaiV2(model.parameters(), lr=0.1)
+        for _ in range(LOOKS[-1]):
+            model(torch.ones(2)).sum().backward()
+            optimizer.step()
+    return [record.getMessage() for record in records]
+
+
+@pytest.mark.parametrize("stepping", [(), (0,), (1,), (1, 2)])
+def test_nobody_waits_for_ranks_that_do_not_step(stepping: tuple[int, ...]) -> None:
+    assert run_ranks(step_by_turns, 3, stepping) == [[], [], []]
+
+
+def step_after_another_rank() -> list[str]:
+    """Rank 0 steps after rank 1, and rank 2 never."""
+    if dist.get_rank() == 0:
+        dist.barrier()
+    seen = step_by_turns((0, 1))
+    if dist.get_rank() != 0:
+        dist.barrier()
+    return seen
+
+
+def test_ranks_that_have_stepped_are_compared_without_the_others() -> None:
+    first, *others = run_ranks(step_after_another_rank, 3)
+    assert len(first) == 1
+    assert OTHERS in first[0]
+    assert others == [[], []]
