@@ -17,8 +17,9 @@ from adai_dist.optimizer.stateful import StatefulOptimizer
 from adai_dist.optimizer.unsupported import check_not_in_backward, warn_of_no_gradients
 from adai_dist.sharding.configured import NumReplicas, configured_sharding
 from adai_dist.sharding.holdings import Holdings
-from adai_dist.sharding.mean import GlobalMean, Sums, unscaling_coefficient
+from adai_dist.sharding.mean import GlobalMean, Sums, signals, unscaling_coefficient
 from adai_dist.sharding.plan import ShardingPlan
+from adai_dist.sharding.presence import MODULUS
 from adai_dist.sharding.shards import OwnedShards
 
 if TYPE_CHECKING:
@@ -203,7 +204,9 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         total = torch.zeros(len(Sums._fields), dtype=torch.float64, device=self.device)
         for owned in shards:
             total += owned.observe(expected.to(owned.layout.weights.device)).to(self.device)
+        share = sum(owned.layout.presence for owned in shards) % MODULUS
         sums = Sums(*total.unbind())
+        sums = sums._replace(signals=signals(share, sums.signals > 0, self.mean_group))
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # set by torch.amp.GradScaler
         if found_inf is None:
             return sums

@@ -12,6 +12,7 @@ from adai_dist import equations
 from adai_dist.equations import Shards
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import Backends
+from adai_dist.sharding import presence
 from adai_dist.sharding.ownership import aligned_gradient, local_tensor
 from adai_dist.sharding.plan import ModelSharding, ShardingPlan, plan_sharding
 from adai_dist.sharding.shards import Holding, Layout, OwnedShards, check_is_complete
@@ -31,6 +32,7 @@ class Holdings:
         self.backends = backends
         self._plan: ShardingPlan | None = None
         self._sharding: ModelSharding | None = None
+        self._shares: dict[Tensor, int] = {}
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         self._holdings: dict[int, Holding] = {}  # by id: hashing a tensor is slow
 
@@ -40,6 +42,7 @@ class Holdings:
         if self._plan is None or self._sharding is not sharding or not self._plan.fits(params):
             self._plan = plan_sharding(params, sharding)
             self._sharding = sharding
+            self._shares = presence.shares(params)
             self._layouts.clear()
             self._holdings.clear()
         return self._plan
@@ -85,7 +88,7 @@ class Holdings:
         holdings = [holding for holding, _ in pairs]
         layout = self._layouts.get(key)
         if layout is None or not layout.fits(holdings):
-            layout = self._layouts[key] = Layout.of(holdings, plan.weights)
+            layout = self._layouts[key] = Layout.of(holdings, plan.weights, self._shares)
         try:
             steps = [holding.state["step"] for holding in holdings]
             next_steps = torch.stack(steps).double() + 1.0

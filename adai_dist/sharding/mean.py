@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -10,12 +11,16 @@ from torch import Tensor
 
 from adai_dist.equations import MeanTerms, StepScalars, mean_sum, scalar_tensor
 from adai_dist.hyper import Hyper
+from adai_dist.sharding.presence import MODULUS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 CLIP_EPS = 1e-6
 """Added to the norm in the clip coefficient, as :func:`torch.nn.utils.clip_grad_norm_` does."""
+
+MOVING = 2.0**-10
+"""Fraction of the signals where all ranks have a learning rate: up to 1,000 optimizers may share a mean."""
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -36,8 +41,9 @@ class Sums(NamedTuple):
     expected: Tensor
     num_elements: Tensor
     """Number of real elements with a gradient in this step."""
-    lr: Tensor
-    """Sum of the learning rates: 0 means that this step cannot move a parameter."""
+    signals: Tensor
+    """A whole number that tells whether a parameter lacks its gradient on some ranks alone
+    (:mod:`adai_dist.sharding.presence`), plus a fraction that is 0 where all learning rates are."""
 
     @classmethod
     def of_refusal(cls, device: torch.device) -> Sums:
@@ -118,10 +124,22 @@ def global_mean(
     Numerics: float64.
     """
     sums = local_sums.added_up(process_groups)
-    unscaling = unscaling_coefficient(grad_scale, sums.lr.device)
+    unscaling = unscaling_coefficient(grad_scale, sums.signals.device)
     grad_norm = sums.grad_squared.sqrt() * unscaling
     c = unscaling if max_norm is None else unscaling * (max_norm / (grad_norm + CLIP_EPS)).clamp(max=1.0)
     return evaluate(sums, grad_norm, c, unscaling if expected is None else expected)
+
+
+def signals(share: int, is_moving: Tensor, process_groups: tuple[ProcessGroup, ...]) -> Tensor:
+    """What a rank adds to :attr:`Sums.signals`; 0-dim float64.
+
+    Args:
+        share: of its gradients, see :mod:`adai_dist.sharding.presence`.
+        is_moving: whether it has a learning rate other than 0; 0-dim.
+        process_groups: of the mean. Their sizes keep the fraction below 1, over any number of ranks.
+    """
+    num_terms = math.prod(dist.get_world_size(process_group) for process_group in process_groups)
+    return share + is_moving.double() * (MOVING / num_terms)
 
 
 def unscaling_coefficient(grad_scale: Tensor | None, device: torch.device) -> Tensor:
@@ -142,13 +160,14 @@ def evaluate(sums: Sums, grad_norm: Tensor, c: Tensor, expected: Tensor) -> Glob
     Collective: none.
     """
     total = mean_sum(MeanTerms(*sums[1:6]), c, expected)
+    presence = sums.signals.floor()
     # No gradient so far and no learning rate: nobody trains, somebody wants the states created.
-    is_idle = (sums.grad_squared == 0) & (sums.carried == 0) & (sums.lr == 0)
+    is_idle = (sums.grad_squared == 0) & (sums.carried == 0) & (sums.signals == presence)
     is_undefined = (total == 0) & ~is_idle
     total = torch.where(is_idle, 0.0, total)
     mean = total / sums.num_elements.clamp(min=1.0)
     # A second moment beyond float32 would be inf for ever. An inf or NaN in any sum fails the comparisons, too.
-    is_finite = (sums.grad_squared < torch.inf) & (total <= FLOAT32_MAX)
+    is_finite = (sums.grad_squared < torch.inf) & (total <= FLOAT32_MAX) & (presence % MODULUS == 0)
     return GlobalMean(
         coefficient=c,
         grad_norm=grad_norm,

@@ -129,13 +129,15 @@ class Layout:
     """float64, one per parameter: weight of its elements in the mean."""
     num_elements: Tensor
     """float64, 0-dim: weighted number of elements of all of them together."""
+    presence: int
+    """Sum of their shares, see :mod:`adai_dist.sharding.presence`."""
     kept: Tensor
     """float64, two per parameter: what every step keeps of exp_avg_sq for the next (see :class:`Backend`)."""
     halves: tuple[Tensor, ...]
     """int64: where the retired parameters are, and where the others; empty unless there are both."""
 
     @classmethod
-    def of(cls, holdings: list[Holding], param_weights: dict[Tensor, float]) -> Layout:
+    def of(cls, holdings: list[Holding], param_weights: dict[Tensor, float], shares: dict[Tensor, int]) -> Layout:
         params = [holding.param for holding in holdings]
         device = params[0].device
         weights = [param_weights[param] for param in params]
@@ -151,6 +153,7 @@ class Layout:
             retired=retired,
             weights=torch.tensor(weights, dtype=torch.float64, device=device),
             num_elements=torch.tensor(num_elements, dtype=torch.float64, device=device),
+            presence=sum(shares.get(param, 0) for param in params),
             kept=torch.full((len(params), 2), torch.nan, dtype=torch.float64, device=device),
             halves=tuple(torch.tensor(half, device=device) for half in halves) if all(halves) else (),
         )
@@ -195,8 +198,8 @@ class OwnedShards:
         norms, v_sums = self.backend.observe(self.shards, self.hyper, c, self._kept_rows())
         terms = equations.mean_terms(norms, v_sums, self.correction, self.hyper, expected, dtype)
         of_shards = (torch.stack([norms.grad_grad, *terms]) * self.layout.weights).sum(1)
-        lr = equations.scalar_tensor(self.hyper.lr, expected)
-        return torch.cat([of_shards, torch.stack([self.layout.num_elements, lr])])
+        is_moving = equations.scalar_tensor(self.hyper.lr, expected) != 0
+        return torch.cat([of_shards, torch.stack([self.layout.num_elements, is_moving.double()])])
 
     def advance(self, mean: GlobalMean) -> None:
         """One step, in place. Collective: none."""

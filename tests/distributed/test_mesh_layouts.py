@@ -87,7 +87,7 @@ def test_the_mean_is_exact_or_refused_or_warned_about(name: str) -> None:
     else:
         assert [one.error for one in seen] == [""] * len(seen)
         assert [one.warnings for one in seen[1:]] == [[]] * (len(seen) - 1), "rank 0 alone"
-        (warning,) = seen[0].warnings
+        (warning,) = [one for one in seen[0].warnings if "step skipped" not in one]
         assert layout.outcome in warning
         assert "configure_sharding(" in warning
 

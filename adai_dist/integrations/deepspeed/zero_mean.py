@@ -20,7 +20,7 @@ from adai_dist.kernels import nothing_kept
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.mean_source import LastClip, MeanSource, Unbound
 from adai_dist.optimizer.state import step_tensor
-from adai_dist.sharding.mean import GlobalMean, Sums, evaluate
+from adai_dist.sharding.mean import GlobalMean, Sums, evaluate, signals
 from adai_dist.sharding.shards import Holding, OwnedShards
 
 if TYPE_CHECKING:
@@ -142,6 +142,7 @@ class ZeroMean(MeanSource):
             lr = equations.scalar_tensor(hypers[group].lr, correction)
             total += torch.stack([norms.grad_grad, *terms, torch.full_like(lr, self._num_elements[part]), lr])
         sums = Sums(*total.unbind())
+        sums = sums._replace(signals=signals(0, sums.signals > 0, self.process_groups))
         if squared_norms is None:
             self._sums = sums.added_up(self.process_groups)
             return
