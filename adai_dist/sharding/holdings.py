@@ -61,7 +61,7 @@ class Holdings:
                     holding = self._holding(param, grad, states[param])
                     key = (index, param.device, param.dtype, grad.dtype, holding.backend)
                     found.setdefault(key, []).append((holding, grad))
-        hypers = [Hyper.from_param_group(param_group) for param_group in param_groups]
+        hypers = Hyper.from_param_groups(param_groups)
         return [self._owned(key, pairs, hypers[key[0]], plan) for key, pairs in found.items()]
 
     def _holding(self, param: Tensor, grad: Tensor, state: dict[str, Any]) -> Holding:

@@ -79,7 +79,7 @@ class ZeroMean(MeanSource):
 
     def hypers(self) -> list[Hyper]:
         """The hyperparameters of every parameter group."""
-        return [Hyper.from_param_group(param_group) for param_group in self.optimizer.param_groups]
+        return Hyper.from_param_groups(self.optimizer.param_groups)
 
     def _check_param_groups(self) -> None:
         """ZeRO adds up the norms of parameter groups by their index, also across pipeline stages."""
