@@ -30,6 +30,7 @@ KEYWORD_ONLY = {
     "max_grad_norm": None,
     "require_kernels": False,
     "retire_beta1_prod": True,
+    "max_consecutive_skips": None,
 }
 
 DECOUPLED_BY_DEFAULT = {Adai: False, AdaiW: True, AdaiV2: True}
@@ -80,7 +81,15 @@ FUNCTIONS: dict[str, Signature] = {
 
 # records: their fields, in order
 FIELDS: dict[str, list[str]] = {
-    "sharding.mean.GlobalMean": ["coefficient", "grad_norm", "inertia_mean", "is_finite", "is_live", "is_undefined"],
+    "sharding.mean.GlobalMean": [
+        "coefficient",
+        "grad_norm",
+        "inertia_mean",
+        "is_finite",
+        "is_live",
+        "is_undefined",
+        "faults",
+    ],
     "sharding.mean.Sums": [
         *("grad_squared", "carried", "quadratic", "linear", "constant", "expected", "num_elements", "lr"),
     ],

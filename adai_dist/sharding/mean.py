@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 CLIP_EPS = 1e-6
 """Added to the norm in the clip coefficient, as :func:`torch.nn.utils.clip_grad_norm_` does."""
 
-FLOAT32_MAX = torch.finfo(torch.float32).max
+FLOAT64_MAX, FLOAT32_MAX = torch.finfo(torch.float64).max, torch.finfo(torch.float32).max
 
 
 class Sums(NamedTuple):
@@ -58,11 +59,14 @@ class GlobalMean(NamedTuple):
     inertia_mean: Tensor
     """vbar: mean over all elements of the bias-corrected second moment, this step's gradient included."""
     is_finite: Tensor
-    """bool: no gradient on any rank is non-finite, nor so large that the second moment would overflow float32."""
+    """bool: the step is taken: none of the faults below."""
     is_live: Tensor
     """bool: finite, and the mean is > 0; otherwise the step does not count."""
     is_undefined: Tensor
     """bool: the mean is 0, as all gradients so far are. Not so in a step without any learning rate, which is idle."""
+    faults: Tensor
+    """bool, shape (4,): why the step is not finite, in the sums of gradients, of states, of parameters (where decay is
+    coupled), of the new second moments, which may be beyond float32 by themselves. None of them if it is finite."""
 
     def to(self, device: torch.device) -> GlobalMean:
         """The same on another device, for models that span several."""
@@ -138,8 +142,10 @@ def evaluate(sums: Sums, grad_norm: Tensor, c: Tensor, expected: Tensor) -> Glob
     is_undefined = (total == 0) & ~is_idle
     total = torch.where(is_idle, 0.0, total)
     mean = total / sums.num_elements.clamp(min=1.0)
-    # A second moment beyond float32 would be inf for ever. An inf or NaN in any sum fails the comparisons, too.
-    is_finite = (sums.grad_squared < torch.inf) & (total <= FLOAT32_MAX)
+    # A second moment beyond float32 would be inf for ever.
+    seen = torch.stack([sums.grad_squared, sums.carried, sums.constant, total])
+    faults = seen.clamp(*_bounds(seen.device)) != seen  # NaN differs from all
+    is_finite = ~faults.any()
     return GlobalMean(
         coefficient=c,
         grad_norm=grad_norm,
@@ -147,7 +153,14 @@ def evaluate(sums: Sums, grad_norm: Tensor, c: Tensor, expected: Tensor) -> Glob
         is_finite=is_finite,
         is_live=is_finite & (mean > 0),
         is_undefined=is_undefined,
+        faults=faults,
     )
+
+
+@functools.lru_cache
+def _bounds(device: torch.device) -> tuple[Tensor, Tensor]:
+    upper = torch.tensor([FLOAT64_MAX] * 3 + [FLOAT32_MAX], dtype=torch.float64, device=device)
+    return torch.zeros_like(upper), upper
 
 
 def all_reduce(packed: Tensor, process_groups: tuple[ProcessGroup, ...]) -> Tensor:
