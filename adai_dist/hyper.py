@@ -16,6 +16,12 @@ from torch import Tensor
 MIN_EPS = 2.0**-24
 """Below this bound ``1 - eps`` is 1 in float32, the inertia can reach 1, and the bias correction divides by zero."""
 
+ROUNDING = 1e-8
+"""How far outside of its range rounding may take a number that a schedule computes in float64, ..."""
+
+ROUNDING_FLOAT32 = 1e-4
+"""... and one that it computes in float32, as tensors and NumPy scalars are."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hyper:
@@ -61,8 +67,24 @@ class Hyper:
 
     @classmethod
     def from_param_group(cls, param_group: Mapping[str, Any]) -> Hyper:
-        """Read the record back from a ``param_groups`` entry; keys of other owners in it are ignored."""
-        return cls(**{name: param_group[name] for name in FIELD_NAMES})
+        """Read the record back from a ``param_groups`` entry; keys of other owners in it are ignored.
+
+        Schedulers write there. A number that rounding alone can have taken out of its range is taken as the end of it.
+        """
+        values = {name: param_group[name] for name in FIELD_NAMES}
+        try:
+            return cls(**values)
+        except ValueError:
+            return cls(**(values | _within_rounding(values)))
+
+    @classmethod
+    def from_param_groups(cls, param_groups: Sequence[Mapping[str, Any]]) -> list[Hyper]:
+        """The records of all groups, each as :meth:`from_param_group` reads it.
+
+        Raises:
+            TypeError, ValueError: a value is none, which the message names with the index of its group.
+        """
+        return [_of_group(index, param_group) for index, param_group in enumerate(param_groups)]
 
     def as_defaults(self) -> dict[str, Any]:
         """The record as entries of a parameter group."""
@@ -101,6 +123,14 @@ class Hyper:
         return -1.0 if self.maximize else 1.0
 
 
+def _of_group(index: int, param_group: Mapping[str, Any]) -> Hyper:
+    try:
+        return Hyper.from_param_group(param_group)
+    except (TypeError, ValueError) as error:
+        name = f" ({param_group['name']!r})" if "name" in param_group else ""
+        raise type(error)(f"param_groups[{index}]{name}: {error}") from None
+
+
 FIELD_NAMES = tuple(field.name for field in fields(Hyper))
 
 
@@ -116,6 +146,32 @@ def max_grad_norm_in_range(name: str, value: float | None) -> float | None:
 def _check(holds: bool, rule: str, got: object) -> None:
     if not holds:
         raise ValueError(f"{rule}, got {got!r}")
+
+
+def _within_rounding(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of which rounding alone can have brought them out of their range, as the ends of it."""
+    ends: dict[str, Any] = {}
+    for name, upper in (("lr", math.inf), ("weight_decay", math.inf), ("dampening", 1.0)):
+        value = values.get(name)
+        if not (isinstance(value, Tensor) and (value.numel() != 1 or value.device.type != "cpu")):
+            ends[name] = _end(value, upper)
+    betas = values.get("betas")
+    if isinstance(betas, (Sequence, Tensor)) and len(betas) == 2:
+        ends["betas"] = (_end(betas[0], math.inf), _end(betas[1], math.nextafter(1.0, 0.0)))
+    return ends
+
+
+def _end(value: Any, upper: float) -> Any:
+    if isinstance(value, (str, bytes, bool)):
+        return value
+    rounding = ROUNDING if isinstance(value, (int, float)) else ROUNDING_FLOAT32
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return value
+    if -rounding <= number < 0:
+        return 0.0
+    return upper if upper < number <= upper + rounding else value
 
 
 def _number(name: str, value: Any) -> float:

@@ -143,12 +143,14 @@ def test_products_that_are_large_stay_while_their_numbers_are_on_the_way(fake: F
 
 def test_skips_are_logged_when_their_number_has_arrived(fake: FakeDevice, caplog: pytest.LogCaptureFixture) -> None:
     counter = UncountedSteps()
-    counter.counts = on_device(torch.zeros(2, dtype=torch.int64))
+    counter.counts = on_device(torch.zeros(6, dtype=torch.int64))
     nan, no = on_device(torch.nan), on_device(False)
-    skipped = GlobalMean(nan, nan, nan, is_finite=no, is_live=no, is_undefined=no)
-    counter.record(skipped, is_to_be_logged=lambda: True)
+    skipped = GlobalMean(
+        nan, nan, nan, is_finite=no, is_live=no, is_undefined=no, faults=on_device([True, False, False, False])
+    )
+    counter.record(skipped, lambda: True, str)
     assert not caplog.records
     fake.events[0].is_complete = True
-    counter.record(skipped, is_to_be_logged=lambda: True)
+    counter.record(skipped, lambda: True, str)
     assert "skipped so far: 1" in caplog.text
     assert fake.events[0].streams == ["stream of cuda:1"] * 2, "and another copy is on its way"

@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import Parameter
@@ -86,6 +87,121 @@ def test_a_value_that_became_wrong_during_training_is_refused_before_anything_mo
     with pytest.raises(ValueError, match=re.escape(repr(key_and_value[1]))):
         optimizer.step()
     assert torch.equal(parameter.detach(), torch.ones(2))
+
+
+ROUNDED: list[tuple[str, Any, Any]] = [
+    ("lr", -9e-18, 0.0),
+    ("lr", -1e-9, 0.0),
+    ("lr", np.float64(-2e-17), 0.0),
+    ("lr", np.float32(-3e-8), 0.0),
+    ("lr", torch.tensor(-3e-8), 0.0),
+    ("lr", torch.tensor([-5e-19], dtype=torch.float64), 0.0),
+    ("weight_decay", -1e-18, 0.0),
+    ("weight_decay", torch.tensor(-1e-9), 0.0),
+    ("dampening", -1e-17, 0.0),
+    ("dampening", math.nextafter(1.0, 2.0), 1.0),
+    ("betas", (-1e-18, 0.99), (0.0, 0.99)),
+    ("betas", (0.1, -1e-18), (0.1, 0.0)),
+    ("betas", [0.1, 1.0 + 1e-16], (0.1, math.nextafter(1.0, 0.0))),
+    ("betas", (0.1, math.nextafter(1.0, 2.0)), (0.1, math.nextafter(1.0, 0.0))),
+    ("betas", torch.tensor([-1e-9, 0.5]), (0.0, 0.5)),
+]
+each_rounded = pytest.mark.parametrize(("name", "value", "meant"), ROUNDED, ids=[f"{r[:2]}" for r in ROUNDED])
+
+
+@each_rounded
+def test_what_rounding_took_out_of_its_range_during_training_is_the_end_of_it(
+    name: str, value: Any, meant: Any
+) -> None:
+    found: list[torch.Tensor] = []
+    for taken in (value, meant):
+        parameter = Parameter(torch.ones(3))
+        optimizer = AdaiV2([parameter], lr=0.1, weight_decay=0.1)
+        for step in range(3):
+            parameter.grad = torch.tensor([1.0, -2.0, 3.0]) * (step + 1)
+            if step == 2:
+                optimizer.param_groups[0][name] = taken
+                if name == "betas":
+                    optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+        assert optimizer.num_skipped_steps.item() == 0
+        found.append(parameter.detach())
+    assert torch.equal(*found)
+    assert torch.isfinite(found[0]).all()
+
+
+@each_rounded
+def test_a_run_that_ended_so_can_be_resumed(name: str, value: Any, meant: Any) -> None:
+    del meant
+    parameter = Parameter(torch.ones(3))
+    optimizer, resumed = (AdaiV2([parameter], lr=0.1) for _ in range(2))
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.param_groups[0][name] = value
+    resumed.load_state_dict(optimizer.state_dict())
+    resumed.step()
+
+
+@pytest.mark.parametrize(("name", "value"), [rounded[:2] for rounded in ROUNDED], ids=[f"{r[:2]}" for r in ROUNDED])
+def test_the_constructor_forgives_no_rounding(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        AdaiV2([Parameter(torch.ones(2))], **({"lr": 0.1} | {name: value}))
+    optimizer = AdaiV2([Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(ValueError, match=name):
+        optimizer.add_param_group({"params": [Parameter(torch.ones(2))], name: value})
+
+
+def test_schedules_of_torch_that_end_below_zero_run_to_their_end() -> None:
+    parameter = Parameter(torch.ones(3))
+    optimizer = Adai([parameter], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - sum([0.1] * step) - 2e-16)
+    lrs: list[float] = []
+    for _ in range(11):
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+        lrs.append(optimizer.param_groups[0]["lr"])
+        schedule.step()
+    assert lrs[-1] < 0
+    assert lrs[-1] == pytest.approx(0.0, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", -0.1),
+        ("lr", -1e-6),
+        ("lr", math.nan),
+        ("lr", math.inf),
+        ("lr", "0.1"),
+        ("lr", torch.tensor(-1e-2)),
+        ("weight_decay", -1e-4),
+        ("weight_decay", None),
+        ("dampening", 1.0 + 1e-6),
+        ("dampening", -math.inf),
+        ("betas", (0.1, 1.01)),
+        ("betas", (-1e-3, 0.9)),
+        ("betas", (0.1, math.nan)),
+        ("eps", -1e-18),
+        ("maximize", "yes"),
+    ],
+    ids=str,
+)
+def test_nonsense_during_training_is_refused_with_its_parameter_group(name: str, value: Any) -> None:
+    groups = [{"params": [Parameter(torch.ones(2))]}, {"params": [Parameter(torch.ones(2))], "name": "decay"}]
+    optimizer = AdaiV2(groups, lr=0.1)
+    for param_group, place in zip(
+        optimizer.param_groups, ("param_groups[0]: ", "param_groups[1] ('decay'): "), strict=True
+    ):
+        for parameter in optimizer.params():
+            parameter.grad = torch.ones(2)
+        before = param_group[name]
+        param_group[name] = value
+        for call in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
+            with pytest.raises((TypeError, ValueError), match=re.escape(f"{place}{name}")) as error:
+                call()
+            assert repr(value if not isinstance(value, torch.Tensor) else value.item()) in str(error.value)
+        param_group[name] = before
+    assert all(torch.equal(parameter.detach(), torch.ones(2)) for parameter in optimizer.params())
 
 
 def test_lr_has_no_default() -> None:

@@ -30,6 +30,8 @@ KEYWORD_ONLY = {
     "max_grad_norm": None,
     "require_kernels": False,
     "retire_beta1_prod": True,
+    "max_consecutive_skips": None,
+    "missing_as_zeros": False,
 }
 
 DECOUPLED_BY_DEFAULT = {Adai: False, AdaiW: True, AdaiV2: True}
@@ -68,6 +70,10 @@ FUNCTIONS: dict[str, Signature] = {
         [("sums", REQUIRED), ("grad_norm", REQUIRED), ("c", REQUIRED), ("expected", REQUIRED)],
         "GlobalMean",
     ),
+    "sharding.mean.signals": (
+        [("share", REQUIRED), ("is_moving", REQUIRED), ("process_groups", REQUIRED)],
+        "Tensor",
+    ),
     "sharding.mean.unscaling_coefficient": ([("grad_scale", REQUIRED), ("device", REQUIRED)], "Tensor"),
     "sharding.mean.all_reduce": ([("packed", REQUIRED), ("process_groups", REQUIRED)], "Tensor"),
     "sharding.plan.plan_by_spreads": (
@@ -80,9 +86,17 @@ FUNCTIONS: dict[str, Signature] = {
 
 # records: their fields, in order
 FIELDS: dict[str, list[str]] = {
-    "sharding.mean.GlobalMean": ["coefficient", "grad_norm", "inertia_mean", "is_finite", "is_live", "is_undefined"],
+    "sharding.mean.GlobalMean": [
+        "coefficient",
+        "grad_norm",
+        "inertia_mean",
+        "is_finite",
+        "is_live",
+        "is_undefined",
+        "faults",
+    ],
     "sharding.mean.Sums": [
-        *("grad_squared", "carried", "quadratic", "linear", "constant", "expected", "num_elements", "lr"),
+        *("grad_squared", "carried", "quadratic", "linear", "constant", "expected", "num_elements", "signals"),
     ],
     "sharding.plan.Assumptions": ["copied", "stages", "of_one_stage"],
     "sharding.plan.ShardingPlan": ["params", "process_groups", "weights", "refusal", "assumptions"],

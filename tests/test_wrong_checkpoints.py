@@ -223,7 +223,7 @@ WRONG: dict[str, tuple[Change, type[Exception], str]] = {
             ("lr", -1.0, ValueError),
             ("lr", "0.1", TypeError),
             ("lr", torch.ones(2), ValueError),
-            ("betas", (0.1, 1.0), ValueError),
+            ("betas", (0.1, 1.5), ValueError),
             ("betas", 0.9, TypeError),
             ("eps", 1e-8, ValueError),
             ("weight_decay", float("inf"), ValueError),

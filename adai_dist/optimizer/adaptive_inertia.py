@@ -11,8 +11,10 @@ from torch.optim.optimizer import ParamsT
 
 from adai_dist.hyper import Hyper, max_grad_norm_in_range
 from adai_dist.kernels import Backends, mode_of
+from adai_dist.optimizer.closer_look import what_is_not_finite
 from adai_dist.optimizer.mean_source import KnownMean, MeanSource, ShardedMean
 from adai_dist.optimizer.reports import ReportsSteps
+from adai_dist.optimizer.skips_in_a_row import skip_limit_in_range
 from adai_dist.optimizer.stateful import StatefulOptimizer
 from adai_dist.optimizer.unsupported import check_not_in_backward, warn_of_no_gradients
 from adai_dist.sharding.configured import NumReplicas, configured_sharding
@@ -54,9 +56,16 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         require_kernels: raise an error where the compiled kernels cannot be had, instead of a warning.
         retire_beta1_prod: free the state ``beta1_prod`` of a parameter once it has no effect any more (after 17,321
             steps at eps=1e-3, at the latest); not a bit of the trajectory changes.
+        max_consecutive_skips: raise an error once so many steps in a row were skipped; None for no limit. On an
+            accelerator the error comes up to 31 steps later, as the host does not wait for each step. A GradScaler
+            that looks for its loss scale skips about 10 steps in a row.
+        missing_as_zeros: take the gradient of a DTensor parameter as zeros on ranks that lack it, as those do to whose
+            experts no token was sent. By default the first step in which some ranks of its mesh lack it is skipped,
+            with a warning, and this becomes True.
 
     Attributes:
-        max_grad_norm, retire_beta1_prod: as given; may be changed between steps.
+        max_grad_norm, retire_beta1_prod, max_consecutive_skips, missing_as_zeros: as given; may be changed between
+            steps.
         mean_source: supplies the mean of every step; an engine may assign its own.
         backends: what carries out the local phases.
 
@@ -73,6 +82,8 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         *StatefulOptimizer._kept_by_copies,
         "max_grad_norm",
         "retire_beta1_prod",
+        "max_consecutive_skips",
+        "missing_as_zeros",
         "mean_source",
         "backends",
     )
@@ -93,6 +104,8 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         max_grad_norm: float | None = None,
         require_kernels: bool = False,
         retire_beta1_prod: bool = True,
+        max_consecutive_skips: int | None = None,
+        missing_as_zeros: bool = False,
     ) -> None:
         hyper = Hyper(
             lr=lr,
@@ -104,11 +117,14 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
             maximize=maximize,
             foreach=foreach,
         )
-        if not isinstance(retire_beta1_prod, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"retire_beta1_prod must be a bool, got {retire_beta1_prod!r}")
+        for name, value in {"retire_beta1_prod": retire_beta1_prod, "missing_as_zeros": missing_as_zeros}.items():
+            if not isinstance(value, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"{name} must be a bool, got {value!r}")
         self.backends: Backends = Backends(mode_of(require_kernels))
         self.max_grad_norm: float | None = max_grad_norm_in_range("max_grad_norm", max_grad_norm)
         self.retire_beta1_prod: bool = retire_beta1_prod
+        self.max_consecutive_skips: int | None = skip_limit_in_range(max_consecutive_skips)
+        self.missing_as_zeros: bool = missing_as_zeros
         self.mean_source: MeanSource = ShardedMean()
         ReportsSteps.__init__(self)
         self._holdings: dict[Hashable, Holdings] = {}
@@ -131,7 +147,7 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         """One step of every parameter that has a gradient.
 
         If a gradient on any rank is inf or NaN, all ranks leave parameters and states as they are, count the step in
-        :attr:`num_skipped_steps`, and the main rank logs a warning.
+        :attr:`num_skipped_steps`, and the main rank logs a warning, which says what was not finite.
 
         Args:
             closure: computes the gradients anew and returns the loss.
@@ -144,8 +160,9 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
             ValueError: a hyperparameter is out of range; a state is incomplete or has another shape.
             RuntimeError: there is no mean. Gradients changed since :meth:`clip_grad_norm_`; the tensors do not show
                 which ranks hold what, and :meth:`configure_sharding` has not said it (FSDP1, marks of Megatron, meshes
-                of some ranks); a backward pass is under way (optimizer-in-backward); a GradScaler
-                does not see all DTensor gradients; DeepSpeed has not bound the optimizer.
+                of some ranks); a backward pass is under way (optimizer-in-backward); a GradScaler does not see all
+                DTensor gradients; DeepSpeed has not bound the optimizer. Or ``max_consecutive_skips`` steps in a row
+                were skipped.
 
         Collective: all ranks that share the model's DTensor parameters, or all of the configured process group, also
         those that hold no element or no gradient: one all-reduce of 64 bytes per distinct mesh dimension (one for
@@ -187,7 +204,9 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         Collective: where a gradient is placed unlike its parameter, all ranks of the parameter's mesh.
         """
         self.create_states(self.params())
-        return self._holdings_of_part().owned_shards(self.param_groups, self.state, self.mean_source.sharding())
+        return self._holdings_of_part().owned_shards(
+            self.param_groups, self.state, self.mean_source.sharding(), self.missing_as_zeros
+        )
 
     @torch.no_grad()
     def observe(self, shards: list[OwnedShards], expected: Tensor | None = None) -> Sums:
@@ -228,9 +247,20 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         Args:
             is_logged: the main rank logs a step that did not count.
 
+        Raises:
+            RuntimeError: ``max_consecutive_skips`` steps in a row were skipped; the same on all ranks.
+
         Collective: none.
         """
-        self._report(mean, lambda: is_logged and self.sharding_plan.is_main_rank)
+        self._report(mean, lambda: is_logged and self.sharding_plan.is_main_rank, self._look_closer)
+        self.missing_as_zeros |= self._uncounted.has_lacked_gradients
+        self._skips_in_a_row.check(mean, self.max_consecutive_skips)
+
+    def _look_closer(self) -> str:
+        seen = what_is_not_finite(self.param_groups, self.state)
+        found = f"not finite on this rank: {seen}; " if seen else ""
+        is_scaled = getattr(self, "found_inf", None) is not None
+        return found + ("torch.amp.GradScaler lowers its loss scale; " if is_scaled else "")
 
     def refresh(self) -> None:
         """Read the states anew in the next step, after writing to single elements in a way that torch does not record.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn, cast
 import torch
 from torch import Tensor
 
-from adai_dist.hyper import FIELD_NAMES, Hyper
+from adai_dist.hyper import Hyper
 from adai_dist.sharding.ownership import is_dtensor, local_tensor
 from adai_dist.sharding.shards import STATE_NAMES
 
@@ -116,7 +116,7 @@ def _check_hyper(index: int, saved: Mapping[str, Any]) -> None:
             f"state_dict['param_groups'][{index}] must have {', '.join(_ALWAYS_SAVED)}, got {_keys(saved)}; {_OWN}"
         )
     try:
-        Hyper(**{name: saved[name] for name in FIELD_NAMES if name in saved})
+        Hyper.from_param_group({**Hyper(lr=0.0).as_defaults(), **saved})
     except (TypeError, ValueError) as error:
         raise type(error)(f"state_dict['param_groups'][{index}]: {error}; {_OWN}") from None
 

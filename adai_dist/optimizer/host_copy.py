@@ -47,3 +47,9 @@ class HostCopy:
             return None
         self._source = None
         return self._buffer
+
+    def wait(self) -> Tensor | None:
+        """As :meth:`take`, once they are there; None if nothing is being copied."""
+        if self._source is not None and self._event is not None:
+            self._event.synchronize()
+        return self.take()

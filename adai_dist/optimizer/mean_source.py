@@ -219,7 +219,7 @@ class Ingredients:
     @classmethod
     def of(cls, optimizer: AdaptiveInertia) -> Ingredients:
         tensors: list[Tensor] = []
-        hypers = [Hyper.from_param_group(param_group) for param_group in optimizer.param_groups]
+        hypers = Hyper.from_param_groups(optimizer.param_groups)
         for hyper, param_group in zip(hypers, optimizer.param_groups, strict=True):
             for param in param_group["params"]:
                 if param.grad is not None:

@@ -83,7 +83,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"a parameter group must have the key 'params', got {sorted(param_group)}; list parameters there"
                 )
-            Hyper.from_param_group({**self._hyper.as_defaults(), **param_group})
+            Hyper(**{name: param_group.get(name, value) for name, value in self._hyper.as_defaults().items()})
             param_group.setdefault("betas", self._hyper.betas)
         super().add_param_group(param_group)
         self._given.update((id(param), weakref.ref(param)) for param in self.param_groups[-1]["params"])

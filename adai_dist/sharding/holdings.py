@@ -13,7 +13,7 @@ from adai_dist.equations import Shards
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import Backends
 from adai_dist.sharding import presence
-from adai_dist.sharding.ownership import aligned_gradient, local_tensor
+from adai_dist.sharding.ownership import aligned_gradient, is_dtensor, local_tensor
 from adai_dist.sharding.plan import ModelSharding, ShardingPlan, plan_sharding
 from adai_dist.sharding.shards import Holding, Layout, OwnedShards, check_is_complete
 
@@ -48,9 +48,16 @@ class Holdings:
         return self._plan
 
     def owned_shards(
-        self, param_groups: list[dict[str, Any]], states: States, sharding: ModelSharding | None
+        self,
+        param_groups: list[dict[str, Any]],
+        states: States,
+        sharding: ModelSharding | None,
+        fill_missing: bool = False,
     ) -> list[OwnedShards]:
         """Local tensors of all parameters that have a gradient, by parameter group, device, dtypes and backend.
+
+        Args:
+            fill_missing: take the gradient of a DTensor parameter as zeros where this rank lacks it.
 
         Collective: where a gradient is placed unlike its parameter, all ranks of the parameter's mesh.
         """
@@ -59,12 +66,14 @@ class Holdings:
         for index, param_group in enumerate(param_groups):
             for param in param_group["params"]:
                 grad = aligned_gradient(param)
+                if grad is None and fill_missing and is_dtensor(param) and param.requires_grad:
+                    grad = torch.zeros_like(param)
                 if grad is not None:
                     grad = local_tensor(grad)
                     holding = self._holding(param, grad, states[param])
                     key = (index, param.device, param.dtype, grad.dtype, holding.backend)
                     found.setdefault(key, []).append((holding, grad))
-        hypers = [Hyper.from_param_group(param_group) for param_group in param_groups]
+        hypers = Hyper.from_param_groups(param_groups)
         return [self._owned(key, pairs, hypers[key[0]], plan) for key, pairs in found.items()]
 
     def _holding(self, param: Tensor, grad: Tensor, state: dict[str, Any]) -> Holding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,7 +23,7 @@ CLIP_EPS = 1e-6
 MOVING = 2.0**-10
 """Fraction of the signals where all ranks have a learning rate: up to 1,000 optimizers may share a mean."""
 
-FLOAT32_MAX = torch.finfo(torch.float32).max
+FLOAT64_MAX, FLOAT32_MAX = torch.finfo(torch.float64).max, torch.finfo(torch.float32).max
 
 
 class Sums(NamedTuple):
@@ -73,11 +74,15 @@ class GlobalMean(NamedTuple):
     inertia_mean: Tensor
     """vbar: mean over all elements of the bias-corrected second moment, this step's gradient included."""
     is_finite: Tensor
-    """bool: no gradient on any rank is non-finite, nor so large that the second moment would overflow float32."""
+    """bool: the step is taken: none of the faults below."""
     is_live: Tensor
     """bool: finite, and the mean is > 0; otherwise the step does not count."""
     is_undefined: Tensor
     """bool: the mean is 0, as all gradients so far are. Not so in a step without any learning rate, which is idle."""
+    faults: Tensor
+    """bool, shape (5,): why the step is not taken. What is not finite is the sum of gradients, of states, of parameters
+    (where decay is coupled); a parameter lacks its gradient on some ranks alone; the new second moments are not finite,
+    maybe by themselves, beyond float32. None of them if it is taken."""
 
     def to(self, device: torch.device) -> GlobalMean:
         """The same on another device, for models that span several."""
@@ -166,8 +171,12 @@ def evaluate(sums: Sums, grad_norm: Tensor, c: Tensor, expected: Tensor) -> Glob
     is_undefined = (total == 0) & ~is_idle
     total = torch.where(is_idle, 0.0, total)
     mean = total / sums.num_elements.clamp(min=1.0)
-    # A second moment beyond float32 would be inf for ever. An inf or NaN in any sum fails the comparisons, too.
-    is_finite = (sums.grad_squared < torch.inf) & (total <= FLOAT32_MAX) & (presence % MODULUS == 0)
+    # A second moment beyond float32 would be inf for ever.
+    seen = torch.stack([sums.grad_squared, sums.carried, sums.constant, total])
+    is_fault = seen.clamp(*_bounds(seen.device)) != seen  # NaN differs from all
+    is_missing = (presence % MODULUS > 0).reshape(1)
+    faults = torch.cat([is_fault[:3], is_missing, is_fault[3:]])
+    is_finite = ~faults.any()
     return GlobalMean(
         coefficient=c,
         grad_norm=grad_norm,
@@ -175,7 +184,14 @@ def evaluate(sums: Sums, grad_norm: Tensor, c: Tensor, expected: Tensor) -> Glob
         is_finite=is_finite,
         is_live=is_finite & (mean > 0),
         is_undefined=is_undefined,
+        faults=faults,
     )
+
+
+@functools.lru_cache
+def _bounds(device: torch.device) -> tuple[Tensor, Tensor]:
+    upper = torch.tensor([FLOAT64_MAX] * 3 + [FLOAT32_MAX], dtype=torch.float64, device=device)
+    return torch.zeros_like(upper), upper
 
 
 def all_reduce(packed: Tensor, process_groups: tuple[ProcessGroup, ...]) -> Tensor:

