@@ -8,12 +8,13 @@ no step depends on the outcome: what differs is a warning.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -41,15 +42,15 @@ _SEE = "see https://adai-dist.github.io/adai_dist/sharding/"
 
 @dataclass(frozen=True)
 class Record:
-    """What one rank says of itself."""
+    """What one rank says of itself, in a few kilobytes; process groups by their names (:func:`_name`)."""
 
-    process_groups: list[list[int]]
-    """The ranks of those that its mean is added up over, that of the stages left out."""
-    stages: list[int]
+    process_groups: list[str]
+    """Those that its mean is added up over, that of the stages left out."""
+    stages: str
     held: str
     """Of all elements that it holds."""
     copied: dict[str, str]
-    """Of what every rank of a process group is taken to hold a copy of, by the ranks."""
+    """By process group, of what every rank of it is taken to hold a copy of."""
     of_one_stage: list[str]
     """One per parameter that no other stage is taken to hold."""
 
@@ -106,27 +107,32 @@ _numbers = itertools.count()
 def record_of(plan: ShardingPlan) -> Record:
     """What this rank says of itself. Collective: none; the host waits for the device."""
     assert plan.assumptions is not None
-    stages = plan.assumptions.stages
-    process_groups = [sorted(dist.get_process_group_ranks(process_group)) for process_group in plan.process_groups]
+    stages = _name(plan.assumptions.stages)
+    process_groups = [_name(sorted(dist.get_process_group_ranks(each))) for each in plan.process_groups]
     params = list(plan.weights)  # of all optimizers that share the mean
     hashes = dict(zip(params, _hashes(params), strict=True))
     largest = sorted(plan.assumptions.of_one_stage, key=torch.numel, reverse=True)[:MAX_LARGE]
     return Record(
-        process_groups=[ranks for ranks in process_groups if ranks != list(stages)],
-        stages=list(stages),
+        process_groups=[name for name in process_groups if name != stages],
+        stages=stages,
         held=_digest(sorted(hashes.values())),
         copied={
-            _name(ranks): _digest(sorted(hashes[param] for param in params))
-            for ranks, params in plan.assumptions.copied.items()
+            _name(ranks): _digest(sorted(hashes[param] for param in copies))
+            for ranks, copies in plan.assumptions.copied.items()
         },
         of_one_stage=[hashes[param] for param in largest if hashes[param][-1] != _CONSTANT],
     )
 
 
 def contradiction(records: Mapping[int, Record]) -> str | None:
-    """The first thing in the records of some ranks, by rank, that tells against what others take for granted."""
-    meshes = _connected({rank: record.process_groups for rank, record in records.items()})
-    wholes = _connected({rank: [*record.process_groups, record.stages] for rank, record in records.items()})
+    """The first thing in the records of some ranks, by rank, that tells against what others take for granted.
+
+    Takes time in proportion to the number of ranks, times that of the process groups of each.
+    """
+    meshes = _connected(records, {name for record in records.values() for name in record.process_groups})
+    wholes = _connected(
+        records, {name for record in records.values() for name in (*record.process_groups, record.stages)}
+    )
     found = itertools.chain(
         _unlike_process_groups(meshes, records),
         _unlike_copies(records),
@@ -136,48 +142,47 @@ def contradiction(records: Mapping[int, Record]) -> str | None:
     return next(found, None)
 
 
-def _unlike_process_groups(meshes: Iterable[Ranks], records: Mapping[int, Record]) -> Iterable[str]:
+def _unlike_process_groups(meshes: list[Ranks], records: Mapping[int, Record]) -> Iterator[str]:
     """Ranks of one mesh add up over as many process groups of the same sizes, or some elements count several times."""
     for ranks in meshes:
-        sizes = {rank: [len(of_group) for of_group in records[rank].process_groups] for rank in ranks}
+        sizes = {rank: [len(_ranks(name)) for name in records[rank].process_groups] for rank in ranks}
         for rank in ranks:
             if sizes[rank] != sizes[ranks[0]]:
+                first, other = ([list(_ranks(name)) for name in records[r].process_groups] for r in (ranks[0], rank))
                 yield (
                     f"ranks {list(ranks)} are connected by process groups, but add up their means over different ones: "
-                    f"rank {ranks[0]} over {records[ranks[0]].process_groups}, rank {rank} over "
-                    f"{records[rank].process_groups}; the means differ between ranks; place all parameters on one "
-                    "mesh, or call optimizer.configure_sharding(process_group, num_replicas=...) on all of them"
-                )
-                break
-
-
-def _unlike_copies(records: Mapping[int, Record]) -> Iterable[str]:
-    for record in records.values():
-        for name, digest in record.copied.items():
-            others = [int(other) for other in name.split() if int(other) in records]
-            unlike = [other for other in others if records[other].copied.get(name) != digest]
-            if unlike:
-                yield (
-                    f"ranks {others} are taken to hold copies of the parameters that are not sharded over them, but "
-                    "what they hold differs; the mean is wrong where these are different parameters, such as experts; "
-                    "call optimizer.configure_sharding(process_group, num_replicas=...) with a function that says of "
-                    "each parameter how many of these ranks hold the same"
+                    f"rank {ranks[0]} over {first}, rank {rank} over {other}; the means differ between ranks; place "
+                    "all parameters on one mesh, or call optimizer.configure_sharding(process_group, "
+                    "num_replicas=...) on all of them"
                 )
 
 
-def _shared_by_stages(records: Mapping[int, Record]) -> Iterable[str]:
-    for ranks in sorted({tuple(record.stages) for record in records.values()} - {()}):
-        times = Counter(itertools.chain(*(set(records[rank].of_one_stage) for rank in ranks if rank in records)))
+def _unlike_copies(records: Mapping[int, Record]) -> Iterator[str]:
+    for name in sorted({name for record in records.values() for name in record.copied}):
+        ranks = [rank for rank in _ranks(name) if rank in records]
+        if len({records[rank].copied.get(name) for rank in ranks}) > 1:
+            yield (
+                f"ranks {ranks} are taken to hold copies of the parameters that are not sharded over them, but what "
+                "they hold differs; the mean is wrong where these are different parameters, such as experts; call "
+                "optimizer.configure_sharding(process_group, num_replicas=...) with a function that says of each "
+                "parameter how many of these ranks hold the same"
+            )
+
+
+def _shared_by_stages(records: Mapping[int, Record]) -> Iterator[str]:
+    for stages in sorted({record.stages for record in records.values() if record.stages}):
+        ranks = [rank for rank in _ranks(stages) if rank in records]
+        times = Counter(itertools.chain(*(set(records[rank].of_one_stage) for rank in ranks)))
         if shared := sum(count > 1 for count in times.values()):
             yield (
-                f"the ranks of stages, {list(ranks)}, are taken to hold different parameters, but {shared} of them are "
-                "the same on several, and count several times in the mean; where they are tied (embeddings), call "
+                f"the ranks of stages, {ranks}, are taken to hold different parameters, but {shared} of them are the "
+                "same on several, and count several times in the mean; where they are tied (embeddings), call "
                 "optimizer.configure_sharding(stages=..., num_replicas=...) with a function that says on how many "
                 "stages a parameter is"
             )
 
 
-def _unlike_models(wholes: list[Ranks], records: Mapping[int, Record]) -> Iterable[str]:
+def _unlike_models(wholes: list[Ranks], records: Mapping[int, Record]) -> Iterator[str]:
     """Ranks that do not share a mean hold copies of one model, or parts of it."""
     held = {ranks: sorted(records[rank].held for rank in ranks) for ranks in wholes}
     unlike = [ranks for ranks in wholes if held[ranks] != held[wholes[0]]]
@@ -191,16 +196,31 @@ def _unlike_models(wholes: list[Ranks], records: Mapping[int, Record]) -> Iterab
         )
 
 
-def _connected(links: Mapping[int, list[list[int]]]) -> list[Ranks]:
+def _connected(ranks: Iterable[int], names: Iterable[str]) -> list[Ranks]:
     """The ranks in classes, of which each is connected by process groups; ordered by their first ranks."""
-    class_of = {rank: {rank} for rank in links}
-    for process_groups in links.values():
-        for ranks in process_groups:
-            joined: set[int] = set()
-            for rank in ranks:
-                joined |= class_of.get(rank, set())
-            class_of.update(dict.fromkeys(joined, joined))
-    return sorted({tuple(sorted(ranks)) for ranks in class_of.values()})
+    class_of = {rank: [rank] for rank in ranks}
+    for name in names:
+        classes = {id(class_of[rank]): class_of[rank] for rank in _ranks(name) if rank in class_of}
+        largest, *others = sorted(classes.values(), key=len, reverse=True) or [[]]
+        for other in others:
+            largest += other
+            class_of.update(dict.fromkeys(other, largest))
+    return sorted({tuple(sorted(of_class)) for of_class in {id(each): each for each in class_of.values()}.values()})
+
+
+def _name(ranks: Sequence[int]) -> str:
+    """Ranks in ascending order, briefly: "first:last:distance" where all distances are the same, as along a mesh."""
+    if len(ranks) > 2 and len({b - a for a, b in itertools.pairwise(ranks)}) == 1:
+        return f"{ranks[0]}:{ranks[-1]}:{ranks[1] - ranks[0]}"
+    return " ".join(map(str, ranks))
+
+
+@functools.cache
+def _ranks(name: str) -> Ranks:
+    if ":" in name:
+        first, last, distance = map(int, name.split(":"))
+        return tuple(range(first, last + 1, distance))
+    return tuple(map(int, name.split()))
 
 
 _CONSTANT = "="
@@ -238,10 +258,6 @@ def _to_host(samples: list[Tensor]) -> list[list[float]]:
 
 def _digest(texts: Iterable[str]) -> str:
     return hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
-
-
-def _name(ranks: Ranks) -> str:
-    return " ".join(map(str, ranks))
 
 
 def _key(number: int, rank: int) -> str:
