@@ -70,10 +70,6 @@ FUNCTIONS: dict[str, Signature] = {
         [("sums", REQUIRED), ("grad_norm", REQUIRED), ("c", REQUIRED), ("expected", REQUIRED)],
         "GlobalMean",
     ),
-    "sharding.mean.signals": (
-        [("share", REQUIRED), ("is_moving", REQUIRED), ("process_groups", REQUIRED)],
-        "Tensor",
-    ),
     "sharding.mean.unscaling_coefficient": ([("grad_scale", REQUIRED), ("device", REQUIRED)], "Tensor"),
     "sharding.mean.all_reduce": ([("packed", REQUIRED), ("process_groups", REQUIRED)], "Tensor"),
     "sharding.plan.plan_by_spreads": (

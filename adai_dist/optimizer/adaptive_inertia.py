@@ -19,7 +19,7 @@ from adai_dist.optimizer.stateful import StatefulOptimizer
 from adai_dist.optimizer.unsupported import check_not_in_backward, warn_of_no_gradients
 from adai_dist.sharding.configured import NumReplicas, configured_sharding
 from adai_dist.sharding.holdings import Holdings
-from adai_dist.sharding.mean import GlobalMean, Sums, signals, unscaling_coefficient
+from adai_dist.sharding.mean import MOVING, GlobalMean, Sums, unscaling_coefficient
 from adai_dist.sharding.plan import ShardingPlan
 from adai_dist.sharding.presence import MODULUS
 from adai_dist.sharding.shards import OwnedShards
@@ -220,12 +220,13 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         """
         if expected is None:
             expected = unscaling_coefficient(getattr(self, "grad_scale", None), self.device)
+        moving = MOVING / (len(shards) * self.sharding_plan.num_terms) if shards else 0.0
         total = torch.zeros(len(Sums._fields), dtype=torch.float64, device=self.device)
         for owned in shards:
-            total += owned.observe(expected.to(owned.layout.weights.device)).to(self.device)
-        share = sum(owned.layout.presence for owned in shards) % MODULUS
+            total += owned.observe(expected.to(owned.layout.weights.device), moving).to(self.device)
+        if share := sum(owned.layout.share for owned in shards) % MODULUS:
+            total[-1] += share
         sums = Sums(*total.unbind())
-        sums = sums._replace(signals=signals(share, sums.signals > 0, self.mean_group))
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # set by torch.amp.GradScaler
         if found_inf is None:
             return sums

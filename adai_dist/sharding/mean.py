@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ CLIP_EPS = 1e-6
 """Added to the norm in the clip coefficient, as :func:`torch.nn.utils.clip_grad_norm_` does."""
 
 MOVING = 2.0**-10
-"""Fraction of the signals where all ranks have a learning rate: up to 1,000 optimizers may share a mean."""
+"""What an optimizer adds to the fraction of the signals, over all ranks: at most 0.5 for up to 512 that share a mean."""
 
 FLOAT64_MAX, FLOAT32_MAX = torch.finfo(torch.float64).max, torch.finfo(torch.float32).max
 
@@ -135,18 +134,6 @@ def global_mean(
     return evaluate(sums, grad_norm, c, unscaling if expected is None else expected)
 
 
-def signals(share: int, is_moving: Tensor, process_groups: tuple[ProcessGroup, ...]) -> Tensor:
-    """What a rank adds to :attr:`Sums.signals`; 0-dim float64.
-
-    Args:
-        share: of its gradients, see :mod:`adai_dist.sharding.presence`.
-        is_moving: whether it has a learning rate other than 0; 0-dim.
-        process_groups: of the mean. Their sizes keep the fraction below 1, over any number of ranks.
-    """
-    num_terms = math.prod(dist.get_world_size(process_group) for process_group in process_groups)
-    return share + is_moving.double() * (MOVING / num_terms)
-
-
 def unscaling_coefficient(grad_scale: Tensor | None, device: torch.device) -> Tensor:
     """1 over the loss scale: the coefficient of gradients that are not clipped; 0-dim float64, on ``device``."""
     if grad_scale is None:
@@ -165,17 +152,14 @@ def evaluate(sums: Sums, grad_norm: Tensor, c: Tensor, expected: Tensor) -> Glob
     Collective: none.
     """
     total = mean_sum(MeanTerms(*sums[1:6]), c, expected)
-    presence = sums.signals.floor()
     # No gradient so far and no learning rate: nobody trains, somebody wants the states created.
-    is_idle = (sums.grad_squared == 0) & (sums.carried == 0) & (sums.signals == presence)
+    is_idle = ~torch.stack([sums.grad_squared, sums.carried, sums.signals.frac()]).any()
     is_undefined = (total == 0) & ~is_idle
     total = torch.where(is_idle, 0.0, total)
     mean = total / sums.num_elements.clamp(min=1.0)
     # A second moment beyond float32 would be inf for ever.
-    seen = torch.stack([sums.grad_squared, sums.carried, sums.constant, total])
-    is_fault = seen.clamp(*_bounds(seen.device)) != seen  # NaN differs from all
-    is_missing = (presence % MODULUS > 0).reshape(1)
-    faults = torch.cat([is_fault[:3], is_missing, is_fault[3:]])
+    seen = torch.stack([sums.grad_squared, sums.carried, sums.constant, sums.signals % MODULUS, total])
+    faults = seen.clamp(*_bounds(seen.device)) != seen  # NaN differs from all
     is_finite = ~faults.any()
     return GlobalMean(
         coefficient=c,
@@ -190,7 +174,7 @@ def evaluate(sums: Sums, grad_norm: Tensor, c: Tensor, expected: Tensor) -> Glob
 
 @functools.lru_cache
 def _bounds(device: torch.device) -> tuple[Tensor, Tensor]:
-    upper = torch.tensor([FLOAT64_MAX] * 3 + [FLOAT32_MAX], dtype=torch.float64, device=device)
+    upper = torch.tensor([FLOAT64_MAX] * 3 + [0.5, FLOAT32_MAX], dtype=torch.float64, device=device)
     return torch.zeros_like(upper), upper
 
 

@@ -86,6 +86,11 @@ class ShardingPlan:
         return len(params) == len(self.params) and all(a is b for a, b in zip(params, self.params, strict=True))
 
     @property
+    def num_terms(self) -> int:
+        """How many terms the sum of a number over the process groups has."""
+        return math.prod(dist.get_world_size(process_group) for process_group in self.process_groups)
+
+    @property
     def is_main_rank(self) -> bool:
         """True on the one rank that reports: rank 0 of every process group of the mean, else of the job."""
         if self.process_groups:

@@ -129,8 +129,8 @@ class Layout:
     """float64, one per parameter: weight of its elements in the mean."""
     num_elements: Tensor
     """float64, 0-dim: weighted number of elements of all of them together."""
-    presence: int
-    """Sum of their shares, see :mod:`adai_dist.sharding.presence`."""
+    share: int
+    """Of the gradients of all of them together, see :mod:`adai_dist.sharding.presence`."""
     kept: Tensor
     """float64, two per parameter: what every step keeps of exp_avg_sq for the next (see :class:`Backend`)."""
     halves: tuple[Tensor, ...]
@@ -153,7 +153,7 @@ class Layout:
             retired=retired,
             weights=torch.tensor(weights, dtype=torch.float64, device=device),
             num_elements=torch.tensor(num_elements, dtype=torch.float64, device=device),
-            presence=sum(shares.get(param, 0) for param in params),
+            share=sum(shares.get(param, 0) for param in params),
             kept=torch.full((len(params), 2), torch.nan, dtype=torch.float64, device=device),
             halves=tuple(torch.tensor(half, device=device) for half in halves) if all(halves) else (),
         )
@@ -185,11 +185,12 @@ class OwnedShards:
     correction: Tensor
     """``1 - beta2^t`` of this step, if it counts; float64."""
 
-    def observe(self, expected: Tensor) -> Tensor:
+    def observe(self, expected: Tensor, moving: float) -> Tensor:
         """The sums of :class:`adai_dist.sharding.mean.Sums` over these shards, in one tensor, weighted.
 
         Args:
             expected: the coefficient of the gradients that is expected; 0-dim, float64.
+            moving: added to the signals unless the learning rate is 0.
 
         Collective: none.
         """
@@ -198,8 +199,8 @@ class OwnedShards:
         norms, v_sums = self.backend.observe(self.shards, self.hyper, c, self._kept_rows())
         terms = equations.mean_terms(norms, v_sums, self.correction, self.hyper, expected, dtype)
         of_shards = (torch.stack([norms.grad_grad, *terms]) * self.layout.weights).sum(1)
-        is_moving = equations.scalar_tensor(self.hyper.lr, expected) != 0
-        return torch.cat([of_shards, torch.stack([self.layout.num_elements, is_moving.double()])])
+        signal = equations.scalar_tensor((self.hyper.lr != 0) * moving, expected)
+        return torch.cat([of_shards, torch.stack([self.layout.num_elements, signal])])
 
     def advance(self, mean: GlobalMean) -> None:
         """One step, in place. Collective: none."""

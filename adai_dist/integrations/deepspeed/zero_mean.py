@@ -20,7 +20,7 @@ from adai_dist.kernels import nothing_kept
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.mean_source import LastClip, MeanSource, Unbound
 from adai_dist.optimizer.state import step_tensor
-from adai_dist.sharding.mean import GlobalMean, Sums, evaluate, signals
+from adai_dist.sharding.mean import MOVING, GlobalMean, Sums, evaluate
 from adai_dist.sharding.shards import Holding, OwnedShards
 
 if TYPE_CHECKING:
@@ -133,16 +133,16 @@ class ZeroMean(MeanSource):
         self._expected = self._last_clip.expected(self._unscaling)
         total = torch.zeros(len(Sums._fields), dtype=torch.float64, device=self.device)
         hypers = self.hypers()
+        moving = MOVING / (max(1, len(self._group_of_part)) * self._num_ranks)
         for part, group in enumerate(self._group_of_part):
             norms = self._inner_products(part, hypers[group], squared_norms)
             correction = self._correction(part, hypers[group])
             dtype = self.flats[part].dtype
             v_sum = self._exp_avg_sq_sum(part).to(self.device)
             terms = equations.mean_terms(norms, v_sum, correction, hypers[group], self._expected, dtype)
-            lr = equations.scalar_tensor(hypers[group].lr, correction)
-            total += torch.stack([norms.grad_grad, *terms, torch.full_like(lr, self._num_elements[part]), lr])
+            signal = equations.scalar_tensor((hypers[group].lr != 0) * moving, correction)
+            total += torch.stack([norms.grad_grad, *terms, torch.full_like(signal, self._num_elements[part]), signal])
         sums = Sums(*total.unbind())
-        sums = sums._replace(signals=signals(0, sums.signals > 0, self.process_groups))
         if squared_norms is None:
             self._sums = sums.added_up(self.process_groups)
             return
