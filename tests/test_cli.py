@@ -201,10 +201,11 @@ def test_the_help_of_run_is_its_own(capfd: pytest.CaptureFixture[str]) -> None:
 def test_converting_what_is_no_checkpoint_is_refused_in_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert end_of("to-universal", tmp_path / "none", tmp_path / "out") == 2
-    stderr = capfd.readouterr().err
-    assert stderr.startswith("adai-dist: ")
-    assert stderr.count("\n") == 1
+    for words in ((tmp_path / "none", tmp_path / "out"), (tmp_path, tmp_path / "out", "--num-workers", "0")):
+        assert end_of("to-universal", *words) == 2
+        stderr = capfd.readouterr().err
+        assert stderr.startswith("adai-dist: ")
+        assert stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
