@@ -22,7 +22,7 @@ import pytest
 from adai_dist.recipes import run_lock
 from adai_dist.recipes.refusal import RecipeError
 from tests.faults.started import Rank, Starter, words_of
-from tests.recipe_runs import losses, write_recipe
+from tests.recipe_runs import TORCHRUN, cli_environment, losses, write_recipe
 
 pytestmark = pytest.mark.distributed
 
@@ -99,6 +99,36 @@ def test_the_second_run_in_a_folder_is_refused_with_the_host_and_the_process_of_
         assert time.monotonic() - begin < run_lock.GRACE_SECONDS
     finally:
         end(third)
+
+
+def test_ranks_that_torchrun_starts_again_have_the_folder_at_once(recipe: Path) -> None:
+    run = recipe.parent / "runs" / "restarted"
+    lock = run / run_lock.FILE_NAME
+    words = ("train", "--config", str(recipe), *ENDLESS, "run.name=restarted", "--resume")
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "adai_dist", *words]
+    with recipe.with_name("restarted.log").open("w+") as log:
+        process = subprocess.Popen(command, env=cli_environment(), stderr=log, start_new_session=True)
+
+        def wait_for(holds: Callable[[], bool]) -> None:
+            deadline = time.monotonic() + 60
+            while not holds():
+                log.seek(0)
+                assert process.poll() is None, log.read()
+                assert time.monotonic() < deadline, log.read()
+                time.sleep(0.05)
+
+        try:
+            wait_for(lambda: any(run.glob("checkpoints/step_*")))
+            first = json.loads(lock.read_text())["pid"]
+            os.kill(first, signal.SIGKILL)
+            wait_for(lambda: lock.read_text() != "" and json.loads(lock.read_text())["pid"] != first)
+            steps = max(losses(run))
+            wait_for(lambda: max(losses(run)) > steps)
+            log.seek(0)
+            assert "must have its folder to itself" not in log.read()
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            assert process.wait(60) != 0
 
 
 def test_of_runs_that_start_together_each_gets_a_folder_of_its_own(starter: Starter, recipe: Path) -> None:
