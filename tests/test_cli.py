@@ -120,10 +120,8 @@ def test_a_run_may_lie_behind_a_link(tmp_path: Path, capfd: pytest.CaptureFixtur
     for flags in ((), ("--resume",), ("run.overwrite=true",)):
         assert end_of(*short, *flags) == 2
         stderr = capfd.readouterr().err
-        assert stderr.startswith(
-            f"adai-dist: the folder of the run must exist where a link leads to it; got '{link}', "
-        )
-        assert f"a link to '{elsewhere}'; make that folder, delete the link, or change run.name" in stderr
+        assert stderr.startswith(f"adai-dist: a link in the place of a run must lead to a folder; got '{link}', ")
+        assert f"which leads to '{elsewhere}'; make that folder, delete the link, or change run.name" in stderr
         assert stderr.count("\n") == 1
     elsewhere.mkdir()
     assert end_of(*short, "--resume") == 0, "a folder with nothing in it"

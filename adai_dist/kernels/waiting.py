@@ -13,7 +13,7 @@ from contextlib import contextmanager
 NOTICE_SECONDS = 30.0
 """A wait is told after this time, and again each time that it has taken twice as long."""
 SOON_SECONDS = 5.0
-"""The same for a wait that is usual, and short, but has no reason that the person in front could see."""
+"""The same, once, for a wait that is usual and short, but whose reason the person who waits cannot see."""
 
 
 def say(line: str) -> None:
@@ -25,7 +25,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def told(describe: Callable[[], str | None], tell: Callable[[str], None], soon: bool = False) -> Generator[None]:
-    """Within the block, tell again and again that it is being waited in.
+    """Within the block, which waits for something, tell again and again for what.
 
     Args:
         describe: what is being waited for; None where there is nothing to say at this moment. Like ``tell`` it is

@@ -120,7 +120,7 @@ def _may_enter(recipe: Recipe, folder: Path) -> bool:
     """Whether this recipe continues or replaces what has the name that it wants."""
     if folder.is_symlink() and not folder.exists():
         raise RecipeError(
-            f"the folder of the run must exist where a link leads to it; got {str(folder)!r}, a link to "
+            f"a link in the place of a run must lead to a folder; got {str(folder)!r}, which leads to "
             f"{os.readlink(folder)!r}; make that folder, delete the link, or change run.name"
         )
     is_run = (folder / "config.yaml").exists()
