@@ -111,6 +111,61 @@ def test_runs_with_one_name_get_numbers_and_overwriting_has_to_be_asked_for(
     assert not (runs / "tiny-2" / "inertia.png").exists(), "SGD has no inertia"
 
 
+def test_a_run_may_lie_behind_a_link(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path)
+    short = ("train", "--config", recipe, "run.steps=2", "engine=ddp", "optimizer=sgd", "run.name=linked")
+    elsewhere, link = tmp_path / "elsewhere", tmp_path / "runs" / "linked"
+    link.parent.mkdir()
+    link.symlink_to(elsewhere)
+    for flags in ((), ("--resume",), ("run.overwrite=true",)):
+        assert end_of(*short, *flags) == 2
+        stderr = capfd.readouterr().err
+        assert stderr.startswith(f"adai-dist: a link in the place of a run must lead to a folder; got '{link}', ")
+        assert f"which leads to '{elsewhere}'; make that folder, delete the link, or change run.name" in stderr
+        assert stderr.count("\n") == 1
+    elsewhere.mkdir()
+    assert end_of(*short, "--resume") == 0, "a folder with nothing in it"
+    (elsewhere / "mark").touch()
+    (elsewhere / "checkpoints" / "kept").symlink_to(tmp_path / "text")
+    assert end_of(*short, "run.steps=3", "--resume") == 0
+    assert (elsewhere / "mark").exists()
+    assert end_of(*short, "run.overwrite=true") == 0
+    assert link.is_symlink()
+    assert not (elsewhere / "mark").exists()
+    assert not (elsewhere / "checkpoints" / "kept").exists()
+    assert any((tmp_path / "text").iterdir()), "what links lead to is not deleted"
+    assert len(list(elsewhere.glob("events.out.*"))) == 1
+    assert sorted(path.name for path in link.parent.iterdir()) == ["linked"]
+
+
+@pytest.mark.parametrize("out", ["link", "file", "folder"])
+def test_a_place_that_runs_cannot_have_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str], out: str) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "file").touch()
+    (tmp_path / "folder" / "tiny" / "run.lock").mkdir(parents=True)
+    assert end_of("train", "--config", write_recipe(tmp_path), f"run.out={tmp_path / out}", "--resume") == 2
+    stderr = capfd.readouterr().err
+    assert stderr.startswith(f"adai-dist: the folder of the run must be writable; got '{tmp_path / out}")
+    assert "None" not in stderr
+    assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", ["run.name=", "run.name=null", "run.out=", "optimizer=", "run.steps=", "data.batch=~"]
+)
+def test_a_setting_without_a_value_is_told_to_have_none(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], words: str
+) -> None:
+    assert end_of("train", "--config", write_recipe(tmp_path), words) == 2
+    key = words.partition("=")[0]
+    expected = f"adai-dist: {key} must have a value; got none; give it one, or leave the key out\n"
+    assert capfd.readouterr().err == expected
+    no_name = tmp_path / "no_name.yaml"
+    no_name.write_text((tmp_path / "tiny.yaml").read_text().replace("seed: 3", "name: , seed: 3"))
+    assert end_of("train", "--config", no_name) == 2
+    assert "run.name must have a value; got none; " in capfd.readouterr().err
+
+
 def test_compare_refuses_a_folder_that_is_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert end_of("compare", tmp_path, "--out", tmp_path / "out.png") == 2
     assert capfd.readouterr().err.startswith("adai-dist: a run must have a readable summary.json; got ")
@@ -144,10 +199,11 @@ def test_the_help_of_run_is_its_own(capfd: pytest.CaptureFixture[str]) -> None:
 def test_converting_what_is_no_checkpoint_is_refused_in_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert end_of("to-universal", tmp_path / "none", tmp_path / "out") == 2
-    stderr = capfd.readouterr().err
-    assert stderr.startswith("adai-dist: ")
-    assert stderr.count("\n") == 1
+    for words in ((tmp_path / "none", tmp_path / "out"), (tmp_path, tmp_path / "out", "--num-workers", "0")):
+        assert end_of("to-universal", *words) == 2
+        stderr = capfd.readouterr().err
+        assert stderr.startswith("adai-dist: ")
+        assert stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ COMPILER = ("torch._dynamo", "torch._inductor", "sympy")
 REGISTRATION = {
     "adai_dist.integrations",
     "adai_dist.integrations.after_import",
+    "adai_dist.integrations.build_locks",
     "adai_dist.integrations.deepspeed",
     "adai_dist.integrations.deepspeed.registration",
     "adai_dist.integrations.zero_redundancy",

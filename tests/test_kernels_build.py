@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,12 @@ def num_compiled(folder: Path) -> int:
     return (folder / "compiled").read_text().count("x")
 
 
-def start(tiny: Extension, folder: Path, **environment: str) -> subprocess.Popen[str]:
+def start(tiny: Extension, folder: Path, stderr: int | None = None, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", LOAD, str(tiny.sources[0]), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         start_new_session=True,
     )
@@ -192,11 +194,92 @@ def test_what_the_compiler_complains_about_is_shown_once_and_kept_in_a_file(
     assert sorted(path.name for path in path.parent.iterdir()) == ["build.lock", "tiny.so", "tiny.stamp.json"]
 
 
+def cut_off(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def overgrown(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(bytes(4096))
+
+
+def folder_instead(path: Path) -> None:
+    path.unlink()
+    (path / "inside").mkdir(parents=True)
+
+
+def link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def stamp_of_an_earlier_version(path: Path) -> None:
+    stamp = path.with_suffix(".stamp.json")
+    content = json.loads(stamp.read_text())
+    del content["size"]
+    stamp.write_text(json.dumps(content))
+
+
+def stamp_that_is_a_list(path: Path) -> None:
+    path.with_suffix(".stamp.json").write_text('["size"]')
+
+
+def stamp_of_other_bytes(path: Path) -> None:
+    path.with_suffix(".stamp.json").write_bytes(b"\xff\xfe{")
+
+
+def stamp_that_is_a_folder(path: Path) -> None:
+    folder_instead(path.with_suffix(".stamp.json"))
+
+
+DAMAGES = (
+    *(cut_off, empty, overgrown, folder_instead, link_to_nothing, Path.unlink),
+    *(stamp_of_an_earlier_version, stamp_that_is_a_list, stamp_of_other_bytes, stamp_that_is_a_folder),
+)
+
+
+@needs_toolchain
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_library_or_stamp_that_is_not_what_was_written_is_compiled_anew(
+    tiny: Extension, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    path = build.load(tiny).path
+    content = path.read_bytes()
+    damage(path)
+    build._loaded.clear()
+    assert build.find(tiny) is None
+    facts = facts_of(start(tiny, tmp_path))  # to load a library that was cut off ends the process
+    assert facts["is_new"]
+    assert facts["path"] == str(path)
+    assert (len(path.read_bytes()), path.is_symlink()) == (len(content), False)
+    assert not facts_of(start(tiny, tmp_path))["is_new"]
+    assert sorted(left.name for left in path.parent.iterdir()) == ["build.lock", "tiny.so", "tiny.stamp.json"]
+
+
+@needs_toolchain
+def test_the_process_that_compiles_says_so_where_nothing_is_logged_and_no_other_one_does(
+    tiny: Extension, tmp_path: Path
+) -> None:
+    path = tmp_path / "extensions" / "tiny" / "tiny.so"
+    process = start(tiny, tmp_path, stderr=subprocess.PIPE)
+    _, stderr = process.communicate(timeout=120)
+    begin, end = stderr.splitlines()
+    assert begin == f"adai_dist: compiling tiny into {path}, once per machine; it takes seconds"
+    assert re.fullmatch(r"adai_dist: compiled tiny in \d+\.\d s", end)
+    process = start(tiny, tmp_path, stderr=subprocess.PIPE)
+    assert process.communicate(timeout=120)[1] == ""
+
+
 @needs_toolchain
 def test_a_library_that_does_not_load_is_named_with_the_remedy(tiny: Extension) -> None:
     path = build.load(tiny).path
+    size = path.stat().st_size
     path.unlink()
-    path.write_text("no library")
+    path.write_text("no library".ljust(size))
     build._loaded.clear()
     assert message_of(tiny).startswith("the compiled library must load; got ")
     assert f"delete the folder {path.parent}" in message_of(tiny)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import platform
 import shutil
@@ -24,10 +23,9 @@ import torch
 
 from adai_dist.kernels import cache, toolchain
 from adai_dist.kernels.toolchain import BuildError
+from adai_dist.kernels.waiting import say
 
 __all__ = ["CPU", "CUDA", "EXTENSIONS", "BuildError", "Extension", "Library", "find", "load", "set_compiler"]
-
-_logger = logging.getLogger("adai_dist")
 
 CSRC = Path(__file__).parent / "csrc"
 NUM_LINES_OF_OUTPUT = 6
@@ -44,6 +42,8 @@ class Extension:
     """Absolute; headers beside them count as sources, too."""
     cxx_flags: tuple[str, ...]
     nvcc_flags: tuple[str, ...] = ()
+    takes: str = "seconds"
+    """How long it compiles, in words."""
 
 
 # No -std: torch passes the one that its headers need. No -march: the instruction set is chosen when the kernels run.
@@ -57,6 +57,7 @@ CPU = Extension(
     device_type="cpu",
     sources=tuple(CSRC / f"adai_cpu{part}.cpp" for part in ("", "_default", "_avx2", "_avx512")),
     cxx_flags=_CXX_FLAGS,
+    takes="about 20 s on two cores",
 )
 CUDA = Extension(
     name="fused_adai",
@@ -64,6 +65,7 @@ CUDA = Extension(
     sources=(CSRC / "adai_cuda.cpp", CSRC / "adai_cuda.cu"),
     cxx_flags=_CXX_FLAGS,
     nvcc_flags=_NVCC_FLAGS,
+    takes="about a minute per type of GPU",
 )
 
 EXTENSIONS = {extension.device_type: extension for extension in (CPU, CUDA)}
@@ -148,7 +150,7 @@ def find(extension: Extension) -> Library | None:
         stamp.get("fingerprint") == fingerprint(extension)
         and toolchain.chosen_cxx_path() in ("", stamp.get("compiler"))
         and (extension.device_type == "cpu" or toolchain.run_here(stamp.get("architectures", "")))
-        and path.exists()
+        and stamp.get("size") == cache.size_of(path)  # what is cut off ends the process that loads it
     )
     return Library(path, None) if fits else None
 
@@ -187,7 +189,7 @@ def _build(extension: Extension, compiler: Compiler) -> Library:
             failure = cache.read(failure_path)
             if failure != earlier and failure.get("attempt") == attempt:
                 raise BuildError(failure["message"])  # of a process that this one has waited for
-            _logger.info("compiling %s into %s, once for all processes", extension.name, path)
+            say(f"compiling {extension.name} into {path}, once per machine; it takes {extension.takes}")
             try:
                 return _compile(extension, compiler, path)
             except BuildError as error:
@@ -220,12 +222,17 @@ def _compile(extension: Extension, compiler: Compiler, path: Path) -> Library:
             (built,) = folder.glob("*.so")
         except Exception as error:
             raise _failure_of(extension, error, path) from error
-        cache.stamp_path(path).unlink(missing_ok=True)
+        cache.sync(built)
+        cache.remove(cache.stamp_path(path))
+        if path.is_dir():
+            cache.remove(path)
         os.replace(built, path)  # whoever has loaded the old one keeps it
-        cache.write(cache.stamp_path(path), stamp)
+        cache.write(cache.stamp_path(path), {**stamp, "size": cache.size_of(path)})
     for outdated in (cache.failure_path(path), cache.log_path(path)):
-        outdated.unlink(missing_ok=True)
-    return Library(path, time.perf_counter() - start)
+        cache.remove(outdated)
+    seconds = time.perf_counter() - start
+    say(f"compiled {extension.name} in {seconds:.1f} s")
+    return Library(path, seconds)
 
 
 def _failure_of(extension: Extension, error: Exception, path: Path) -> BuildError:

@@ -48,6 +48,8 @@ def load_recipe(given: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"the recipe must be YAML; got {str(given)!r}; {' '.join(str(error).split())}") from error
     except OmegaConfBaseException as error:
         key, what = error.full_key or "recipe", str(error).splitlines()[0]
+        if "value 'None'" in what:  # of `key=` as well as of `key: null`
+            raise RecipeError(f"{key} must have a value; got none; give it one, or leave the key out") from error
         raise RecipeError(f"{key} must have the type of its default; {what}; change the value") from error
     _refuse_idle_overrides(recipe, overrides)
     recipe.run.name = recipe.run.name or path.stem

@@ -5,6 +5,7 @@
     inertia.jsonl     the distribution of inertia per layer, one line per evaluation
     events.out.*      the same scalars for TensorBoard
     checkpoints/      see checkpoint.py
+    run.lock          see run_lock.py
     summary.json, loss.png, inertia.png   written at the end
 
 Only the main rank writes.
@@ -12,11 +13,15 @@ Only the main rank writes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,7 @@ from adai_dist.recipes import durable
 from adai_dist.recipes.config import Recipe
 from adai_dist.recipes.recipe_file import load_recipe
 from adai_dist.recipes.refusal import RecipeError
+from adai_dist.recipes.run_lock import FILE_NAME, GRACE_SECONDS, run_lock
 from adai_dist.recipes.world import World
 from adai_dist.tools.plots import read_records
 
@@ -38,39 +44,47 @@ _CONFIG_IN_PROGRESS = "config.yaml.writing"
 _LINES = ("metrics.jsonl", "inertia.jsonl")
 
 
-def open_run_folder(recipe: Recipe, world: World) -> Path:
+@contextmanager
+def open_run_folder(recipe: Recipe, world: World) -> Generator[Path]:
     """Chooses and makes the folder of the run; writes the recipe into it and its final name into the recipe.
 
-    A name that is taken gets a number, unless the recipe says resume or overwrite.
+    A name that is taken gets a number, unless the recipe says resume or overwrite. Within the block the run has the
+    folder to itself.
 
     Raises:
-        RecipeError: the run cannot be continued with this recipe, or is not one that may be deleted.
+        RecipeError: the run cannot be continued with this recipe, or is not one that may be deleted, or goes on.
 
-    Collective: all ranks of the job.
+    Collective: all ranks of the job, on entry.
     """
     outcome: list[Path | RecipeError] = []
-    if world.is_main:
-        try:
-            outcome = [_make(recipe)]
-        except RecipeError as error:
-            outcome = [error]
-        except OSError as error:
-            advice = f"{error.strerror}; set run.out to a folder that can be written"
-            outcome = [RecipeError(f"the folder of the run must be writable; got {recipe.run.out!r}; {advice}")]
-    outcome = outcome or [RecipeError()]  # broadcast fills in what the main rank found
-    dist.broadcast_object_list(outcome)
-    if isinstance(outcome[0], RecipeError):
-        raise outcome[0]
-    recipe.run.name = outcome[0].name
-    return outcome[0]
+    with contextlib.ExitStack() as until_the_end:
+        if world.is_main:
+            try:
+                outcome = [_make(recipe, until_the_end)]
+            except RecipeError as error:
+                outcome = [error]
+            except OSError as error:
+                where = str(error.filename or recipe.run.out)
+                advice = f"{error.strerror or error}; set run.out to a folder that can be written"
+                outcome = [RecipeError(f"the folder of the run must be writable; got {where!r}; {advice}")]
+        outcome = outcome or [RecipeError()]  # broadcast fills in what the main rank found
+        dist.broadcast_object_list(outcome)
+        if isinstance(outcome[0], RecipeError):
+            raise outcome[0]
+        recipe.run.name = outcome[0].name
+        yield outcome[0]
 
 
-def _make(recipe: Recipe) -> Path:
-    folder = _choose(recipe)
-    if recipe.run.resume and not folder.exists():
+def _make(recipe: Recipe, until_the_end: contextlib.ExitStack) -> Path:
+    folder, is_new = _choose(recipe)
+    until_the_end.enter_context(run_lock(folder, min(GRACE_SECONDS, recipe.run.timeout / 2)))
+    if is_new and recipe.run.resume:
         logger.warning("there is no run to resume in %s; it starts at step 0", folder)
+    elif recipe.run.resume and (folder / "config.yaml").exists():
+        _refuse_other_run(recipe, folder)
+    elif recipe.run.overwrite:
+        _clear(folder)
     recipe.run.name = folder.name
-    folder.mkdir(parents=True, exist_ok=True)
     # What is asked for once is not a property of the run, which is to be resumed from this file.
     once = dataclasses.replace(recipe.run, resume=False, overwrite=False)
     writing = folder / _CONFIG_IN_PROGRESS
@@ -80,29 +94,56 @@ def _make(recipe: Recipe) -> Path:
     return folder
 
 
-def _choose(recipe: Recipe) -> Path:
+def _choose(recipe: Recipe) -> tuple[Path, bool]:
+    """The folder, which exists from now on, and whether it has been made."""
     wanted = Path(recipe.run.out) / recipe.run.name
-    if not wanted.exists() or (recipe.run.resume and _was_killed_at_its_start(wanted)):
-        return wanted
-    is_run = (wanted / "config.yaml").exists()
-    if recipe.run.resume and is_run:
-        _refuse_other_run(recipe, wanted)
-        return wanted
-    if recipe.run.overwrite:
-        if not is_run:
-            raise RecipeError(
-                f"run.overwrite deletes runs only; got {str(wanted)!r}, which has no config.yaml; change run.name"
-            )
-        shutil.rmtree(wanted)
-        return wanted
-    number = 2
-    while (taken := wanted.with_name(f"{wanted.name}-{number}")).exists():
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    folder, number = wanted, 1
+    while not _could_make(folder):
+        if folder == wanted and _may_enter(recipe, folder):
+            return folder, False
         number += 1
-    return taken
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder, True
+
+
+def _could_make(folder: Path) -> bool:
+    """Makes a folder; of runs that start together one can."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _may_enter(recipe: Recipe, folder: Path) -> bool:
+    """Whether this recipe continues or replaces what has the name that it wants."""
+    if folder.is_symlink() and not folder.exists():
+        raise RecipeError(
+            f"a link in the place of a run must lead to a folder; got {str(folder)!r}, which leads to "
+            f"{os.readlink(folder)!r}; make that folder, delete the link, or change run.name"
+        )
+    is_run = (folder / "config.yaml").exists()
+    if recipe.run.resume:
+        return is_run or _was_killed_at_its_start(folder)
+    if recipe.run.overwrite and not is_run:
+        raise RecipeError(
+            f"run.overwrite deletes runs only; got {str(folder)!r}, which has no config.yaml; change run.name"
+        )
+    return recipe.run.overwrite
+
+
+def _clear(folder: Path) -> None:
+    """Deletes a run, but not what says that it is one and who has it."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in ("config.yaml", FILE_NAME):
+            path.unlink()
 
 
 def _was_killed_at_its_start(folder: Path) -> bool:
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {_CONFIG_IN_PROGRESS}
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {_CONFIG_IN_PROGRESS, FILE_NAME}
 
 
 def _refuse_other_run(recipe: Recipe, folder: Path) -> None:

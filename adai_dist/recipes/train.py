@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from adai_dist.optimizer import AdaptiveInertia
 from adai_dist.recipes.checkpoint import Checkpoints
@@ -51,7 +51,13 @@ def train(recipe: Recipe, world: World) -> Summary:
 
     task = load_task(recipe)
     model = task.build_model(run.seed)
-    folder = open_run_folder(recipe, world)
+    with open_run_folder(recipe, world) as folder:
+        return _train_in(folder, recipe, task, model, world)
+
+
+def _train_in(folder: Path, recipe: Recipe, task: Task, model: nn.Module, world: World) -> Summary:
+    run, batch = recipe.run, recipe.data.batch
+    num_parts = world.size * recipe.grad_accumulation
     engine = build_engine(recipe, task, model, world)
     checkpoints = Checkpoints(folder / "checkpoints", run.keep_checkpoints, world)
     first_step = checkpoints.load_latest(engine) if run.resume else 0

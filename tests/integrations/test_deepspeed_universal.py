@@ -274,7 +274,23 @@ def refused_conversions(folder: Path) -> dict[str, str]:
     (folder / "nvme" / "offloaded_tensors").mkdir()
     shutil.copytree(good, folder / "experts")
     (folder / "experts" / "layer_0_expert_1_mp_rank_00_model_states.pt").touch()
+    (folder / "empty").mkdir()
+    (folder / "link").symlink_to("nowhere")
+    (folder / "link-to-good").symlink_to(good)
+    shard = next(good.glob("*_optim_states.pt"))
     cases = {
+        "missing": (folder / "missing", folder / "result"),
+        "below what is missing": (folder / "missing" / "global_step4", folder / "result"),
+        "link to nothing": (folder / "link", folder / "result"),
+        "file": (shard, folder / "result"),
+        "empty": (folder / "empty", folder / "result"),
+        "output within": (good, good / "universal"),
+        "output deep within": (good, good / "converted" / "universal"),
+        "output within by a link": (good, folder / "link-to-good" / "universal"),
+        "output is the input": (good, good),
+        "output is a link": (good, folder / "link"),
+        "output is a file": (good, folder / "full" / "something"),
+        "output below a file": (good, folder / "full" / "something" / "deep" / "universal"),
         "experts": (folder / "experts", folder / "result"),
         "on NVMe": (folder / "nvme", folder / "result"),
         "no checkpoint": (folder / "full", folder / "result"),
@@ -285,12 +301,12 @@ def refused_conversions(folder: Path) -> dict[str, str]:
     }
     messages: dict[str, str] = {}
     for name, (source, target) in cases.items():
-        before = sorted(folder.iterdir())
+        before = [sorted(place.iterdir()) for place in (folder, good)]
         try:
             to_universal(source, target)
         except (ValueError, OSError) as error:
             messages[name] = str(error)
-        assert sorted(folder.iterdir()) == before, "something was left behind"
+        assert [sorted(place.iterdir()) for place in (folder, good)] == before, "something was left behind"
     return messages
 
 
@@ -301,9 +317,30 @@ def test_conversions_that_cannot_be_right_are_refused(folder: Path, sources: lis
     assert "must have no experts" in messages["experts"]
     assert "must hold a ZeRO checkpoint" in messages["no checkpoint"]
     assert f"such as {str(folder / 'stage-2' / 'global_step4')!r}" in messages["all checkpoints"]
-    assert "must be a new or an empty folder" in messages["full output"]
+    for name in ("full output", "output is the input", "output is a link", "output is a file"):
+        assert "must be a new or an empty folder" in messages[name], name
+    for name, path in (
+        ("missing", folder / "missing"),
+        ("below what is missing", folder / "missing" / "global_step4"),
+        ("link to nothing", folder / "link"),
+    ):
+        expected = f"the input must be the folder of one ZeRO checkpoint, got {str(path)!r}, which does not exist; "
+        assert messages[name].startswith(expected), name
+    assert "_optim_states.pt', which is a file; " in messages["file"]
+    assert f"got {str(folder / 'empty')!r}, which is empty; name the folder of one checkpoint" in messages["empty"]
+    for name in ("output within", "output deep within", "output within by a link"):
+        assert messages[name].startswith("the output must be outside of the input, got "), name
+    assert f"but {str(folder / 'full' / 'something')!r} is a file; " in messages["output below a file"]
     assert "states [0, 1, 2] have none" in messages["another optimizer"]
     assert "saved after the first step" in messages["before the first step"]
+
+
+def test_a_number_of_processes_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    from adai_dist.integrations.deepspeed.universal import to_universal
+
+    for number in (0, -2):
+        with pytest.raises(ValueError, match=f"num_workers must be at least 1, got {number}"):
+            to_universal(tmp_path, tmp_path / "result", num_workers=number)
 
 
 def test_the_plain_converter_does_drop_beta1_prod(folder: Path, sources: list[dict[str, Any]]) -> None:

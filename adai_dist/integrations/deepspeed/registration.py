@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from adai_dist.integrations import build_locks
 from adai_dist.integrations.after_import import after_import, wrap_once
 from adai_dist.kernels.build import Extension, set_compiler
 from adai_dist.optimizer import Adai, AdaiV2, AdaiW
@@ -31,6 +32,7 @@ def register() -> None:
     """
     after_import("deepspeed.runtime.engine", _register_with)
     after_import("deepspeed.ops.op_builder.all_ops", _add_op_builders)
+    build_locks.register()
 
 
 def _register_with(engine_module: ModuleType) -> None:

@@ -52,15 +52,18 @@ def to_universal(input_folder: Path, output_folder: Path, num_workers: int = 1) 
         num_workers: processes that read and write, each with one rank's file in memory.
 
     Raises:
-        FileNotFoundError: ``input_folder`` is no ZeRO checkpoint.
+        FileNotFoundError: ``input_folder`` does not exist, or holds no ZeRO checkpoint.
+        NotADirectoryError: ``input_folder``, or what is to hold ``output_folder``, is a file.
         FileExistsError: ``output_folder`` is not empty.
-        ValueError: the optimizer of the checkpoint has no ``beta1_prod``, or DeepSpeed's converter would not make of it
-            what it says: states on NVMe, experts, round_robin_gradients.
+        ValueError: ``output_folder`` is within ``input_folder``, or ``num_workers`` is less than 1; the optimizer of
+            the checkpoint has no ``beta1_prod``, or DeepSpeed's converter would not make of it what it says: states
+            on NVMe, experts, round_robin_gradients.
     """
     source, target = Path(input_folder).absolute(), Path(output_folder).absolute()
+    if num_workers < 1:
+        raise ValueError(f"num_workers must be at least 1, got {num_workers}; 1 converts in this process alone")
     shards = _shards(source)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"the output must be a new or an empty folder, got {str(target)!r}; name another one")
+    _check_output(source, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as work_name:
         work = Path(work_name)
@@ -84,6 +87,12 @@ def to_universal(input_folder: Path, output_folder: Path, num_workers: int = 1) 
 
 def _shards(source: Path) -> list[Path]:
     """The files with optimizer states, after a look into each."""
+    if not source.is_dir():
+        what = "is a file" if source.exists() else "does not exist"
+        kind = NotADirectoryError if source.exists() else FileNotFoundError
+        raise kind(
+            f"the input must be the folder of one ZeRO checkpoint, got {str(source)!r}, which {what}; name another"
+        )
     shards = sorted(source.glob(f"*{OPTIM_FILE_SUFFIX}"))
     if not shards:
         hint = (
@@ -94,7 +103,8 @@ def _shards(source: Path) -> list[Path]:
                 f"name the folder of one checkpoint, such as {str(source / (source / 'latest').read_text().strip())!r}"
             )
         raise FileNotFoundError(
-            f"the input must hold a ZeRO checkpoint (*{OPTIM_FILE_SUFFIX}), got {str(source)!r}; {hint}"
+            f"the input must hold a ZeRO checkpoint (*{OPTIM_FILE_SUFFIX}), got {str(source)!r}"
+            f"{'' if any(source.iterdir()) else ', which is empty'}; {hint}"
         )
     if (source / "offloaded_tensors").exists():
         raise ValueError(
@@ -111,6 +121,21 @@ def _shards(source: Path) -> list[Path]:
         _check_states(shard)
     _check_links(source, shards)
     return shards
+
+
+def _check_output(source: Path, target: Path) -> None:
+    if source.resolve() in target.resolve().parents:
+        raise ValueError(
+            f"the output must be outside of the input, got {str(target)!r} within {str(source)!r}; name another one"
+        )
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise FileExistsError(f"the output must be a new or an empty folder, got {str(target)!r}; name another one")
+    nearest = next(folder for folder in target.parents if folder.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(
+            f"the output must be a new folder in a folder, got {str(target)!r}, but {str(nearest)!r} is a file; name "
+            "another one"
+        )
 
 
 def _check_states(shard: Path) -> None:
