@@ -20,7 +20,7 @@ CLIP_EPS = 1e-6
 """Added to the norm in the clip coefficient, as :func:`torch.nn.utils.clip_grad_norm_` does."""
 
 MOVING = 2.0**-10
-"""What an optimizer adds to the fraction of the signals, over all ranks: at most 0.5 for up to 512 that share a mean."""
+"""What an optimizer adds to the fraction of the signals, over all ranks: up to 512 may share a mean."""
 
 FLOAT64_MAX, FLOAT32_MAX = torch.finfo(torch.float64).max, torch.finfo(torch.float32).max
 
