@@ -13,8 +13,11 @@ from adai_dist.hyper import Hyper, max_grad_norm_in_range
 from adai_dist.kernels import Backends, mode_of
 from adai_dist.optimizer.mean_source import KnownMean, MeanSource, ShardedMean
 from adai_dist.optimizer.reports import ReportsSteps
+from adai_dist.optimizer.shared import Shared, begin_sharing, itself
 from adai_dist.optimizer.stateful import StatefulOptimizer
+from adai_dist.optimizer.turns import turns
 from adai_dist.optimizer.unsupported import check_not_in_backward, warn_of_no_gradients
+from adai_dist.optimizer.watched import is_to_be_left_out
 from adai_dist.sharding.configured import NumReplicas, configured_sharding
 from adai_dist.sharding.holdings import Holdings
 from adai_dist.sharding.mean import GlobalMean, Sums, unscaling_coefficient
@@ -53,9 +56,11 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         require_kernels: raise an error where the compiled kernels cannot be had, instead of a warning.
         retire_beta1_prod: free the state ``beta1_prod`` of a parameter once it has no effect any more (after 17,321
             steps at eps=1e-3, at the latest); not a bit of the trajectory changes.
+        independent: other optimizers of the process train other models, as in a GAN, and nothing is said of means that
+            they do not share.
 
     Attributes:
-        max_grad_norm, retire_beta1_prod: as given; may be changed between steps.
+        max_grad_norm, retire_beta1_prod, independent: as given; may be changed between steps.
         mean_source: supplies the mean of every step; an engine may assign its own.
         backends: what carries out the local phases.
 
@@ -67,15 +72,22 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
     """
 
     decoupled_by_default: ClassVar[bool] = True
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves unscaling and skipping to step()
     _kept_by_copies = (
         *StatefulOptimizer._kept_by_copies,
         "max_grad_norm",
         "retire_beta1_prod",
+        "independent",
         "mean_source",
         "backends",
     )
-    _has_stepped = False
+    max_grad_norm: Shared[float | None] = Shared()
+    retire_beta1_prod: Shared[bool] = Shared()
+    independent: Shared[bool] = Shared()
+    mean_source: Shared[MeanSource] = Shared()
+    backends: Shared[Backends] = Shared()
+    grad_scale: Shared[Tensor | None] = Shared()
+    found_inf: Shared[Tensor] = Shared()
+    _has_stepped: Shared[bool] = Shared()
 
     def __init__(
         self,
@@ -92,6 +104,7 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         max_grad_norm: float | None = None,
         require_kernels: bool = False,
         retire_beta1_prod: bool = True,
+        independent: bool = False,
     ) -> None:
         hyper = Hyper(
             lr=lr,
@@ -103,18 +116,29 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
             maximize=maximize,
             foreach=foreach,
         )
-        if not isinstance(retire_beta1_prod, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"retire_beta1_prod must be a bool, got {retire_beta1_prod!r}")
-        self.backends: Backends = Backends(mode_of(require_kernels))
-        self.max_grad_norm: float | None = max_grad_norm_in_range("max_grad_norm", max_grad_norm)
-        self.retire_beta1_prod: bool = retire_beta1_prod
-        self.mean_source: MeanSource = ShardedMean()
+        for name, value in (("retire_beta1_prod", retire_beta1_prod), ("independent", independent)):
+            if not isinstance(value, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"{name} must be a bool, got {value!r}")
+        begin_sharing(self)
+        self.backends = Backends(mode_of(require_kernels))
+        self.max_grad_norm = max_grad_norm_in_range("max_grad_norm", max_grad_norm)
+        self.retire_beta1_prod = retire_beta1_prod
+        self.independent = independent
+        self.mean_source = ShardedMean()
+        self._has_stepped = False
         ReportsSteps.__init__(self)
         self._holdings: dict[Hashable, Holdings] = {}
         super().__init__(params, hyper)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch.amp.GradScaler leaves unscaling and skipping to step(), which reads the gradients once then."""
+        return not is_to_be_left_out(self)
+
     def _begin_copy(self) -> None:
         ReportsSteps.__init__(self)
+        self._holdings = {}
+        self._has_stepped = False
         self.mean_source = self.mean_source.between_steps()
 
     # -- a step ----------------------------------------------------------------------------------------------------
@@ -160,7 +184,7 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
                 )
             with torch.enable_grad():
                 loss = closure()
-        self._step()  # pyright: ignore[reportAttributeAccessIssue] torch types its decorator for functions only
+        itself(self)._step()  # pyright: ignore[reportAttributeAccessIssue] torch types its decorator for functions only
         return loss
 
     @torch._disable_dynamo  # a collective and host code: nothing to trace
@@ -226,6 +250,7 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
 
         Collective: none.
         """
+        turns.note(itself(self))
         self._report(mean, lambda: is_logged and self.sharding_plan.is_main_rank)
 
     def refresh(self) -> None:
@@ -236,7 +261,7 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
 
         Collective: none.
         """
-        self._holdings = {}
+        self._holdings.clear()
         self.mean_source.refresh()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -262,13 +287,14 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
 
         Collective: as :meth:`step`, which makes none then.
         """
+        optimizer = itself(self)
         source = self.mean_source.between_steps()
         source.check_allows("clip_grad_norm_()", "set its own clipping")
         bound = max_grad_norm_in_range("max_norm", max_norm)
         if bound is None:
             raise TypeError("max_norm must be a number, got None; leave the call out to clip nothing")
-        mean = source.mean(self, self.owned_shards(), bound)
-        self.mean_source = KnownMean(self, mean, source, is_shared=False)
+        mean = source.mean(optimizer, self.owned_shards(), bound)
+        self.mean_source = KnownMean(optimizer, mean, source, is_shared=False)
         return mean.grad_norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adai_dist.optimizer.host_copy import HostCopy
+from adai_dist.optimizer.shared import Shared
 from adai_dist.sharding.mean import GlobalMean
 
 _UNKNOWN = torch.tensor(torch.nan, dtype=torch.float64)
@@ -67,9 +68,11 @@ class UncountedSteps:
 class ReportsSteps:
     """What users can read of the steps of an optimizer."""
 
+    _last_mean: Shared[GlobalMean | None] = Shared()
+
     def __init__(self) -> None:
         self._uncounted = UncountedSteps()
-        self._last_mean: GlobalMean | None = None
+        self._last_mean = None
 
     def _report(self, mean: GlobalMean, is_to_be_logged: Callable[[], bool]) -> None:
         self._uncounted.record(mean, is_to_be_logged)

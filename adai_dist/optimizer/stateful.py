@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from adai_dist.hyper import Hyper
 from adai_dist.optimizer.checking import check_is_mapping, check_state_dict
 from adai_dist.optimizer.retirement import Retirement, with_zeros
+from adai_dist.optimizer.shared import begin_sharing, itself
 from adai_dist.optimizer.state import new_state, restore_states, step_tensor
 
 
@@ -105,6 +106,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
         Collective: none.
         """
+        optimizer = itself(self)
+        if optimizer is not self:  # torch would put new states and parameter groups into the proxy
+            optimizer.load_state_dict(state_dict)
+            return
         check_is_mapping(state_dict)
         loaded: dict[str, Any] = {}
 
@@ -125,11 +130,20 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy or a pickle, or from :meth:`load_state_dict`."""
+        is_copy = "_hyper" in state
+        if is_copy:
+            begin_sharing(self)
+            for name in self._kept_by_copies:
+                setattr(self, name, state[name])
+            state = {name: value for name, value in state.items() if name not in self._kept_by_copies}
+        held = dict(self.__dict__)
         super().__setstate__(state)
-        if "_hyper" in state:
+        if is_copy:
             self._retirement = Retirement()
             self._given = {id(param): weakref.ref(param) for param in self.params()}
             self._begin_copy()
+        else:
+            self._keep_containers(held)
         for param_group in self.param_groups:
             for name, value in self._hyper.as_defaults().items():
                 param_group.setdefault(name, value)
@@ -137,6 +151,18 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 if "step" in self.state.get(param, {}):
                     self.state[param]["step"] = step_tensor(self.state[param]["step"], param)
         self.refresh()
+
+    def _keep_containers(self, held: dict[str, Any]) -> None:
+        """Put what was loaded into the two objects that were there before, which proxies may hold as well."""
+        state, param_groups = held["state"], held["param_groups"]
+        if self.state is not state and type(self.state) is type(state):
+            states = dict(self.state)
+            state.clear()
+            state.update(states)
+            self.state = state
+        if self.param_groups is not param_groups:
+            param_groups[:] = self.param_groups
+            self.param_groups = param_groups
 
 
 def _gone() -> None:
