@@ -21,6 +21,7 @@ T = TypeVar("T")
 OptimizerT = TypeVar("OptimizerT", bound="StatefulOptimizer")
 
 _NAME = "_shared"
+_UNSET: Any = object()
 _live: weakref.WeakSet[StatefulOptimizer] = weakref.WeakSet()
 
 
@@ -39,19 +40,17 @@ class Shared(Generic[T]):
     def __get__(self, obj: object, owner: type | None = None) -> T | Shared[T]:
         if obj is None:
             return self
-        try:
-            return _values_of(obj)[self._name]
-        except KeyError:
-            raise AttributeError(f"{type(obj).__name__!r} object has no attribute {self._name!r}") from None
+        value = _values_of(obj).get(self._name, _UNSET)
+        if value is _UNSET:
+            raise AttributeError(f"{type(obj).__name__!r} object has no attribute {self._name!r}")
+        return value
 
     def __set__(self, obj: object, value: T) -> None:
         _values_of(obj)[self._name] = value
 
     def __delete__(self, obj: object) -> None:
-        try:
-            del _values_of(obj)[self._name]
-        except KeyError:
-            raise AttributeError(self._name) from None
+        if _values_of(obj).pop(self._name, _UNSET) is _UNSET:
+            raise AttributeError(f"{type(obj).__name__!r} object has no attribute {self._name!r}")
 
 
 class _Values(dict[str, Any]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from adai_dist.hyper import Hyper
 from adai_dist.optimizer.checking import check_is_mapping, check_state_dict
 from adai_dist.optimizer.retirement import Retirement, with_zeros
-from adai_dist.optimizer.shared import begin_sharing, itself
+from adai_dist.optimizer.shared import Shared, begin_sharing, itself
 from adai_dist.optimizer.state import new_state, restore_states, step_tensor
 
 
@@ -27,6 +27,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     _kept_by_copies: ClassVar[tuple[str, ...]] = ("_hyper",)
     """Attributes that copies and pickles of the optimizer have, beside what torch gives them."""
+
+    if not TYPE_CHECKING:  # type checkers know them from torch
+        state = Shared()
+        param_groups = Shared()
 
     def __init__(self, params: ParamsT, hyper: Hyper) -> None:
         self._hyper = hyper
@@ -61,9 +65,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
         Collective: none.
         """
+        state = self.state
         for param in params:
-            if (param.requires_grad or param.grad is not None) and not self.state[param]:
-                self.state[param] = new_state(param)
+            if (param.requires_grad or param.grad is not None) and not state[param]:
+                state[param] = new_state(param)
 
     def refresh(self) -> None:
         """Forget everything that is derived from parameters and states; it is found again in the next step."""
@@ -133,17 +138,14 @@ class StatefulOptimizer(torch.optim.Optimizer):
         is_copy = "_hyper" in state
         if is_copy:
             begin_sharing(self)
-            for name in self._kept_by_copies:
-                setattr(self, name, state[name])
-            state = {name: value for name, value in state.items() if name not in self._kept_by_copies}
-        held = dict(self.__dict__)
-        super().__setstate__(state)
+        assigned = {name: value for name, value in state.items() if isinstance(getattr(type(self), name, None), Shared)}
+        for name, value in assigned.items():
+            setattr(self, name, value)
+        super().__setstate__({name: value for name, value in state.items() if name not in assigned})
         if is_copy:
             self._retirement = Retirement()
             self._given = {id(param): weakref.ref(param) for param in self.params()}
             self._begin_copy()
-        else:
-            self._keep_containers(held)
         for param_group in self.param_groups:
             for name, value in self._hyper.as_defaults().items():
                 param_group.setdefault(name, value)
@@ -151,18 +153,6 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 if "step" in self.state.get(param, {}):
                     self.state[param]["step"] = step_tensor(self.state[param]["step"], param)
         self.refresh()
-
-    def _keep_containers(self, held: dict[str, Any]) -> None:
-        """Put what was loaded into the two objects that were there before, which proxies may hold as well."""
-        state, param_groups = held["state"], held["param_groups"]
-        if self.state is not state and type(self.state) is type(state):
-            states = dict(self.state)
-            state.clear()
-            state.update(states)
-            self.state = state
-        if self.param_groups is not param_groups:
-            param_groups[:] = self.param_groups
-            self.param_groups = param_groups
 
 
 def _gone() -> None:
