@@ -1,6 +1,6 @@
 """Adai, AdaiW and AdaiV2 (Adaptive Inertia, ICML 2022) for distributed training with PyTorch."""
 
-from adai_dist.integrations import zero_redundancy
+from adai_dist.integrations import lightning, zero_redundancy
 from adai_dist.integrations.after_import import import_hooks_are_on
 from adai_dist.integrations.deepspeed.registration import register
 from adai_dist.optimizer import Adai, AdaiV2, AdaiW, AdaptiveInertia, MeanSource, share_mean
@@ -24,3 +24,4 @@ __all__ = [
 if import_hooks_are_on():
     register()
     zero_redundancy.register()
+    lightning.register()

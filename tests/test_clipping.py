@@ -147,6 +147,34 @@ def test_a_closure_that_makes_new_gradients_after_clipping_is_an_error() -> None
         optimizer.step(closure)
 
 
+@pytest.mark.parametrize("closure", ["nothing", "adds", "model.zero_grad"])
+def test_a_closure_after_clipping_may_do_anything_but_change_gradients(closure: str) -> None:
+    """Lightning's optimizers always pass one, which does nothing in manual optimization."""
+    model, twin = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
+    twin.load_state_dict(model.state_dict())
+    for one in (model, twin):
+        one(torch.ones(3)).backward()
+    optimizer, expected = Adai(model.parameters(), lr=0.1), Adai(twin.parameters(), lr=0.1)
+
+    def run() -> float:
+        if closure == "model.zero_grad":
+            model.zero_grad()
+        if closure != "nothing":
+            model(torch.ones(3)).backward()
+        return 1.5
+
+    optimizer.clip_grad_norm_(0.5)
+    if closure == "nothing":
+        assert optimizer.step(run) == 1.5
+        expected.clip_grad_norm_(0.5)
+        expected.step()
+        assert torch.equal(model.weight, twin.weight)
+    else:
+        with pytest.raises(RuntimeError, match=r"clip_grad_norm_"):
+            optimizer.step(run)
+        assert torch.equal(model.weight, twin.weight)
+
+
 def test_after_the_error_new_gradients_can_be_clipped_and_stepped() -> None:
     parameter = Parameter(torch.ones(3))
     parameter.grad = torch.ones(3)

@@ -32,6 +32,7 @@ KEYWORD_ONLY = {
     "retire_beta1_prod": True,
     "max_consecutive_skips": None,
     "missing_as_zeros": False,
+    "independent": False,
 }
 
 DECOUPLED_BY_DEFAULT = {Adai: False, AdaiW: True, AdaiV2: True}
@@ -119,6 +120,12 @@ PROPERTIES = {
     "sharding_plan": "ShardingPlan",
 }
 
+# What may be assigned: settings, those of torch, and what torch.amp.GradScaler leaves there during a step.
+ATTRIBUTES = {
+    *("max_grad_norm", "retire_beta1_prod", "independent", "mean_source", "backends"),
+    *("param_groups", "state", "grad_scale", "found_inf"),
+}
+
 PARAM_GROUP_KEYS = {
     *("params", "lr", "betas", "eps", "weight_decay", "dampening", "decoupled", "maximize", "foreach"),
 }
@@ -176,7 +183,8 @@ def test_the_classes_differ_in_one_default(cls: type[AdaptiveInertia]) -> None:
 @each_class
 def test_the_class_has_these_public_methods_and_properties(cls: type[AdaptiveInertia]) -> None:
     own = {name for base in cls.__mro__ if base.__module__.startswith("adai_dist.") for name in vars(base)}
-    assert {name for name in own if not name.startswith("_")} == {*PROPERTIES, *METHODS, "decoupled_by_default"}
+    expected = {*PROPERTIES, *METHODS, *ATTRIBUTES, "decoupled_by_default"}
+    assert {name for name in own if not name.startswith("_")} == expected
     for name, returned in PROPERTIES.items():
         found = inspect.getattr_static(cls, name)
         assert isinstance(found, property), name

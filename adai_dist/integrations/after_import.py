@@ -46,8 +46,12 @@ def import_hooks_are_on() -> bool:
     return value == "1"
 
 
-def wrap_once(cls: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:
-    """Replace a method by ``wrap(method)``; returns False, with nothing changed, where that has been done before."""
+def wrap_once(cls: type | ModuleType, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:
+    """Replace a method or function by ``wrap(original)``.
+
+    Returns:
+        False, with nothing changed, where that has been done before.
+    """
     original = getattr(cls, name)
     if hasattr(original, _MARK):
         return False

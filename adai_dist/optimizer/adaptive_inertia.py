@@ -14,9 +14,12 @@ from adai_dist.kernels import Backends, mode_of
 from adai_dist.optimizer.closer_look import what_is_not_finite
 from adai_dist.optimizer.mean_source import KnownMean, MeanSource, ShardedMean
 from adai_dist.optimizer.reports import ReportsSteps
+from adai_dist.optimizer.shared import Shared, begin_sharing, itself
 from adai_dist.optimizer.skips_in_a_row import skip_limit_in_range
 from adai_dist.optimizer.stateful import StatefulOptimizer
+from adai_dist.optimizer.turns import turns
 from adai_dist.optimizer.unsupported import check_not_in_backward, warn_of_no_gradients
+from adai_dist.optimizer.watched import is_to_be_left_out
 from adai_dist.sharding.configured import NumReplicas, configured_sharding
 from adai_dist.sharding.holdings import Holdings
 from adai_dist.sharding.mean import MOVING, GlobalMean, Sums, unscaling_coefficient
@@ -62,10 +65,12 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         missing_as_zeros: take the gradient of a DTensor parameter as zeros on ranks that lack it, as those do to whose
             experts no token was sent. By default the first step in which some ranks of its mesh lack it is skipped,
             with a warning, and this becomes True.
+        independent: other optimizers of the process train other models, as in a GAN, and nothing is said of means that
+            they do not share.
 
     Attributes:
-        max_grad_norm, retire_beta1_prod, max_consecutive_skips, missing_as_zeros: as given; may be changed between
-            steps.
+        max_grad_norm, retire_beta1_prod, max_consecutive_skips, missing_as_zeros, independent: as given; may be changed
+            between steps.
         mean_source: supplies the mean of every step; an engine may assign its own.
         backends: what carries out the local phases.
 
@@ -77,17 +82,26 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
     """
 
     decoupled_by_default: ClassVar[bool] = True
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves unscaling and skipping to step()
     _kept_by_copies = (
         *StatefulOptimizer._kept_by_copies,
         "max_grad_norm",
         "retire_beta1_prod",
         "max_consecutive_skips",
         "missing_as_zeros",
+        "independent",
         "mean_source",
         "backends",
     )
-    _has_stepped = False
+    max_grad_norm: Shared[float | None] = Shared()
+    retire_beta1_prod: Shared[bool] = Shared()
+    max_consecutive_skips: Shared[int | None] = Shared()
+    missing_as_zeros: Shared[bool] = Shared()
+    independent: Shared[bool] = Shared()
+    mean_source: Shared[MeanSource] = Shared()
+    backends: Shared[Backends] = Shared()
+    grad_scale: Shared[Tensor | None] = Shared()
+    found_inf: Shared[Tensor] = Shared()
+    _has_stepped: Shared[bool] = Shared()
 
     def __init__(
         self,
@@ -106,6 +120,7 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         retire_beta1_prod: bool = True,
         max_consecutive_skips: int | None = None,
         missing_as_zeros: bool = False,
+        independent: bool = False,
     ) -> None:
         hyper = Hyper(
             lr=lr,
@@ -117,21 +132,36 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
             maximize=maximize,
             foreach=foreach,
         )
-        for name, value in {"retire_beta1_prod": retire_beta1_prod, "missing_as_zeros": missing_as_zeros}.items():
+        flags = {
+            "retire_beta1_prod": retire_beta1_prod,
+            "missing_as_zeros": missing_as_zeros,
+            "independent": independent,
+        }
+        for name, value in flags.items():
             if not isinstance(value, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"{name} must be a bool, got {value!r}")
-        self.backends: Backends = Backends(mode_of(require_kernels))
-        self.max_grad_norm: float | None = max_grad_norm_in_range("max_grad_norm", max_grad_norm)
-        self.retire_beta1_prod: bool = retire_beta1_prod
-        self.max_consecutive_skips: int | None = skip_limit_in_range(max_consecutive_skips)
-        self.missing_as_zeros: bool = missing_as_zeros
-        self.mean_source: MeanSource = ShardedMean()
+        begin_sharing(self)
+        self.backends = Backends(mode_of(require_kernels))
+        self.max_grad_norm = max_grad_norm_in_range("max_grad_norm", max_grad_norm)
+        self.retire_beta1_prod = retire_beta1_prod
+        self.max_consecutive_skips = skip_limit_in_range(max_consecutive_skips)
+        self.missing_as_zeros = missing_as_zeros
+        self.independent = independent
+        self.mean_source = ShardedMean()
+        self._has_stepped = False
         ReportsSteps.__init__(self)
         self._holdings: dict[Hashable, Holdings] = {}
         super().__init__(params, hyper)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch.amp.GradScaler leaves unscaling and skipping to step(), which reads the gradients once then."""
+        return not is_to_be_left_out(self)
+
     def _begin_copy(self) -> None:
         ReportsSteps.__init__(self)
+        self._holdings = {}
+        self._has_stepped = False
         self.mean_source = self.mean_source.between_steps()
 
     # -- a step ----------------------------------------------------------------------------------------------------
@@ -172,14 +202,16 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         """
         loss = None
         if closure is not None:
-            if isinstance(self.mean_source, KnownMean):
-                raise RuntimeError(
-                    "step(closure) must not follow clip_grad_norm_(), got a closure, which computes other gradients; "
-                    "set max_grad_norm to clip those"
-                )
+            source = self.mean_source
             with torch.enable_grad():
                 loss = closure()
-        self._step()  # pyright: ignore[reportAttributeAccessIssue] torch types its decorator for functions only
+            # Trainers pass closures that do nothing; those that add to the gradients are found out by KnownMean.
+            if isinstance(source, KnownMean) and self.mean_source is not source:
+                raise RuntimeError(
+                    "step(closure) must not follow clip_grad_norm_(), got a closure that computes other gradients; "
+                    "set max_grad_norm to clip those"
+                )
+        itself(self)._step()  # pyright: ignore[reportAttributeAccessIssue] torch types its decorator for functions only
         return loss
 
     @torch._disable_dynamo  # a collective and host code: nothing to trace
@@ -253,6 +285,7 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
 
         Collective: none.
         """
+        turns.note(itself(self))
         self._report(mean, lambda: is_logged and self.sharding_plan.is_main_rank, self._look_closer)
         self.missing_as_zeros |= self._uncounted.has_lacked_gradients
         self._skips_in_a_row.check(mean, self.max_consecutive_skips)
@@ -271,7 +304,7 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
 
         Collective: none.
         """
-        self._holdings = {}
+        self._holdings.clear()
         self.mean_source.refresh()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -297,13 +330,14 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
 
         Collective: as :meth:`step`, which makes none then.
         """
+        optimizer = itself(self)
         source = self.mean_source.between_steps()
         source.check_allows("clip_grad_norm_()", "set its own clipping")
         bound = max_grad_norm_in_range("max_norm", max_norm)
         if bound is None:
             raise TypeError("max_norm must be a number, got None; leave the call out to clip nothing")
-        mean = source.mean(self, self.owned_shards(), bound)
-        self.mean_source = KnownMean(self, mean, source, is_shared=False)
+        mean = source.mean(optimizer, self.owned_shards(), bound)
+        self.mean_source = KnownMean(optimizer, mean, source, is_shared=False)
         return mean.grad_norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:

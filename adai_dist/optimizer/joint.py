@@ -9,6 +9,7 @@ from torch import nn
 
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.mean_source import SharedMean
+from adai_dist.optimizer.shared import itself
 from adai_dist.sharding.configured import NumReplicas, configured_sharding
 
 if TYPE_CHECKING:
@@ -40,11 +41,12 @@ def share_mean(
 
     Collective: none here; in a step, as :meth:`AdaptiveInertia.step`, by the first optimizer alone.
     """
-    members = tuple(optimizers)
-    for optimizer in members:
+    given = tuple(optimizers)
+    for optimizer in given:
         if not isinstance(optimizer, AdaptiveInertia):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"optimizers must be Adai, AdaiW or AdaiV2, got one of type {type(optimizer).__name__}")
         optimizer.mean_source.check_allows("share_mean()", "leave it out")
+    members = tuple(map(itself, given))
     if not members or len(set(members)) < len(members):
         raise ValueError(f"optimizers must be one or more, each once, got {len(members)}, {len(set(members))} distinct")
     sharding = configured_sharding(process_group, num_replicas, model, stages)

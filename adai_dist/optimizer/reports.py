@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adai_dist.optimizer.host_copy import HostCopy
 from adai_dist.optimizer.reasons import MISSING, WORDS, reasons, reasons_of
+from adai_dist.optimizer.shared import Shared
 from adai_dist.optimizer.skips_in_a_row import SkipsInARow
 from adai_dist.sharding.mean import GlobalMean
 
@@ -95,10 +96,12 @@ class UncountedSteps:
 class ReportsSteps:
     """What users can read of the steps of an optimizer."""
 
+    _last_mean: Shared[GlobalMean | None] = Shared()
+
     def __init__(self) -> None:
         self._uncounted = UncountedSteps()
         self._skips_in_a_row = SkipsInARow()
-        self._last_mean: GlobalMean | None = None
+        self._last_mean = None
 
     def _report(self, mean: GlobalMean, is_to_be_logged: Callable[[], bool], look_closer: Callable[[], str]) -> None:
         self._uncounted.record(mean, is_to_be_logged, look_closer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from adai_dist.hyper import Hyper
 from adai_dist.optimizer.checking import check_is_mapping, check_state_dict
 from adai_dist.optimizer.retirement import Retirement, with_zeros
+from adai_dist.optimizer.shared import Shared, begin_sharing, itself
 from adai_dist.optimizer.state import new_state, restore_states, step_tensor
 
 
@@ -26,6 +27,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     _kept_by_copies: ClassVar[tuple[str, ...]] = ("_hyper",)
     """Attributes that copies and pickles of the optimizer have, beside what torch gives them."""
+
+    if not TYPE_CHECKING:  # type checkers know them from torch
+        state = Shared()
+        param_groups = Shared()
 
     def __init__(self, params: ParamsT, hyper: Hyper) -> None:
         self._hyper = hyper
@@ -60,9 +65,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
         Collective: none.
         """
+        state = self.state
         for param in params:
-            if (param.requires_grad or param.grad is not None) and not self.state[param]:
-                self.state[param] = new_state(param)
+            if (param.requires_grad or param.grad is not None) and not state[param]:
+                state[param] = new_state(param)
 
     def refresh(self) -> None:
         """Forget everything that is derived from parameters and states; it is found again in the next step."""
@@ -105,6 +111,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
         Collective: none.
         """
+        optimizer = itself(self)
+        if optimizer is not self:  # torch would put new states and parameter groups into the proxy
+            optimizer.load_state_dict(state_dict)
+            return
         check_is_mapping(state_dict)
         loaded: dict[str, Any] = {}
 
@@ -125,8 +135,14 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy or a pickle, or from :meth:`load_state_dict`."""
-        super().__setstate__(state)
-        if "_hyper" in state:
+        is_copy = "_hyper" in state
+        if is_copy:
+            begin_sharing(self)
+        assigned = {name: value for name, value in state.items() if isinstance(getattr(type(self), name, None), Shared)}
+        for name, value in assigned.items():
+            setattr(self, name, value)
+        super().__setstate__({name: value for name, value in state.items() if name not in assigned})
+        if is_copy:
             self._retirement = Retirement()
             self._given = {id(param): weakref.ref(param) for param in self.params()}
             self._begin_copy()
