@@ -16,6 +16,7 @@ from adai_dist.optimizer.mean_source import KnownMean, MeanSource, ShardedMean
 from adai_dist.optimizer.reports import ReportsSteps
 from adai_dist.optimizer.skips_in_a_row import skip_limit_in_range
 from adai_dist.optimizer.stateful import StatefulOptimizer
+from adai_dist.optimizer.unread_states import UnreadStates
 from adai_dist.optimizer.unsupported import check_not_in_backward, warn_of_no_gradients
 from adai_dist.sharding.configured import NumReplicas, configured_sharding
 from adai_dist.sharding.holdings import Holdings
@@ -119,10 +120,12 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         self.mean_source: MeanSource = ShardedMean()
         ReportsSteps.__init__(self)
         self._holdings: dict[Hashable, Holdings] = {}
+        self._unread = UnreadStates()
         super().__init__(params, hyper)
 
     def _begin_copy(self) -> None:
         ReportsSteps.__init__(self)
+        self._unread = UnreadStates()
         self.mean_source = self.mean_source.between_steps()
 
     # -- a step ----------------------------------------------------------------------------------------------------
@@ -211,7 +214,12 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         total = torch.zeros(len(Sums._fields), dtype=torch.float64, device=self.device)
         for owned in shards:
             total += owned.observe(expected.to(owned.layout.weights.device)).to(self.device)
+            for holding in owned.written:
+                self._unread.add(id(holding.param), [holding.exp_avg])
         sums = Sums(*total.unbind())
+        unread = self._unread.look(self.device)
+        if unread is not None:
+            sums = sums._replace(carried=sums.carried + unread)
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # set by torch.amp.GradScaler
         if found_inf is None:
             return sums
@@ -256,6 +264,7 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         Collective: none.
         """
         self._holdings = {}
+        self._unread.clear()
         self.mean_source.refresh()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
