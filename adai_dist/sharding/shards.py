@@ -30,7 +30,7 @@ class Holding:
     """
 
     __slots__ = (
-        *("_is_complex", "_kept_row", "_source", "_states"),
+        *("_is_complex", "_kept_row", "_source", "_states", "_whole"),
         *("backend", "beta1_prod", "exp_avg", "exp_avg_sq", "gradient_form", "local_param", "param", "state"),
     )
 
@@ -54,6 +54,7 @@ class Holding:
                     f"{tensor.dtype}; convert it"
                 )
         self._kept_row: tuple[Tensor, int, int] | None = None
+        self._whole: Tensor | None = state["exp_avg"] if is_dtensor(state["exp_avg"]) else None
         self.gradient_form: tuple[Any, ...] = ()
         """Dtype, shape and strides of the gradient for which the backend was chosen."""
         self.backend: Backend | None = None
@@ -91,13 +92,18 @@ class Holding:
 
     def keep_row(self, kept: Tensor, index: int) -> None:
         """Keep that a step has left the moments as they are, and that row ``index`` of ``kept`` tells of exp_avg_sq."""
-        self._kept_row = (kept, index, self.exp_avg_sq._version + self.exp_avg._version)
+        self._kept_row = (kept, index, self._num_writes())
 
     def kept_row(self) -> tuple[Tensor, int] | None:
         """What was kept, unless torch knows that a moment was written to since; the kernels see other writes."""
-        if self._kept_row is None or self._kept_row[2] != self.exp_avg_sq._version + self.exp_avg._version:
+        if self._kept_row is None or self._kept_row[2] != self._num_writes():
             return None
         return self._kept_row[:2]
+
+    def _num_writes(self) -> int:
+        """To the moments, as torch records them; it counts writes to a DTensor and to its local tensor apart."""
+        num_writes = self.exp_avg_sq._version + self.exp_avg._version
+        return num_writes if self._whole is None else num_writes + self._whole._version
 
 
 def check_is_complete(state: dict[str, Any]) -> None:
