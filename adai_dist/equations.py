@@ -162,16 +162,17 @@ def first_moment_(m: Tensors, beta1: Tensors, g: Tensors, hyper: Hyper) -> None:
 
 
 def update_(theta: Tensors, m: Tensors, P: Tensors, hyper: Hyper, scalars: StepScalars) -> None:
-    """``theta <- theta - lr * beta0^(1 - d) * m / (1 - P)``; without P where it is retired."""
-    step_size = scalars.lr * scalars.is_live * -hyper.lr_factor
-    if not P:
-        torch._foreach_add_(theta, torch._foreach_mul(m, step_size))
-        return
-    one_minus_P = _one_minus(P)
-    # 1 - P >= eps after a step that counted. Before the first one it is 0, and so is m.
-    torch._foreach_clamp_min_(one_minus_P, torch.finfo(P[0].dtype).tiny)
-    update = list(torch._foreach_div(m, one_minus_P))
-    torch._foreach_mul_(update, step_size)
+    """``theta <- theta - lr * beta0^(1 - d) * m / (1 - P)``; without P where it is retired. Nothing if not live."""
+    step_size = scalars.lr * -hyper.lr_factor
+    if P:
+        one_minus_P = _one_minus(P)
+        # 1 - P >= eps after a step that counted. Before the first one it is 0, and so is m.
+        torch._foreach_clamp_min_(one_minus_P, torch.finfo(P[0].dtype).tiny)
+        update = list(torch._foreach_div(m, one_minus_P))
+        torch._foreach_mul_(update, step_size)
+    else:
+        update = list(torch._foreach_mul(m, step_size))
+    _fill_unless_(update, scalars.is_live, 0.0)  # m may be NaN, and 0 * NaN is not 0
     torch._foreach_add_(theta, update)
 
 

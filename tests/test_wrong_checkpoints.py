@@ -19,6 +19,7 @@ from torch.nn import Parameter
 
 from adai_dist import Adai, AdaiV2
 from adai_dist.optimizer.checking import check_state_dict
+from adai_dist.sharding.shards import STATE_NAMES
 from tests.spawn import run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +87,18 @@ def put(value: Any, *path: Any) -> Change:
         for key in path[:-1]:
             saved = saved[key]
         saved[path[-1]] = value
+
+    return change
+
+
+def spoil(value: complex, *path: Any) -> Callable[[dict[str, Any]], None]:
+    """Write a number into the last element of a state."""
+
+    def change(saved: dict[str, Any]) -> None:
+        place: Any = saved
+        for key in path:
+            place = place[key]
+        place.view(-1)[-1] = value
 
     return change
 
@@ -214,6 +227,32 @@ WRONG: dict[str, tuple[Change, type[Exception], str]] = {
     "step is a bool": (put(True, "state", 0, "step"), TypeError, "whole number.*got True"),
     "step is None": (put(None, "state", 0, "step"), TypeError, "whole number.*got None"),
     **{
+        f"{number} in {name}": (
+            spoil(number, "state", index, name),
+            ValueError,
+            rf"states must be finite, .* got inf or NaN in state_dict\['state'\]\[{index}\]\['{name}'\]; .* damaged",
+        )
+        for number, index, name in (
+            (float("nan"), 0, "exp_avg"),
+            (float("inf"), 0, "exp_avg_sq"),
+            (-float("inf"), 0, "exp_avg_sq"),
+            (float("nan"), 2, "beta1_prod"),
+            (-float("inf"), 2, "exp_avg"),
+            (complex(0.0, float("nan")), 1, "exp_avg"),
+            (complex(0.0, float("inf")), 1, "exp_avg_sq"),
+        )
+    },
+    "a second moment < 0": (
+        spoil(-0.5, "state", 2, "exp_avg_sq"),
+        ValueError,
+        r"second moments >= 0, got -0.5 in state_dict\['state'\]\[2\]\['exp_avg_sq'\]; the checkpoint is damaged",
+    ),
+    "all states are NaN": (
+        lambda saved: [spoil(float("nan"), "state", k, name)(saved) for k in range(3) for name in STATE_NAMES] and None,
+        ValueError,
+        r"\[0\]\['exp_avg'\], .*\[0\]\['exp_avg_sq'\], .*\[0\]\['beta1_prod'\] and 6 more; the checkpoint is damaged",
+    ),
+    **{
         f"no {name}": (drop("state", 0, name), ValueError, f"without {name}: another optimizer's, or incomplete")
         for name in ("step", "exp_avg", "exp_avg_sq", "beta1_prod")
     },
@@ -295,8 +334,8 @@ def test_what_fits_is_loaded(fitting: str) -> None:
     step(optimizer)
 
 
-def test_only_steps_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU every look at a tensor waits for it; bites on a check of the moments' values."""
+def test_the_host_waits_twice_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU every look at a tensor waits for it; bites on a look at each state."""
     saved = checkpoint()
     optimizer = optimizer_of(parameters())
     reads: list[int] = []
@@ -309,7 +348,7 @@ def test_only_steps_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(Tensor, name, counted)
     check_state_dict(saved, optimizer.param_groups)
-    assert reads == [3], "all three steps in one go"
+    assert reads == [3, 18], "all three steps in one go, and the ends of nine states in another one"
 
 
 # -- DTensors ----------------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """What must hold of a state_dict before it is loaded, so that a wrong one changes nothing.
 
-A checkpoint may be foreign, of another model, of another layout or damaged. Everything that can be told without reading
-large tensors is told here, in one error, before the optimizer is touched.
+A checkpoint may be foreign, of another model, of another layout or damaged. It is told here, in one error, before the
+optimizer is touched.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple, NoReturn, cast
@@ -21,6 +22,9 @@ _OWN = "load what state_dict() of an Adai, AdaiW or AdaiV2 returned"
 _LAYOUTS = "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict converts between layouts"
 _ALWAYS_SAVED = ("lr", "betas", "eps", "weight_decay")
 """Hyperparameters that every version, the authors' too, has in its parameter groups."""
+
+_NAMED = 3
+"""How many states a message names."""
 
 
 class _Saved(NamedTuple):
@@ -58,7 +62,7 @@ def check_state_dict(state_dict: object, param_groups: list[dict[str, Any]]) -> 
     Collective: none. Ranks check what they hold, so an error may come on some ranks only; loading has no collective
     either, and the others do not wait.
 
-    Numerics: reads the step counts, with one copy from each device, and no other tensor.
+    Numerics: reads all states once; what it needs of them comes from each device in one copy.
     """
     check_is_mapping(state_dict)
     whole = cast("Mapping[str, Any]", state_dict)
@@ -73,6 +77,7 @@ def check_state_dict(state_dict: object, param_groups: list[dict[str, Any]]) -> 
     for one in saved:
         _check_state(one)
     _check_steps(saved)
+    _check_numbers(saved)
     for index, saved_group in enumerate(saved_groups):  # last: another optimizer is easier told by its states
         _check_hyper(index, saved_group)
 
@@ -224,6 +229,32 @@ def _check_step(saved: _Saved, value: float | None) -> None:
         raise TypeError(f"{must}, got {_brief(saved.state['step'])}; {_OWN}")
     if not (value >= 0 and value.is_integer()):  # is_integer() is False for inf and NaN
         raise ValueError(f"{must}, got {value!r}; the checkpoint is damaged, load another one")
+
+
+def _check_numbers(saved: list[_Saved]) -> None:
+    """No state may have an inf or NaN, and no second moment a number below 0."""
+    on_devices: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for one in saved:
+        for name in STATE_NAMES:
+            value = local_tensor(one.state[name].detach())
+            if value.numel() and not value.is_meta:
+                ends = torch.stack(value.aminmax())  # NaN, if there is one
+                ends = ends.double() if ends.device.type != "mps" else ends.float()
+                on_devices.setdefault(value.device, []).append((f"{one.name}[{name!r}]", ends))
+    wrong: list[str] = []
+    for named in on_devices.values():
+        found = torch.stack([ends for _, ends in named]).tolist()
+        for (where, _), (smallest, largest) in zip(named, found, strict=True):
+            if not (math.isfinite(smallest) and math.isfinite(largest)):
+                wrong.append(f"inf or NaN in {where}")
+            elif smallest < 0 and where.endswith("['exp_avg_sq']"):
+                wrong.append(f"{smallest!r} in {where}")
+    if wrong:
+        more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+        raise ValueError(
+            "states must be finite, and second moments >= 0, got "
+            f"{', '.join(wrong[:_NAMED])}{more}; the checkpoint is damaged, load another one"
+        )
 
 
 def _keys(mapping: Mapping[Any, Any]) -> str:

@@ -48,15 +48,11 @@ def _names(param_groups: list[dict[str, Any]]) -> dict[Tensor, str]:
 def _not_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
     on_devices: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name, tensor in named:
-        on_devices.setdefault(tensor.device, []).append((name, _largest(tensor)))
+        largest = torch.linalg.vector_norm(tensor, torch.inf).float()
+        on_devices.setdefault(tensor.device, []).append((name, largest))
     return [
         name
         for pairs in on_devices.values()
         for (name, _), is_finite in zip(pairs, torch.stack([x for _, x in pairs]).isfinite().tolist(), strict=True)
         if not is_finite
     ]
-
-
-def _largest(tensor: Tensor) -> Tensor:
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return torch.linalg.vector_norm(real, torch.inf).float()

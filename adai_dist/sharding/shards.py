@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class Holding:
     """
 
     __slots__ = (
-        *("_is_complex", "_kept_row", "_source", "_states"),
+        *("_is_complex", "_kept_row", "_source", "_states", "_whole"),
         *("backend", "beta1_prod", "exp_avg", "exp_avg_sq", "gradient_form", "local_param", "param", "state"),
     )
 
@@ -54,6 +54,7 @@ class Holding:
                     f"{tensor.dtype}; convert it"
                 )
         self._kept_row: tuple[Tensor, int, int] | None = None
+        self._whole: Tensor | None = state["exp_avg"] if is_dtensor(state["exp_avg"]) else None
         self.gradient_form: tuple[Any, ...] = ()
         """Dtype, shape and strides of the gradient for which the backend was chosen."""
         self.backend: Backend | None = None
@@ -90,14 +91,19 @@ class Holding:
             )
 
     def keep_row(self, kept: Tensor, index: int) -> None:
-        """Keep that row ``index`` of ``kept`` tells of exp_avg_sq as it stands."""
-        self._kept_row = (kept, index, self.exp_avg_sq._version)
+        """Keep that a step has left the moments as they are, and that row ``index`` of ``kept`` tells of exp_avg_sq."""
+        self._kept_row = (kept, index, self._num_writes())
 
     def kept_row(self) -> tuple[Tensor, int] | None:
-        """What was kept, unless torch knows that exp_avg_sq was written to since; the kernels see other writes."""
-        if self._kept_row is None or self._kept_row[2] != self.exp_avg_sq._version:
+        """What was kept, unless torch knows that a moment was written to since; the kernels see other writes."""
+        if self._kept_row is None or self._kept_row[2] != self._num_writes():
             return None
         return self._kept_row[:2]
+
+    def _num_writes(self) -> int:
+        """To the moments, as torch records them; it counts writes to a DTensor and to its local tensor apart."""
+        num_writes = self.exp_avg_sq._version + self.exp_avg._version
+        return num_writes if self._whole is None else num_writes + self._whole._version
 
 
 def check_is_complete(state: dict[str, Any]) -> None:
@@ -184,6 +190,8 @@ class OwnedShards:
     """``step``: 0-dim, float32."""
     correction: Tensor
     """``1 - beta2^t`` of this step, if it counts; float64."""
+    written: list[Holding] = field(default_factory=list)
+    """Those to whose moments others have written, or which have not been stepped yet, as :meth:`observe` has found."""
 
     def observe(self, expected: Tensor, moving: float) -> Tensor:
         """The sums of :class:`adai_dist.sharding.mean.Sums` over these shards, in one tensor, weighted.
@@ -206,10 +214,11 @@ class OwnedShards:
         """One step, in place. Collective: none."""
         scalars = mean.step_scalars(self.hyper, self.correction, self.shards.exp_avg[0].dtype)
         rows = self._advance_halves(scalars) if self.layout.halves else self._advance(self.shards, scalars)
+        kept = self.layout.kept
         if rows is not None:
-            kept = self.layout.kept.copy_(rows)  # in place, as a replayed CUDA graph needs it
-            for index, holding in enumerate(self.holdings):
-                holding.keep_row(kept, index)
+            kept.copy_(rows)  # in place, as a replayed CUDA graph needs it
+        for index, holding in enumerate(self.holdings):
+            holding.keep_row(kept, index)
         # With alpha torch takes the tensor as a tensor; without, it reads it on the host as a number.
         torch._foreach_add_(self.steps, mean.is_live.to(self.steps[0].dtype), alpha=1.0)
 
@@ -234,6 +243,7 @@ class OwnedShards:
         rows = [holding.kept_row() for holding in self.holdings]
         if all(row is not None and row[0] is self.layout.kept for row in rows):
             return self.layout.kept
+        self.written = [holding for holding, row in zip(self.holdings, rows, strict=True) if row is None]
         nothing = torch.full_like(self.layout.kept[0], torch.nan)
         return torch.stack([nothing if row is None else row[0][row[1]] for row in rows])
 

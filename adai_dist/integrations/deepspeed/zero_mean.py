@@ -20,6 +20,7 @@ from adai_dist.kernels import nothing_kept
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.mean_source import LastClip, MeanSource, Unbound
 from adai_dist.optimizer.state import step_tensor
+from adai_dist.optimizer.unread_states import UnreadStates
 from adai_dist.sharding.mean import MOVING, GlobalMean, Sums, evaluate
 from adai_dist.sharding.shards import Holding, OwnedShards
 
@@ -74,6 +75,7 @@ class ZeroMean(MeanSource):
         self._mean: GlobalMean | None = None
         self._stepped: dict[int, Holding] = {}
         """What knows the last step of a part, by the id of its parameter."""
+        self._unread = UnreadStates()
         self._sums_on_disk: dict[int, Tensor] = {}
         """Of exp_avg_sq of the parts that are swapped: to read one before its step would lose its gradients."""
 
@@ -143,6 +145,9 @@ class ZeroMean(MeanSource):
             signal = equations.scalar_tensor((hypers[group].lr != 0) * moving, correction)
             total += torch.stack([norms.grad_grad, *terms, torch.full_like(signal, self._num_elements[part]), signal])
         sums = Sums(*total.unbind())
+        unread = self._unread.look(self.device)
+        if unread is not None:
+            sums = sums._replace(carried=sums.carried + unread)
         if squared_norms is None:
             self._sums = sums.added_up(self.process_groups)
             return
@@ -177,6 +182,8 @@ class ZeroMean(MeanSource):
             return self._sums_on_disk[part]
         holding = self._stepped.get(id(flat))
         row = holding.kept_row() if holding is not None and holding.is_of(flat, state) else None
+        if row is None:
+            self._unread.add(part, [fragment.of(state["exp_avg"]) for fragment in self._counted[part]])
         v = state["exp_avg_sq"]
         backend = self.optimizer.backends.of([v])
         kept = nothing_kept([v]) if row is None else row[0][row[1]].unsqueeze(0)
@@ -249,6 +256,7 @@ class ZeroMean(MeanSource):
 
     def refresh(self) -> None:
         self._stepped.clear()
+        self._unread.clear()
 
     def after_loading(self) -> None:
         """The states are others, and no gradients are there. Collective: none."""
@@ -256,7 +264,7 @@ class ZeroMean(MeanSource):
             state = self.optimizer.state.get(flat, {})
             if "step" in state:  # loaders share one tensor among the parts
                 state["step"] = step_tensor(state["step"], flat)
-        self._stepped.clear()
+        self.refresh()
         self._clear_padding()
         for part, flat in enumerate(self.flats):
             if self.zero_wrapper.is_swapped(part) and self.optimizer.state.get(flat):
