@@ -122,7 +122,8 @@ PROPERTIES = {
 
 # What may be assigned: settings, those of torch, and what torch.amp.GradScaler leaves there during a step.
 ATTRIBUTES = {
-    *("max_grad_norm", "retire_beta1_prod", "independent", "mean_source", "backends"),
+    *("max_grad_norm", "retire_beta1_prod", "max_consecutive_skips", "missing_as_zeros", "independent"),
+    *("mean_source", "backends"),
     *("param_groups", "state", "grad_scale", "found_inf"),
 }
 

@@ -17,11 +17,8 @@ from adai_dist.optimizer.reports import ReportsSteps
 from adai_dist.optimizer.shared import Shared, begin_sharing, itself
 from adai_dist.optimizer.skips_in_a_row import skip_limit_in_range
 from adai_dist.optimizer.stateful import StatefulOptimizer
-<<<<<<< HEAD
 from adai_dist.optimizer.turns import turns
-=======
 from adai_dist.optimizer.unread_states import UnreadStates
->>>>>>> helpC
 from adai_dist.optimizer.unsupported import check_not_in_backward, warn_of_no_gradients
 from adai_dist.optimizer.watched import is_to_be_left_out
 from adai_dist.sharding.configured import NumReplicas, configured_sharding
@@ -165,12 +162,9 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
 
     def _begin_copy(self) -> None:
         ReportsSteps.__init__(self)
-<<<<<<< HEAD
         self._holdings = {}
         self._has_stepped = False
-=======
         self._unread = UnreadStates()
->>>>>>> helpC
         self.mean_source = self.mean_source.between_steps()
 
     # -- a step ----------------------------------------------------------------------------------------------------
@@ -264,15 +258,11 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         moving = MOVING / (len(shards) * self.sharding_plan.num_terms) if shards else 0.0
         total = torch.zeros(len(Sums._fields), dtype=torch.float64, device=self.device)
         for owned in shards:
-<<<<<<< HEAD
             total += owned.observe(expected.to(owned.layout.weights.device), moving).to(self.device)
-        if share := sum(owned.layout.share for owned in shards) % MODULUS:
-            total[-1] += share
-=======
-            total += owned.observe(expected.to(owned.layout.weights.device)).to(self.device)
             for holding in owned.written:
                 self._unread.add(id(holding.param), [holding.exp_avg])
->>>>>>> helpC
+        if share := sum(owned.layout.share for owned in shards) % MODULUS:
+            total[-1] += share
         sums = Sums(*total.unbind())
         unread = self._unread.look(self.device)
         if unread is not None:
@@ -322,12 +312,8 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
 
         Collective: none.
         """
-<<<<<<< HEAD
         self._holdings.clear()
-=======
-        self._holdings = {}
         self._unread.clear()
->>>>>>> helpC
         self.mean_source.refresh()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
