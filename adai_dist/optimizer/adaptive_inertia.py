@@ -295,7 +295,8 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         """
         turns.note(itself(self))
         self._report(mean, lambda: is_logged and self.sharding_plan.is_main_rank, self._look_closer)
-        self.missing_as_zeros |= self._uncounted.has_lacked_gradients
+        if self._uncounted.has_lacked_gradients:
+            self.missing_as_zeros = True
         self._skips_in_a_row.check(mean, self.max_consecutive_skips)
 
     def _look_closer(self) -> str:

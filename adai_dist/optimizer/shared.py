@@ -40,10 +40,10 @@ class Shared(Generic[T]):
     def __get__(self, obj: object, owner: type | None = None) -> T | Shared[T]:
         if obj is None:
             return self
-        value = _values_of(obj).get(self._name, _UNSET)
-        if value is _UNSET:
-            raise AttributeError(f"{type(obj).__name__!r} object has no attribute {self._name!r}")
-        return value
+        try:
+            return _values_of(obj)[self._name]
+        except KeyError:
+            raise AttributeError(f"{type(obj).__name__!r} object has no attribute {self._name!r}") from None
 
     def __set__(self, obj: object, value: T) -> None:
         _values_of(obj)[self._name] = value

@@ -22,6 +22,7 @@ alone (one device, DDP) bring no process group, and there is no collective.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -83,7 +84,7 @@ class ShardingPlan:
 
     def fits(self, params: list[Tensor]) -> bool:
         """Whether the plan was made for exactly these parameters; engines replace them after construction."""
-        return len(params) == len(self.params) and all(a is b for a, b in zip(params, self.params, strict=True))
+        return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
 
     @property
     def num_terms(self) -> int:

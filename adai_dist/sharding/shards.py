@@ -30,7 +30,7 @@ class Holding:
     """
 
     __slots__ = (
-        *("_is_complex", "_kept_row", "_source", "_states", "_whole"),
+        *("_is_complex", "_kept_row", "_source", "_states", "_whole_exp_avg"),
         *("backend", "beta1_prod", "exp_avg", "exp_avg_sq", "gradient_form", "local_param", "param", "state"),
     )
 
@@ -53,8 +53,9 @@ class Holding:
                     f"{name} must be {compute_dtype(param.dtype)}, as its parameter is {param.dtype}, got "
                     f"{tensor.dtype}; convert it"
                 )
-        self._kept_row: tuple[Tensor, int, int] | None = None
-        self._whole: Tensor | None = state["exp_avg"] if is_dtensor(state["exp_avg"]) else None
+        self._kept_row: tuple[Tensor, int, int, int] | None = None
+        self._whole_exp_avg: Tensor | None = state["exp_avg"] if is_dtensor(state["exp_avg"]) else None
+        """Torch counts writes to a DTensor and to its local tensor apart."""
         self.gradient_form: tuple[Any, ...] = ()
         """Dtype, shape and strides of the gradient for which the backend was chosen."""
         self.backend: Backend | None = None
@@ -92,18 +93,22 @@ class Holding:
 
     def keep_row(self, kept: Tensor, index: int) -> None:
         """Keep that a step has left the moments as they are, and that row ``index`` of ``kept`` tells of exp_avg_sq."""
-        self._kept_row = (kept, index, self._num_writes())
+        self._kept_row = kept, index, self.exp_avg_sq._version, self._num_writes_to_exp_avg()
 
-    def kept_row(self) -> tuple[Tensor, int] | None:
-        """What was kept, unless torch knows that a moment was written to since; the kernels see other writes."""
-        if self._kept_row is None or self._kept_row[2] != self._num_writes():
+    def kept_row(self) -> tuple[Tensor, int, int, int] | None:
+        """What was kept, unless torch knows that a moment was written to since; the kernels see other writes.
+
+        Returns: the tensor, the index of the row, and how many writes to either moment torch had recorded.
+        """
+        row = self._kept_row
+        if row is None or row[2] != self.exp_avg_sq._version or row[3] != self._num_writes_to_exp_avg():
             return None
-        return self._kept_row[:2]
+        return row
 
-    def _num_writes(self) -> int:
-        """To the moments, as torch records them; it counts writes to a DTensor and to its local tensor apart."""
-        num_writes = self.exp_avg_sq._version + self.exp_avg._version
-        return num_writes if self._whole is None else num_writes + self._whole._version
+    def _num_writes_to_exp_avg(self) -> int:
+        if self._whole_exp_avg is None:
+            return self.exp_avg._version
+        return self.exp_avg._version + self._whole_exp_avg._version
 
 
 def check_is_complete(state: dict[str, Any]) -> None:
