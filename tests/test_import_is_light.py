@@ -28,7 +28,10 @@ REGISTRATION = {
     "adai_dist.integrations.after_import",
     "adai_dist.integrations.build_locks",
     "adai_dist.integrations.deepspeed",
+    "adai_dist.integrations.deepspeed.dropped",
     "adai_dist.integrations.deepspeed.registration",
+    "adai_dist.integrations.deepspeed.trainer",
+    "adai_dist.integrations.lightning",
     "adai_dist.integrations.zero_redundancy",
 }
 

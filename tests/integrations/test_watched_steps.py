@@ -348,19 +348,21 @@ class Regression(nn.Module):
         return {"loss": loss * math.inf if labels.max() > 1e3 else loss}
 
 
-def train_with_the_trainer(make_optimizer: Callable[[Any], Any], folder: Path) -> list[float]:
+def train_with_the_trainer(make_optimizer: Callable[[Any], Any] | None, folder: Path) -> list[float]:
+    """The learning rate after each step; without an optimizer, the Trainer makes it."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     set_environment()
     rows = [{"x": x, "labels": torch.tensor(0.5)} for x in batches()[:, 0, 0]]
     rows[OVERFLOW]["labels"] = torch.tensor(1e4)
     model = Regression()
-    optimizer = make_optimizer(model.parameters())
+    optimizer = make_optimizer(model.parameters()) if make_optimizer else None
     lrs: list[float] = []
 
     class Watch(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def on_step_end(self, *_: Any, optimizer: Any, **__: Any) -> None:
             lrs.append(optimizer.param_groups[0]["lr"])
+            assert isinstance(optimizer.optimizer, torch.optim.AdamW if make_optimizer is adamw else AdaiV2)
 
     class InOrder(Trainer):
         def create_accelerator_and_postprocess(self) -> None:
@@ -375,12 +377,17 @@ def train_with_the_trainer(make_optimizer: Callable[[Any], Any], folder: Path) -
         output_dir=str(folder), per_device_train_batch_size=1, max_steps=NUM_STEPS, use_cpu=True,
         logging_strategy="no", disable_tqdm=True, **settings,
     )  # fmt: skip
-    InOrder(model, arguments, train_dataset=rows, optimizers=(optimizer, None), callbacks=[Watch()]).train()  # type: ignore[arg-type]
+    given: dict[str, Any] = {"optimizer_cls_and_kwargs": (AdaiV2, {"lr": 1.0})}
+    if optimizer is not None:
+        given = {"optimizers": (optimizer, None)}
+    InOrder(model, arguments, train_dataset=rows, callbacks=[Watch()], **given).train()  # type: ignore[arg-type]
     return lrs
 
 
 def test_the_schedule_of_the_trainer_waits_as_with_adamw(tmp_path: Path) -> None:
-    (ours,), (theirs,) = (run_ranks(train_with_the_trainer, 1, make, tmp_path) for make in (adaiv2, adamw))
-    assert ours == theirs
+    (ours,), (theirs,), (made,) = (
+        run_ranks(train_with_the_trainer, 1, make, tmp_path) for make in (adaiv2, adamw, None)
+    )
+    assert ours == theirs == made
     assert ours[OVERFLOW] == ours[OVERFLOW - 1]
     assert len(set(ours)) == NUM_STEPS - 1

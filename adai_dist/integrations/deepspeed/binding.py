@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from adai_dist.integrations.deepspeed import support, zero
+from adai_dist.integrations.deepspeed.dropped import warn_of_dropped
 from adai_dist.integrations.deepspeed.nvme_checkpoint import wrap_nvme_checkpoints
 from adai_dist.integrations.deepspeed.universal_load import wrap_universal_loading
 from adai_dist.integrations.deepspeed.whole import sharding_of_whole_parameters, wrap_step_of_masters
 from adai_dist.integrations.deepspeed.zero_mean import ZeroMean, skipped
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.mean_source import MeanSource, ShardedMean
+from adai_dist.optimizer.shared import optimizers_of
 from adai_dist.sharding.mean import GlobalMean
 from adai_dist.sharding.shards import OwnedShards
 
@@ -47,7 +49,16 @@ def configure_and_bind(
     cls = type(client_optimizer) if isinstance(client_optimizer, AdaptiveInertia) else named
     if cls is None:
         configure(client_optimizer, model_parameters)
+        for dropped in optimizers_of(engine.module.parameters()):
+            warn_of_dropped(
+                dropped,
+                type(engine.basic_optimizer).__name__,
+                'name it in the configuration as "optimizer", or hand it to deepspeed.initialize(optimizer=...)',
+                is_main_rank=engine.global_rank == 0,
+            )
         return
+    if client_optimizer is None:
+        support.check_has_lr(engine)
     support.check_version()
     support.check_config(engine)
     _allow(cls)

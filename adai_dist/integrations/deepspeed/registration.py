@@ -33,6 +33,9 @@ def register() -> None:
     after_import("deepspeed.runtime.engine", _register_with)
     after_import("deepspeed.ops.op_builder.all_ops", _add_op_builders)
     build_locks.register()
+    from adai_dist.integrations.deepspeed import trainer
+
+    trainer.register()
 
 
 def _register_with(engine_module: ModuleType) -> None:

@@ -43,6 +43,21 @@ def check_version() -> None:
         )
 
 
+def check_has_lr(engine: Any) -> None:
+    """Refuse a configuration that names an optimizer without its learning rate.
+
+    Raises:
+        UnsupportedSetting: names the key.
+    """
+    params: dict[str, Any] = engine.optimizer_params() or {}
+    if "lr" not in params:
+        name = engine.optimizer_name()
+        raise UnsupportedSetting(
+            f"optimizer.params in DeepSpeed's configuration must have lr, got {sorted(params) or 'no params'}; write "
+            f'"optimizer": {{"type": "{name}", "params": {{"lr": 1.0}}}}, with a learning rate that suits the model'
+        )
+
+
 def check_config(engine: Any) -> None:
     """Refuse what the configuration alone shows.
 
