@@ -12,12 +12,13 @@ from torch.optim.optimizer import ParamsT
 from adai_dist.hyper import Hyper, max_grad_norm_in_range
 from adai_dist.kernels import Backends, mode_of
 from adai_dist.optimizer.closer_look import what_is_not_finite
+from adai_dist.optimizer.first_look import look_at_first_step, warn_of_adams_hyperparameters
 from adai_dist.optimizer.mean_source import KnownMean, MeanSource, ShardedMean
 from adai_dist.optimizer.reports import ReportsSteps
 from adai_dist.optimizer.skips_in_a_row import skip_limit_in_range
 from adai_dist.optimizer.stateful import StatefulOptimizer
 from adai_dist.optimizer.unread_states import UnreadStates
-from adai_dist.optimizer.unsupported import check_not_in_backward, warn_of_no_gradients
+from adai_dist.optimizer.unsupported import check_not_in_backward, check_not_in_inference_mode, warn_of_no_gradients
 from adai_dist.sharding.configured import NumReplicas, configured_sharding
 from adai_dist.sharding.holdings import Holdings
 from adai_dist.sharding.mean import GlobalMean, Sums, unscaling_coefficient
@@ -122,6 +123,7 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         self._holdings: dict[Hashable, Holdings] = {}
         self._unread = UnreadStates()
         super().__init__(params, hyper)
+        warn_of_adams_hyperparameters(self.param_groups)
 
     def _begin_copy(self) -> None:
         ReportsSteps.__init__(self)
@@ -154,7 +156,8 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
             ValueError: a hyperparameter is out of range; a state is incomplete or has another shape.
             RuntimeError: there is no mean. Gradients changed since :meth:`clip_grad_norm_`; FSDP1 shards parameters
                 without :meth:`configure_sharding`; a backward pass is under way (optimizer-in-backward); a GradScaler
-                does not see all DTensor gradients; DeepSpeed has not bound the optimizer. Or ``max_consecutive_skips``
+                does not see all DTensor gradients; DeepSpeed has not bound the optimizer. Or something was made, or
+                the step is taken, in :func:`torch.inference_mode`. Or ``max_consecutive_skips``
                 steps in a row were skipped.
 
         Collective: all ranks that share the model's DTensor parameters, or all of the configured process group, also
@@ -178,13 +181,16 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
     @torch._disable_dynamo  # a collective and host code: nothing to trace
     def _step(self) -> None:
         check_not_in_backward()
+        check_not_in_inference_mode()
         source = self.mean_source
         shards = self.owned_shards()
         mean = source.mean(self, shards, self.max_grad_norm)
         self.advance(shards, mean)
         source.after(self, shards, mean)
-        if not self._has_stepped and not shards:
-            warn_of_no_gradients(self.params(), self.sharding_plan.is_main_rank)
+        if not self._has_stepped:
+            look_at_first_step(self, [param for owned in shards for param in owned.layout.params])
+            if not shards:
+                warn_of_no_gradients(self.params(), self.sharding_plan.is_main_rank)
         self._has_stepped = True
         if self.retire_beta1_prod:
             states = (self.state[param] for param in self.params() if param in self.state)
