@@ -88,9 +88,9 @@ def look_at_first_step(optimizer: AdaptiveInertia, params: list[Tensor]) -> None
     low = [param for param in params if param.dtype in (torch.bfloat16, torch.float16)]
     if low and optimizer.sharding_plan.is_main_rank:
         logger.warning(
-            "parameters are stepped in %s, %d of %d on this rank: every step rounds them, and what is too small for their "
-            "last digit is lost; keep float32 parameters, and compute in low precision by torch.autocast, by "
-            "the mixed precision of FSDP, or by DeepSpeed",
+            "parameters are stepped in %s, %d of %d on this rank: every step rounds them, and what is too small for "
+            "their last digit is lost; keep float32 parameters, and compute in low precision by torch.autocast, by the "
+            "mixed precision of FSDP, or by DeepSpeed",
             *(str(low[0].dtype).removeprefix("torch."), len(low), len(params)),
         )
     if any(param.is_meta for param in params) and optimizer.sharding_plan.is_main_rank:
