@@ -11,6 +11,9 @@ import torch
 from adai_dist.optimizer.host_copy import HostCopy
 from adai_dist.optimizer.reports import UncountedSteps
 from adai_dist.optimizer.retirement import STEPS_BETWEEN_LOOKS, Retirement
+from adai_dist.optimizer.skips_in_a_row import STEPS_BETWEEN_LOOKS as STEPS_BETWEEN_LIMITS
+from adai_dist.optimizer.skips_in_a_row import SkipsInARow
+from adai_dist.optimizer.unread_states import UnreadStates
 from adai_dist.sharding.mean import GlobalMean
 
 
@@ -28,6 +31,9 @@ class FakeEvent:
 
     def query(self) -> bool:
         return self.is_complete
+
+    def synchronize(self) -> None:
+        self.is_complete = True
 
 
 @dataclass
@@ -154,3 +160,62 @@ def test_skips_are_logged_when_their_number_has_arrived(fake: FakeDevice, caplog
     counter.record(skipped, lambda: True, str)
     assert "skipped so far: 1" in caplog.text
     assert fake.events[0].streams == ["stream of cuda:1"] * 2, "and another copy is on its way"
+
+
+def mean_of(*, is_finite: bool) -> GlobalMean:
+    nan, no = on_device(torch.nan), on_device(False)
+    faults = on_device([not is_finite, False, False, False])
+    return GlobalMean(nan, nan, nan, is_finite=on_device(is_finite), is_live=no, is_undefined=no, faults=faults)
+
+
+@pytest.mark.parametrize("first_bad", [1, 13, 14, 15, 16, 20])
+def test_a_row_of_skips_ends_ranks_in_the_same_step_however_fast_their_copies_are(
+    fake: FakeDevice, first_bad: int
+) -> None:
+    ends: list[int] = []
+    errors: list[str] = []
+    for is_fast in (True, False):
+        skips = SkipsInARow()
+        for step in range(1, 100):
+            try:
+                skips.check(mean_of(is_finite=not first_bad <= step < first_bad + 3), 3)
+            except RuntimeError as error:
+                errors.append(str(error))
+                ends.append(step)
+                break
+            for event in fake.events:
+                event.is_complete |= is_fast
+    assert len(ends) == 2
+    assert ends[0] == ends[1]
+    assert errors[0] == errors[1]
+    assert "max_consecutive_skips=3 steps in a row must be skipped, got 3: a gradient is inf or NaN;" in errors[0]
+    assert 16 <= ends[0] - (first_bad + 2) <= 2 * STEPS_BETWEEN_LIMITS - 1
+
+
+def test_two_skips_between_good_steps_never_end_a_run_with_a_limit_of_three(fake: FakeDevice) -> None:
+    skips = SkipsInARow()
+    for step in range(100):
+        skips.check(mean_of(is_finite=step % 3 == 0), 3)
+    assert len(fake.events) == 1
+
+
+def test_a_written_state_is_looked_at_until_the_host_knows_that_it_is_finite(fake: FakeDevice) -> None:
+    unread, device = UnreadStates(), OnDevice1.where
+    assert unread.look(device) is None
+    momentum = on_device(torch.ones(3))
+    unread.add("a", [momentum])
+    for _ in range(3):
+        assert unread.look(device) == 0
+    fake.events[0].is_complete = True
+    assert unread.look(device) is None
+    unread.add("a", [momentum])
+    assert unread.look(device) == 0
+    unread.add("a", [momentum.fill_(torch.nan)])  # while the copy is on its way
+    fake.events[0].is_complete = True
+    for _ in range(3):
+        assert unread.look(device).isnan()  # type: ignore[union-attr]
+        fake.events[0].is_complete = True
+    momentum.zero_()
+    assert unread.look(device) == 0
+    fake.events[0].is_complete = True
+    assert unread.look(device) is None

@@ -130,16 +130,15 @@ def test_a_gradient_whose_square_overflows_does_not_poison_later_steps() -> None
     assert not torch.equal(parameter.detach(), before)
 
 
-def test_nothing_is_read_back_to_the_host_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_read_back_to_the_host_in_a_step() -> None:
     """A meta tensor has no values to read: whatever asked for one would raise."""
     problem = replace(VARIANTS["clipping"], dtype=torch.float32)
     parameters = {
         name: Parameter(torch.empty_like(value, device="meta")) for name, value in problem.parameters().items()
     }
     optimizer = AdaiV2(problem.param_groups(parameters), lr=1.0, max_grad_norm=1.0)
-    monkeypatch.setattr(optimizer._uncounted, "record", lambda *_: None)
     for _ in range(2):
         for parameter in parameters.values():
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
-    assert optimizer.inertia_mean.device.type == "meta"
+    assert optimizer.inertia_mean.device.type == optimizer.num_skipped_steps.device.type == "meta"

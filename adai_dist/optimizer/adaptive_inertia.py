@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from adai_dist.hyper import Hyper, max_grad_norm_in_range
 from adai_dist.kernels import Backends, mode_of
 from adai_dist.optimizer.closer_look import what_is_not_finite
+from adai_dist.optimizer.first_look import look_at_first_step, warn_of_adams_hyperparameters
 from adai_dist.optimizer.mean_source import KnownMean, MeanSource, ShardedMean
 from adai_dist.optimizer.reports import ReportsSteps
 from adai_dist.optimizer.shared import Shared, begin_sharing, itself
@@ -19,7 +20,7 @@ from adai_dist.optimizer.skips_in_a_row import skip_limit_in_range
 from adai_dist.optimizer.stateful import StatefulOptimizer
 from adai_dist.optimizer.turns import turns
 from adai_dist.optimizer.unread_states import UnreadStates
-from adai_dist.optimizer.unsupported import check_not_in_backward, warn_of_no_gradients
+from adai_dist.optimizer.unsupported import check_not_in_backward, check_not_in_inference_mode, warn_of_no_gradients
 from adai_dist.optimizer.watched import is_to_be_left_out
 from adai_dist.sharding.configured import NumReplicas, configured_sharding
 from adai_dist.sharding.holdings import Holdings
@@ -154,6 +155,7 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
         self._holdings: dict[Hashable, Holdings] = {}
         self._unread = UnreadStates()
         super().__init__(params, hyper)
+        warn_of_adams_hyperparameters(self.param_groups)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -194,8 +196,8 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
             RuntimeError: there is no mean. Gradients changed since :meth:`clip_grad_norm_`; the tensors do not show
                 which ranks hold what, and :meth:`configure_sharding` has not said it (FSDP1, marks of Megatron, meshes
                 of some ranks); a backward pass is under way (optimizer-in-backward); a GradScaler does not see all
-                DTensor gradients; DeepSpeed has not bound the optimizer. Or ``max_consecutive_skips`` steps in a row
-                were skipped.
+                DTensor gradients; DeepSpeed has not bound the optimizer. Or something was made, or the step is
+                taken, in :func:`torch.inference_mode`. Or ``max_consecutive_skips`` steps in a row were skipped.
 
         Collective: all ranks that share the model's DTensor parameters, or all of the configured process group, also
         those that hold no element or no gradient: one all-reduce of 64 bytes per distinct mesh dimension (one for
@@ -220,13 +222,16 @@ class AdaptiveInertia(StatefulOptimizer, ReportsSteps):
     @torch._disable_dynamo  # a collective and host code: nothing to trace
     def _step(self) -> None:
         check_not_in_backward()
+        check_not_in_inference_mode()
         source = self.mean_source
         shards = self.owned_shards()
         mean = source.mean(self, shards, self.max_grad_norm)
         self.advance(shards, mean)
         source.after(self, shards, mean)
-        if not self._has_stepped and not shards:
-            warn_of_no_gradients(self.params(), self.sharding_plan.is_main_rank)
+        if not self._has_stepped:
+            look_at_first_step(self, [param for owned in shards for param in owned.layout.params])
+            if not shards:
+                warn_of_no_gradients(self.params(), self.sharding_plan.is_main_rank)
         self._has_stepped = True
         if self.retire_beta1_prod:
             states = (self.state[param] for param in self.params() if param in self.state)

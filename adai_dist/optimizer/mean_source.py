@@ -213,7 +213,7 @@ class Ingredients:
 
     def __init__(self, tensors: list[Tensor], hypers: list[tuple[float, ...]]) -> None:
         self._tensors = tensors
-        self._versions = [(tensor._version, local_tensor(tensor)._version) for tensor in tensors]
+        self._versions = [(_version(tensor), _version(local_tensor(tensor))) for tensor in tensors]
         self._hypers = hypers
 
     @classmethod
@@ -233,6 +233,11 @@ class Ingredients:
         if (now._versions, now._hypers) != (self._versions, self._hypers):
             return False
         return all(a is b for a, b in zip(now._tensors, self._tensors, strict=True))
+
+
+def _version(tensor: Tensor) -> int:
+    """Gradients may have been made in inference mode, where torch records no writes."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class LastClip:

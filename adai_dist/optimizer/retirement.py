@@ -99,6 +99,6 @@ def _by_kind(states: Iterable[dict[str, Any]]) -> dict[tuple[torch.device, torch
     found: dict[tuple[torch.device, torch.dtype], Products] = {}
     for state in states:
         product = state.get("beta1_prod")
-        if product is not None and local_tensor(product).numel():
+        if product is not None and not product.is_meta and local_tensor(product).numel():
             found.setdefault((product.device, product.dtype), []).append((state, product))
     return found

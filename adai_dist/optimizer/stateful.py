@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from adai_dist.hyper import Hyper
 from adai_dist.optimizer.checking import check_is_mapping, check_state_dict
+from adai_dist.optimizer.first_look import warn_of_misspelt_keys
 from adai_dist.optimizer.retirement import Retirement, with_zeros
 from adai_dist.optimizer.shared import Shared, begin_sharing, itself
 from adai_dist.optimizer.state import new_state, restore_states, step_tensor
@@ -90,6 +91,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
                     f"a parameter group must have the key 'params', got {sorted(param_group)}; list parameters there"
                 )
             Hyper(**{name: param_group.get(name, value) for name, value in self._hyper.as_defaults().items()})
+            warn_of_misspelt_keys(param_group, self.param_groups)
             param_group.setdefault("betas", self._hyper.betas)
         super().add_param_group(param_group)
         self._given.update((id(param), weakref.ref(param)) for param in self.param_groups[-1]["params"])

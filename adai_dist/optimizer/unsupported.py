@@ -29,6 +29,15 @@ def check_not_in_backward() -> None:
         )
 
 
+def check_not_in_inference_mode() -> None:
+    """Raises: RuntimeError: states made in inference mode could not be stepped outside of it."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "step() must be called outside of torch.inference_mode(), got a call within it; leave the block, or use "
+            "torch.no_grad() instead"
+        )
+
+
 def check_params_were_given(optimizer: AdaptiveInertia) -> None:
     """Refuse an optimizer whose parameters DeepSpeed has replaced without binding it: they are parts of the model.
 

@@ -33,12 +33,15 @@ class AdaiW(AdaptiveInertia):
 class AdaiV2(AdaptiveInertia):
     r"""AdaiV2: Adai with dampening ``d`` between 0 and 1; decoupled weight decay by default.
 
+    Pass ``dampening``: its default, 1, is that of the authors' code and makes this AdaiW under another name. On
+    transformers, start with ``dampening=0.0``.
+
     .. math::
         \beta_{1,t} &= \mathrm{clamp}(1 - \beta_0 (\hat v_t / \bar v_t)^{1/(3-2d)},\ 0,\ 1 - \epsilon) \\
         m_t &= \beta_{1,t} m_{t-1} + (1 - \beta_{1,t})^d g_t \\
         \theta_t &= \theta_{t-1} - \eta\, \beta_0^{1-d} m_t / (1 - \textstyle\prod_{z \le t} \beta_{1,z})
 
-    With ``d = 1`` it is Adai; towards 0, steps grow along directions of small gradients.
+    Towards 0, steps grow along directions of small gradients.
 
     Source: the authors' code, https://github.com/zeke-xie/adaptive-inertia-adai.
     """

@@ -27,6 +27,7 @@ class Holding:
     Raises:
         ValueError: a state is incomplete, or differs from the parameter in its local shape.
         TypeError: a state has another dtype than the parameter asks for.
+        RuntimeError: parameter or state were made in inference mode.
     """
 
     __slots__ = (
@@ -40,6 +41,7 @@ class Holding:
         self._source = _source(param)
         self._is_complex = param.is_complex()
         check_is_complete(state)
+        check_not_of_inference(param, state)
         self._states = tuple(state.get(name) for name in STATE_NAMES)
         # The parameter itself where possible: it follows when a user sets param.data.
         self.local_param: Tensor = local_tensor(param) if self._is_complex else self._source
@@ -119,6 +121,18 @@ def check_is_complete(state: dict[str, Any]) -> None:
         raise ValueError(
             f"a state must have tensors {', '.join(names)}, got one without {', '.join(missing)}; to start a parameter "
             "anew, delete all of its state"
+        )
+
+
+def check_not_of_inference(param: Tensor, state: dict[str, Any]) -> None:
+    """Raises: RuntimeError: a tensor may not be written to outside of inference mode, as it was made there."""
+    tensors = {"parameter": param, **state}
+    made_there = [name for name, value in tensors.items() if isinstance(value, Tensor) and value.is_inference()]
+    if made_there:
+        raise RuntimeError(
+            "parameters and states must be made outside of torch.inference_mode(), got one from within it "
+            f"({', '.join(made_there)}, of shape {tuple(param.shape)}); make or load the model outside, or train a "
+            "copy.deepcopy() of it, made outside"
         )
 
 
