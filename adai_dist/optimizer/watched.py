@@ -33,10 +33,9 @@ def is_to_be_left_out(optimizer: AdaptiveInertia) -> bool:
 
 def _is_watched(optimizer: AdaptiveInertia) -> bool:
     step: Any = optimizer.__dict__.get("step")
-    if step is None or getattr(step, "__func__", step) is type(optimizer).step:
-        return False
-    # The wrapper of torch's learning-rate schedulers is about the order of calls; others go around it.
-    return getattr(step, "__globals__", None) is not vars(lr_scheduler)
+    if getattr(step, "__globals__", None) is vars(lr_scheduler):
+        step = step.__wrapped__  # torch's schedulers wrap a method, to see the order of calls
+    return step is not None and getattr(step, "__func__", step) is not type(optimizer).step
 
 
 def _finds_the_same_on_all_ranks(source: MeanSource) -> bool:

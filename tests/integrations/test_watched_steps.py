@@ -321,14 +321,16 @@ class Proxy:
         return getattr(self.inner, name)
 
 
-@pytest.mark.parametrize("place", ["method", "proxy"])
+@pytest.mark.parametrize("place", ["method", "method below a scheduler", "proxy"])
 def test_a_bound_method_that_counts_and_one_on_a_proxy_are_seen_too(place: str) -> None:
     param = nn.Parameter(torch.ones(3))
     optimizer = adaiv2([param])
     calls: list[int] = []
     counted = counting(optimizer, calls)
     stepped: Any = Proxy(optimizer) if place == "proxy" else optimizer
-    stepped.step = types.MethodType(lambda _, *args: counted(*args), stepped) if place == "method" else counted
+    stepped.step = types.MethodType(lambda _, *args: counted(*args), stepped) if place != "proxy" else counted
+    if "scheduler" in place:
+        StepLR(optimizer, 1)
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
     for is_bad in (False, True):
         scale_and_step(stepped, param, scaler, is_bad=is_bad)
