@@ -71,6 +71,9 @@ def test_small_beta0_and_small_lr_are_nobodys_business(betas: Any, caplog: pytes
 
 MISSPELT = {
     "weight_decy": "weight_decay",
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "epsilon": "eps",
     "weigth_decay": "weight_decay",
     "weight-decay": "weight_decay",
     "weightdecay": "weight_decay",

@@ -27,6 +27,9 @@ ADAMS_LR = 1e-2
 _CLOSE = 0.8
 """Similarity of a key to the name that it is taken for, as difflib has it."""
 
+_OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "epsilon": "eps"}
+"""What other libraries call hyperparameters."""
+
 _said: set[str] = set()
 
 
@@ -49,7 +52,7 @@ _LR_OF_ADAM = "; lr={lr!r} looks like Adam's, too, while Adai's is that of SGD: 
 
 
 def warn_of_misspelt_keys(param_group: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> None:
-    """Say that a key of a parameter group has no effect, where it is almost the name of a hyperparameter.
+    """Say that a key of a parameter group has no effect, where it is almost a name of a hyperparameter.
 
     Schedulers, trainers and models have keys of their own there, also such as contain a name: ``no_weight_decay``.
 
@@ -73,6 +76,8 @@ def _meant_by(key: str) -> str | None:
     plain = str(key).lower().replace("-", "_")
     if plain in FIELD_NAMES:
         return plain
+    if plain in _OTHER_NAMES:
+        return _OTHER_NAMES[plain]
     close = difflib.get_close_matches(plain, FIELD_NAMES, n=1, cutoff=_CLOSE)
     return close[0] if close and close[0] not in plain else None
 
