@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from adai_dist.optimizer.host_copy import HostCopy
+from adai_dist.optimizer.reasons import WORDS
 from adai_dist.optimizer.reports import UncountedSteps
 from adai_dist.optimizer.retirement import STEPS_BETWEEN_LOOKS, Retirement
 from adai_dist.optimizer.skips_in_a_row import STEPS_BETWEEN_LOOKS as STEPS_BETWEEN_LIMITS
@@ -149,10 +150,10 @@ def test_products_that_are_large_stay_while_their_numbers_are_on_the_way(fake: F
 
 def test_skips_are_logged_when_their_number_has_arrived(fake: FakeDevice, caplog: pytest.LogCaptureFixture) -> None:
     counter = UncountedSteps()
-    counter.counts = on_device(torch.zeros(6, dtype=torch.int64))
+    counter.counts = on_device(torch.zeros_like(counter.counts))
     nan, no = on_device(torch.nan), on_device(False)
     skipped = GlobalMean(
-        nan, nan, nan, is_finite=no, is_live=no, is_undefined=no, faults=on_device([True, False, False, False])
+        nan, nan, nan, is_finite=no, is_live=no, is_undefined=no, faults=on_device([True, *[False] * (len(WORDS) - 1)])
     )
     counter.record(skipped, lambda: True, str)
     assert not caplog.records
@@ -164,7 +165,7 @@ def test_skips_are_logged_when_their_number_has_arrived(fake: FakeDevice, caplog
 
 def mean_of(*, is_finite: bool) -> GlobalMean:
     nan, no = on_device(torch.nan), on_device(False)
-    faults = on_device([not is_finite, False, False, False])
+    faults = on_device([not is_finite, *[False] * (len(WORDS) - 1)])
     return GlobalMean(nan, nan, nan, is_finite=on_device(is_finite), is_live=no, is_undefined=no, faults=faults)
 
 

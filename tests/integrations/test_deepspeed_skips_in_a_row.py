@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -60,8 +61,12 @@ WRITES: dict[str, Callable[[Any], None]] = {
 }
 
 
-def walk(setup: Spoilt) -> tuple[list[str], int]:
-    """What engine.step() raised, step by step, up to the first error but one."""
+def walk(setup: Spoilt) -> tuple[list[str], int, list[str]]:
+    """What engine.step() raised, step by step, up to the first error; the skipped steps; what was logged."""
+    told: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("adai_dist").addHandler(listener)
     setup_of_rank = replace(setup, bad_steps=() if setup.write else tuple(range(FIRST_BAD, NUM_STEPS)))
     engine = start(setup_of_rank, Prescribed(setup_of_rank))
     engine.basic_optimizer.max_consecutive_skips = LIMIT
@@ -78,7 +83,8 @@ def walk(setup: Spoilt) -> tuple[list[str], int]:
         raised.append("")
     num_skipped = int(engine.basic_optimizer.num_skipped_steps)
     engine.destroy()
-    return raised, num_skipped
+    logging.getLogger("adai_dist").removeHandler(listener)
+    return raised, num_skipped, told
 
 
 GRADIENTS = {
@@ -107,8 +113,11 @@ FAMILY = Family(
 
 @pytest.mark.parametrize("name", FAMILY.setups)
 def test_all_ranks_end_in_the_same_step_and_say_why(name: str) -> None:
-    (raised, num_skipped), other = FAMILY.ranks(name)
-    assert (raised, num_skipped) == other
+    (raised, num_skipped, told), (*other, told_by_other) = FAMILY.ranks(name)
+    assert [raised, num_skipped] == other
+    assert ["step skipped on all ranks: " in line for line in told] == [True] * len(told), "nothing else to be told"
+    assert len(told) >= 2
+    assert not told_by_other
     assert raised[:-1] == [""] * (FIRST_BAD + LIMIT - 1)
     assert num_skipped == LIMIT
     reason = GRADIENT if "gradients" in name else PARAMETER if "masters" in name else STATE

@@ -1,0 +1,52 @@
+"""Parameters in bfloat16 are told of where nobody keeps float32 ones, and nowhere else."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
+
+from adai_dist import AdaiW
+from tests.spawn import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def train(kind: str) -> list[str]:
+    model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4))
+    if kind == "bf16":
+        fully_shard(model.bfloat16())
+    elif kind == "mixed":
+        fully_shard(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    else:
+        model = FullyShardedDataParallel(
+            model, mixed_precision=MixedPrecision(torch.bfloat16), use_orig_params=True, device_id=torch.device("cpu")
+        )
+    told: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("adai_dist").addHandler(listener)
+    optimizer = AdaiW(model.parameters(), lr=0.1)
+    if kind == "mixed, fsdp1":
+        optimizer.configure_sharding(model=model)
+    for _ in range(2):
+        dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+        model(torch.ones(2, 6, dtype=dtype)).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    logging.getLogger("adai_dist").removeHandler(listener)
+    return told
+
+
+def train_all() -> dict[str, list[str]]:
+    return {kind: train(kind) for kind in ("bf16", "mixed", "mixed, fsdp1")}
+
+
+def test_pure_bfloat16_is_told_by_the_main_rank_and_mixed_precision_is_not() -> None:
+    main, other = run_ranks(train_all, 2)
+    assert other == {"bf16": [], "mixed": [], "mixed, fsdp1": []}
+    assert {kind: len(told) for kind, told in main.items()} == {"bf16": 1, "mixed": 0, "mixed, fsdp1": 0}
+    assert "parameters are stepped in bfloat16, 4 of 4 on this rank" in main["bf16"][0]
