@@ -94,18 +94,18 @@ class Holding:
 
     def keep_row(self, kept: Tensor, index: int) -> None:
         """Keep that a step has left the moments as they are, and that row ``index`` of ``kept`` tells of exp_avg_sq."""
-        # torch counts writes to a DTensor and to its local tensor apart.
-        num_writes = self.exp_avg_sq._version + self.exp_avg._version
-        self._kept_row = (kept, index, num_writes if self._whole is None else num_writes + self._whole._version)
+        self._kept_row = (kept, index, self._num_writes())
 
     def kept_row(self) -> tuple[Tensor, int] | None:
         """What was kept, unless torch knows that a moment was written to since; the kernels see other writes."""
-        if self._kept_row is None:
+        if self._kept_row is None or self._kept_row[2] != self._num_writes():
             return None
-        kept, index, num_writes = self._kept_row
-        if self._whole is not None:
-            num_writes -= self._whole._version
-        return (kept, index) if num_writes == self.exp_avg_sq._version + self.exp_avg._version else None
+        return self._kept_row[:2]
+
+    def _num_writes(self) -> int:
+        """To the moments, as torch records them; it counts writes to a DTensor and to its local tensor apart."""
+        num_writes = self.exp_avg_sq._version + self.exp_avg._version
+        return num_writes if self._whole is None else num_writes + self._whole._version
 
 
 def check_is_complete(state: dict[str, Any]) -> None:
