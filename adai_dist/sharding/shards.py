@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +32,7 @@ class Holding:
     """
 
     __slots__ = (
-        *("_is_complex", "_kept_row", "_source", "_states", "_whole_exp_avg"),
+        *("_is_complex", "_source", "_states", "num_writes", "row", "whole_exp_avg"),
         *("backend", "beta1_prod", "exp_avg", "exp_avg_sq", "gradient_form", "local_param", "param", "state"),
     )
 
@@ -55,9 +56,12 @@ class Holding:
                     f"{name} must be {compute_dtype(param.dtype)}, as its parameter is {param.dtype}, got "
                     f"{tensor.dtype}; convert it"
                 )
-        self._kept_row: tuple[Tensor, int, int, int] | None = None
-        self._whole_exp_avg: Tensor | None = state["exp_avg"] if is_dtensor(state["exp_avg"]) else None
-        """Torch counts writes to a DTensor and to its local tensor apart."""
+        self.whole_exp_avg: Tensor | None = state["exp_avg"] if is_dtensor(state["exp_avg"]) else None
+        """If it is a DTensor."""
+        self.row: tuple[Tensor, int] | None = None
+        """Where the last step has kept what it left of exp_avg_sq: a tensor, and the index of the row."""
+        self.num_writes: int = 0
+        """:func:`num_writes` after the last step."""
         self.gradient_form: tuple[Any, ...] = ()
         """Dtype, shape and strides of the gradient for which the backend was chosen."""
         self.backend: Backend | None = None
@@ -93,24 +97,18 @@ class Holding:
                 "converts between layouts)"
             )
 
-    def keep_row(self, kept: Tensor, index: int) -> None:
-        """Keep that a step has left the moments as they are, and that row ``index`` of ``kept`` tells of exp_avg_sq."""
-        self._kept_row = kept, index, self.exp_avg_sq._version, self._num_writes_to_exp_avg()
+    def kept_row(self) -> tuple[Tensor, int] | None:
+        """Where it is kept what exp_avg_sq is, unless torch knows that a moment was written to since; the kernels see
+        other writes."""
+        return self.row if self.num_writes == num_writes([self])[0] else None
 
-    def kept_row(self) -> tuple[Tensor, int, int, int] | None:
-        """What was kept, unless torch knows that a moment was written to since; the kernels see other writes.
 
-        Returns: the tensor, the index of the row, and how many writes to either moment torch had recorded.
-        """
-        row = self._kept_row
-        if row is None or row[2] != self.exp_avg_sq._version or row[3] != self._num_writes_to_exp_avg():
-            return None
-        return row
-
-    def _num_writes_to_exp_avg(self) -> int:
-        if self._whole_exp_avg is None:
-            return self.exp_avg._version
-        return self.exp_avg._version + self._whole_exp_avg._version
+def num_writes(holdings: list[Holding]) -> list[int]:
+    """How many writes to the moments torch has recorded; it counts those to a DTensor and to its local tensor apart."""
+    return [
+        h.exp_avg_sq._version + h.exp_avg._version + (0 if h.whole_exp_avg is None else h.whole_exp_avg._version)
+        for h in holdings
+    ]
 
 
 def check_is_complete(state: dict[str, Any]) -> None:
@@ -158,6 +156,8 @@ class Layout:
     """Of the gradients of all of them together, see :mod:`adai_dist.sharding.presence`."""
     kept: Tensor
     """float64, two per parameter: what every step keeps of exp_avg_sq for the next (see :class:`Backend`)."""
+    rows: list[tuple[Tensor, int]]
+    """``kept``, with the index of each parameter."""
     halves: tuple[Tensor, ...]
     """int64: where the retired parameters are, and where the others; empty unless there are both."""
 
@@ -172,6 +172,7 @@ class Layout:
             for param, size, weight in zip(params, local_sizes, weights, strict=True)
         )
         halves = [[i for i, is_retired in enumerate(retired) if is_retired is wanted] for wanted in (True, False)]
+        kept = torch.full((len(params), 2), torch.nan, dtype=torch.float64, device=device)
         return cls(
             params=params,
             local_sizes=local_sizes,
@@ -179,7 +180,8 @@ class Layout:
             weights=torch.tensor(weights, dtype=torch.float64, device=device),
             num_elements=torch.tensor(num_elements, dtype=torch.float64, device=device),
             share=sum(shares.get(param, 0) for param in params),
-            kept=torch.full((len(params), 2), torch.nan, dtype=torch.float64, device=device),
+            kept=kept,
+            rows=[(kept, index) for index in range(len(params))],
             halves=tuple(torch.tensor(half, device=device) for half in halves) if all(halves) else (),
         )
 
@@ -233,11 +235,10 @@ class OwnedShards:
         """One step, in place. Collective: none."""
         scalars = mean.step_scalars(self.hyper, self.correction, self.shards.exp_avg[0].dtype)
         rows = self._advance_halves(scalars) if self.layout.halves else self._advance(self.shards, scalars)
-        kept = self.layout.kept
         if rows is not None:
-            kept.copy_(rows)  # in place, as a replayed CUDA graph needs it
-        for index, holding in enumerate(self.holdings):
-            holding.keep_row(kept, index)
+            self.layout.kept.copy_(rows)  # in place, as a replayed CUDA graph needs it
+        for holding, row, count in zip(self.holdings, self.layout.rows, num_writes(self.holdings), strict=True):
+            holding.row, holding.num_writes = row, count
         # With alpha torch takes the tensor as a tensor; without, it reads it on the host as a number.
         torch._foreach_add_(self.steps, mean.is_live.to(self.steps[0].dtype), alpha=1.0)
 
@@ -259,8 +260,9 @@ class OwnedShards:
 
     def _kept_rows(self) -> Tensor:
         """What the last step of each parameter has kept of exp_avg_sq; NaN where there was none, or others wrote."""
-        rows = [holding.kept_row() for holding in self.holdings]
-        if all(row is not None and row[0] is self.layout.kept for row in rows):
+        counts = num_writes(self.holdings)
+        rows = [h.row if h.num_writes == count else None for h, count in zip(self.holdings, counts, strict=True)]
+        if all(map(operator.is_, rows, self.layout.rows)):
             return self.layout.kept
         self.written = [holding for holding, row in zip(self.holdings, rows, strict=True) if row is None]
         nothing = torch.full_like(self.layout.kept[0], torch.nan)
