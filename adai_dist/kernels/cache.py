@@ -77,7 +77,7 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file is on the disk: a machine that stops must not leave half of it with a stamp that fits."""
+    """Wait until a file's content, or the names in a folder, are on the disk, and would outlast the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -5,9 +5,10 @@ A name appears by a rename, and only after its content has reached the disk.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
+
+from adai_dist.kernels.cache import sync
 
 _HIDDEN = ".removing-"
 
@@ -19,15 +20,6 @@ def write_text(path: Path, text: str) -> None:
     sync(writing)
     writing.replace(path)
     sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's content, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def publish(writing: Path, published: Path) -> None:
