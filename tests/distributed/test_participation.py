@@ -88,9 +88,9 @@ def log_of_a_bad_step(layout: str) -> list[str]:
 
 
 @pytest.mark.parametrize("layout", ["fsdp2-2", "hsdp-2x2", "tp-fsdp2-2x2"])
-def test_a_skip_is_told_once_and_by_rank_zero_alone(layout: str) -> None:
+def test_skips_are_told_by_rank_zero_alone(layout: str) -> None:
     first, *others = run_ranks(log_of_a_bad_step, LAYOUTS[layout].world_size, layout)
-    assert len(first) == len(BAD_STEPS)
+    assert len(first) == len(BAD_STEPS).bit_length(), "the first, the second, the fourth ..."
     assert others == [[]] * len(others)
 
 

@@ -214,10 +214,11 @@ def fill_the_disk(folder: str) -> tuple[list[str], list[str]]:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     errors: list[str] = []
     for rank in range(dist.get_world_size()):
+        engine = engine_after(3)  # without a limit: steps write to the store of the process group, here a file
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if dist.get_rank() == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        errors.append(error_of(lambda: checkpoints.save(engine_after(3), 3)))
+        errors.append(error_of(lambda engine=engine: checkpoints.save(engine, 3)))
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     names = [path.name for path in checkpoints.complete()]
     on_main(lambda: (Path(folder) / "file").touch())
