@@ -261,7 +261,7 @@ class ObservedMean:
     """Observes shards and adds up over the process groups of the plan; keeps what one mean has to do with the next."""
 
     def __init__(self) -> None:
-        self.is_first = True
+        self.is_first: bool = True
         self._last_clip = LastClip()
         self._comparison = Comparison()
 

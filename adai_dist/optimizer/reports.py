@@ -34,7 +34,7 @@ class UncountedSteps:
         self._reported: list[int] = self.counts.tolist()
         self._by_reason = [0] * len(WORDS)
         self._copy = HostCopy()
-        self.has_lacked_gradients = False
+        self.has_lacked_gradients: bool = False
         """Whether a step was skipped as a parameter lacked its gradient on some ranks alone; known after the step."""
 
     def record(self, mean: GlobalMean, is_to_be_logged: Callable[[], bool], look_closer: Callable[[], str]) -> None:
