@@ -1,0 +1,72 @@
+"""Skipped steps on a CUDA device, where the host learns of them late and must not wait for each."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from adai_dist import AdaiV2
+from adai_dist.optimizer.skips_in_a_row import STEPS_BETWEEN_LOOKS
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.timeout(900),  # the first step compiles the kernels
+]
+
+LIMIT = 3
+
+
+def optimizer_of(param: Parameter, **options: int) -> AdaiV2:
+    optimizer = AdaiV2([param], lr=0.1, **options)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    return optimizer
+
+
+def test_a_row_of_skips_ends_at_most_two_looks_later() -> None:
+    param = Parameter(torch.ones(1000, device="cuda"))
+    optimizer = optimizer_of(param, max_consecutive_skips=LIMIT)
+    param.grad = torch.full_like(param, math.nan)
+    with pytest.raises(RuntimeError, match=f"max_consecutive_skips={LIMIT} steps in a row"):
+        for _ in range(LIMIT + 2 * STEPS_BETWEEN_LOOKS):
+            optimizer.step()
+    assert bool(param.isfinite().all())
+
+
+def test_a_skip_says_what_was_not_finite_once_its_number_has_arrived(caplog: pytest.LogCaptureFixture) -> None:
+    param = Parameter(torch.ones(1000, device="cuda"))
+    optimizer = optimizer_of(param)
+    param.grad = torch.full_like(param, math.inf)
+    optimizer.step()
+    torch.cuda.synchronize()
+    param.grad = torch.ones_like(param)
+    with caplog.at_level(logging.WARNING, "adai_dist"):
+        optimizer.step()
+    assert "a gradient is inf or NaN" in caplog.text
+    assert optimizer.num_skipped_steps.item() == 1
+
+
+def test_a_first_moment_that_is_nan_is_not_stepped_with() -> None:
+    param = Parameter(torch.ones(1000, device="cuda"))
+    optimizer = optimizer_of(param)
+    before = param.detach().clone()
+    optimizer.state[param]["exp_avg"][7] = math.nan
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), before, rtol=0, atol=0)
+    assert optimizer.num_skipped_steps.item() == 1
+
+
+def test_steps_look_at_fresh_states_without_waiting() -> None:
+    param = Parameter(torch.ones(1000, device="cuda"))
+    optimizer = optimizer_of(param)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
