@@ -73,6 +73,7 @@ FUNCTIONS: dict[str, Signature] = {
     ),
     "sharding.mean.unscaling_coefficient": ([("grad_scale", REQUIRED), ("device", REQUIRED)], "Tensor"),
     "sharding.mean.all_reduce": ([("packed", REQUIRED), ("process_groups", REQUIRED)], "Tensor"),
+    "sharding.plan.in_words": ([("ranks", REQUIRED)], "str"),
     "sharding.plan.plan_by_spreads": (
         [("params", REQUIRED), ("spreads_of", REQUIRED), ("stages", None), ("num_stages_with", None)],
         "ShardingPlan",

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from adai_dist.sharding.ownership import is_distributed, local_tensor
-from adai_dist.sharding.plan import Ranks, ShardingPlan
+from adai_dist.sharding.plan import Ranks, ShardingPlan, in_words
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -148,12 +148,12 @@ def _unlike_process_groups(meshes: list[Ranks], records: Mapping[int, Record]) -
         sizes = {rank: [len(_ranks(name)) for name in records[rank].process_groups] for rank in ranks}
         for rank in ranks:
             if sizes[rank] != sizes[ranks[0]]:
-                first, other = ([list(_ranks(name)) for name in records[r].process_groups] for r in (ranks[0], rank))
+                groups = {r: [in_words(_ranks(name)) for name in records[r].process_groups] for r in (ranks[0], rank)}
                 yield (
-                    f"ranks {list(ranks)} are connected by process groups, but add up their means over different ones: "
-                    f"rank {ranks[0]} over {first}, rank {rank} over {other}; the means differ between ranks; place "
-                    "all parameters on one mesh, or call optimizer.configure_sharding(process_group, "
-                    "num_replicas=...) on all of them"
+                    f"ranks {in_words(ranks)} are connected by process groups, but add up their means over different "
+                    f"ones: rank {ranks[0]} over {', '.join(groups[ranks[0]])}, rank {rank} over "
+                    f"{', '.join(groups[rank])}; the means differ between ranks; place all parameters on one mesh, or "
+                    "call optimizer.configure_sharding(process_group, num_replicas=...) on all of them"
                 )
 
 
@@ -162,9 +162,9 @@ def _unlike_copies(records: Mapping[int, Record]) -> Iterator[str]:
         ranks = [rank for rank in _ranks(name) if rank in records]
         if len({records[rank].copied.get(name) for rank in ranks}) > 1:
             yield (
-                f"ranks {ranks} are taken to hold copies of the parameters that are not sharded over them, but what "
-                "they hold differs; the mean is wrong where these are different parameters, such as experts; call "
-                "optimizer.configure_sharding(process_group, num_replicas=...) with a function that says of each "
+                f"ranks {in_words(ranks)} are taken to hold copies of the parameters that are not sharded over them, "
+                "but what they hold differs; the mean is wrong where these are different parameters, such as experts; "
+                "call optimizer.configure_sharding(process_group, num_replicas=...) with a function that says of each "
                 "parameter how many of these ranks hold the same"
             )
 
@@ -175,8 +175,8 @@ def _shared_by_stages(records: Mapping[int, Record]) -> Iterator[str]:
         times = Counter(itertools.chain(*(set(records[rank].of_one_stage) for rank in ranks)))
         if shared := sum(count > 1 for count in times.values()):
             yield (
-                f"the ranks of stages, {ranks}, are taken to hold different parameters, but {shared} of them are the "
-                "same on several, and count several times in the mean; where they are tied (embeddings), call "
+                f"the ranks of stages, {in_words(ranks)}, are taken to hold different parameters, but {shared} of them "
+                "are the same on several, and count several times in the mean; where they are tied (embeddings), call "
                 "optimizer.configure_sharding(stages=..., num_replicas=...) with a function that says on how many "
                 "stages a parameter is"
             )
@@ -188,8 +188,8 @@ def _unlike_models(wholes: list[Ranks], records: Mapping[int, Record]) -> Iterat
     unlike = [ranks for ranks in wholes if held[ranks] != held[wholes[0]]]
     if unlike:
         yield (
-            f"ranks {list(wholes[0])} and ranks {list(unlike[0])} hold different parameters, and each take the mean "
-            "over their own; where these are parts of one model, the mean is wrong: call "
+            f"ranks {in_words(wholes[0])} and ranks {in_words(unlike[0])} hold different parameters, and each take the "
+            "mean over their own; where these are parts of one model, the mean is wrong: call "
             "optimizer.configure_sharding(stages=...) for pipeline stages, or configure_sharding(process_group, "
             "num_replicas=...) for experts and tensor parallelism in plain tensors; where they are models of their "
             "own, configure_sharding(process_group) with these ranks says so"

@@ -25,7 +25,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -174,13 +174,14 @@ def plan_by_spreads(
     Raises:
         ValueError: the ranks of ``stages`` share parameters.
     """
-    all_spreads = {param: [(_ranks(spread.process_group), spread) for spread in spreads_of(param)] for param in params}
+    ranks_of = _RanksOf()
+    all_spreads = {param: [(ranks_of[each.process_group], each) for each in spreads_of(param)] for param in params}
     # By their ranks, those of one rank left out. All ranks have made process groups in the same order, but may list
     # their parameters in different ones.
     process_groups: dict[Ranks, ProcessGroup] = {}
     of_params = {spread.process_group for of_param in all_spreads.values() for _, spread in of_param}
     for process_group in sorted(of_params, key=_order_of_creation):
-        if len(ranks := _ranks(process_group)) > 1:
+        if len(ranks := ranks_of[process_group]) > 1:
             process_groups.setdefault(ranks, process_group)
 
     of_stages = {param: 1 if num_stages_with is None else num_stages_with(param) for param in params}
@@ -188,32 +189,42 @@ def plan_by_spreads(
     copied: dict[Ranks, list[Tensor]] = {}
     refusal = ""
     for param, of_param in all_spreads.items():
-        spanned = _spanned(param, of_param)
+        spanned = _spanned(param, of_param, ranks_of)
         for ranks in process_groups:
             if not spanned.issuperset(ranks):
                 copied.setdefault(ranks, []).append(param)
                 if len(spanned.intersection(ranks)) > 1:
-                    refusal = refusal or _refusal(param, f"spread over ranks {sorted(spanned)}", ranks)
+                    refusal = refusal or _refusal(param, f"on ranks {in_words(sorted(spanned))}", in_words(ranks))
         if is_dtensor(param) and not of_param:
-            refusal = refusal or _refusal(param, f"on {param.device_mesh}, which lacks this rank", dist.get_rank())
+            refusal = refusal or _refusal(param, f"on {param.device_mesh}, which lacks this rank", "other ranks")
         weights[param] = _weight(of_param, process_groups) / of_stages[param]
 
     assumptions = Assumptions(copied)
     if stages is not None and dist.get_world_size(stages) > 1:
-        if _ranks(stages) in process_groups:
+        if ranks_of[stages] in process_groups:
             raise ValueError(
                 "the ranks of stages must hold different parameters, got the process group of ranks "
-                f"{_ranks(stages)}, over which parameters are sharded or copied; pass the process group that "
-                "connects the stages"
+                f"{in_words(ranks_of[stages])}, over which parameters are sharded or copied; pass the process group "
+                "that connects the stages"
             )
-        process_groups[_ranks(stages)] = stages
+        process_groups[ranks_of[stages]] = stages
         of_one_stage = [param for param in params if of_stages[param] == 1]
-        assumptions = Assumptions(copied, _ranks(stages), of_one_stage)
+        assumptions = Assumptions(copied, ranks_of[stages], of_one_stage)
     return ShardingPlan(params, tuple(process_groups.values()), weights, refusal, assumptions)
 
 
-def _ranks(process_group: ProcessGroup) -> Ranks:
-    return tuple(sorted(dist.get_process_group_ranks(process_group)))
+def in_words(ranks: Sequence[int]) -> str:
+    """Ranks in ascending order for a message, at most a few of them."""
+    return str(list(ranks)) if len(ranks) <= 16 else f"[{', '.join(map(str, ranks[:8]))}, ... {ranks[-1]}]"
+
+
+class _RanksOf(dict[object, Ranks]):
+    """The ranks of process groups and meshes, in ascending order, each found once."""
+
+    def __missing__(self, key: Any) -> Ranks:
+        found: list[int] = key.mesh.flatten().tolist() if hasattr(key, "mesh") else dist.get_process_group_ranks(key)
+        ranks = self[key] = tuple(sorted(found))
+        return ranks
 
 
 def _order_of_creation(process_group: ProcessGroup) -> int:
@@ -221,13 +232,13 @@ def _order_of_creation(process_group: ProcessGroup) -> int:
     return known.index(process_group) if process_group in known else len(known)
 
 
-def _spanned(param: Tensor, of_param: list[tuple[Ranks, Spread]]) -> set[int]:
+def _spanned(param: Tensor, of_param: list[tuple[Ranks, Spread]], ranks_of: _RanksOf) -> frozenset[int]:
     """The ranks of which the parameter itself tells what they hold; this rank alone for a plain tensor."""
     if is_dtensor(param) and of_param:
-        return set(param.device_mesh.mesh.flatten().tolist())
+        return frozenset(ranks_of[param.device_mesh])
     if len(of_param) > 1 and math.prod(len(ranks) for ranks, _ in of_param) == dist.get_world_size():
-        return set(range(dist.get_world_size()))  # FSDP1's hybrid strategies
-    return {dist.get_rank()}.union(*(ranks for ranks, _ in of_param)) if is_distributed() else set()
+        return frozenset(range(dist.get_world_size()))  # FSDP1's hybrid strategies
+    return frozenset({dist.get_rank()} if is_distributed() else ()).union(*(ranks for ranks, _ in of_param))
 
 
 def _refusal(param: Tensor, where: str, beyond: object) -> str:

@@ -28,13 +28,17 @@ def optimizer_of(param: Parameter, **options: int) -> AdaiV2:
     return optimizer
 
 
+def step_often(optimizer: AdaiV2, num_steps: int) -> None:
+    for _ in range(num_steps):
+        optimizer.step()
+
+
 def test_a_row_of_skips_ends_at_most_two_looks_later() -> None:
     param = Parameter(torch.ones(1000, device="cuda"))
     optimizer = optimizer_of(param, max_consecutive_skips=LIMIT)
     param.grad = torch.full_like(param, math.nan)
     with pytest.raises(RuntimeError, match=f"max_consecutive_skips={LIMIT} steps in a row"):
-        for _ in range(LIMIT + 2 * STEPS_BETWEEN_LOOKS):
-            optimizer.step()
+        step_often(optimizer, LIMIT + 2 * STEPS_BETWEEN_LOOKS)
     assert bool(param.isfinite().all())
 
 
