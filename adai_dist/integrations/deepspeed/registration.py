@@ -12,14 +12,9 @@ import torch
 
 from adai_dist.integrations import build_locks
 from adai_dist.integrations.after_import import after_import, wrap_once
+from adai_dist.integrations.deepspeed import trainer
+from adai_dist.integrations.deepspeed.names import OPTIMIZERS
 from adai_dist.kernels.build import Extension, set_compiler
-from adai_dist.optimizer import Adai, AdaiV2, AdaiW
-from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
-
-OPTIMIZERS: dict[str, type[AdaptiveInertia]] = {
-    spelling: cls for cls in (Adai, AdaiW, AdaiV2) for spelling in (cls.__name__, cls.__name__.lower())
-}
-"""Optimizers by what may stand as their type in a DeepSpeed configuration."""
 
 
 def register() -> None:
@@ -33,8 +28,6 @@ def register() -> None:
     after_import("deepspeed.runtime.engine", _register_with)
     after_import("deepspeed.ops.op_builder.all_ops", _add_op_builders)
     build_locks.register()
-    from adai_dist.integrations.deepspeed import trainer
-
     trainer.register()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from adai_dist.integrations.after_import import after_import, wrap_once
 from adai_dist.integrations.deepspeed.dropped import warn_of_dropped
-from adai_dist.integrations.deepspeed.registration import OPTIMIZERS
+from adai_dist.integrations.deepspeed.names import OPTIMIZERS
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 
 _ADAMS_BETAS, _ADAMS_EPS = (0.9, 0.999), 1e-8
