@@ -29,6 +29,7 @@ REGISTRATION = {
     "adai_dist.integrations.build_locks",
     "adai_dist.integrations.deepspeed",
     "adai_dist.integrations.deepspeed.dropped",
+    "adai_dist.integrations.deepspeed.names",
     "adai_dist.integrations.deepspeed.registration",
     "adai_dist.integrations.deepspeed.trainer",
     "adai_dist.integrations.lightning",
