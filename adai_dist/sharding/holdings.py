@@ -42,7 +42,7 @@ class Holdings:
         if self._plan is None or self._sharding is not sharding or not self._plan.fits(params):
             self._plan = plan_sharding(params, sharding)
             self._sharding = sharding
-            self._shares = presence.shares(params)
+            self._shares = presence.shares(params, self._plan)
             self._layouts.clear()
             self._holdings.clear()
         return self._plan

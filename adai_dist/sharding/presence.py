@@ -16,15 +16,23 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable
 
+import torch.distributed as dist
 from torch import Tensor
 
 from adai_dist.sharding.ownership import is_dtensor
+from adai_dist.sharding.plan import ShardingPlan
 
 MODULUS = 4093
 
 
-def shares(params: Iterable[Tensor]) -> dict[Tensor, int]:
-    """What this rank adds for each DTensor that has a gradient, below :data:`MODULUS`. Collective: none."""
+def shares(params: Iterable[Tensor], plan: ShardingPlan) -> dict[Tensor, int]:
+    """What this rank adds for each DTensor that has a gradient, below :data:`MODULUS`.
+
+    Nothing for one whose mesh has ranks that the plan does not add up over, as where a user names the process group.
+
+    Collective: none.
+    """
+    reached = None if plan.assumptions is not None else _ranks_of(plan)  # what tensors say reaches all of their meshes
     found: dict[Tensor, int] = {}
     seen: Counter[str] = Counter()
     for param in params:
@@ -34,13 +42,18 @@ def shares(params: Iterable[Tensor]) -> dict[Tensor, int]:
         coordinate = mesh.get_coordinate()
         kind = f"{tuple(param.shape)} {param.placements} {mesh.shape}"
         seen[kind] += 1
-        if coordinate is not None and mesh.size() > 1:
+        is_reached = reached is None or reached.issuperset(mesh.mesh.flatten().tolist())
+        if coordinate is not None and mesh.size() > 1 and is_reached:
             index = 0
             for dim, place in enumerate(coordinate):
                 index = index * mesh.size(dim) + place
             factor = 1 + zlib.crc32(f"{kind} {seen[kind]}".encode()) % (MODULUS - 1)
             found[param] = factor * _of_ranks(mesh.size())[index] % MODULUS
     return found
+
+
+def _ranks_of(plan: ShardingPlan) -> set[int]:
+    return {rank for process_group in plan.process_groups for rank in dist.get_process_group_ranks(process_group)}
 
 
 @functools.lru_cache

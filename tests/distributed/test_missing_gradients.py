@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from adai_dist import AdaiV2
+from adai_dist.sharding.plan import plan_sharding
 from adai_dist.sharding.presence import MODULUS, shares
 from tests.oracle import Oracle, OracleGroup
 from tests.spawn import run_ranks
@@ -194,10 +195,25 @@ def test_a_gradient_that_is_missing_on_some_ranks_shows_and_one_that_nobody_has_
         assert skipped == dict.fromkeys(skipped, 1) | dict.fromkeys(("none", "all ranks", "all of everything"), 0)
 
 
+def step_over_a_part_of_the_mesh() -> tuple[int, float]:
+    """The user names one row of a mesh of 2 x 2 ranks as all that shares the mean."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("row", "column"))
+    param = nn.Parameter(distribute_tensor(torch.ones(4, 4, dtype=torch.float64), mesh, [Shard(0), Shard(1)]))
+    optimizer = AdaiV2([param], lr=0.1)
+    optimizer.configure_sharding(mesh["column"].get_group(), num_replicas=lambda param: 1)
+    param.grad = DTensor.from_local(torch.full((2, 2), 2.0, dtype=torch.float64), mesh, param.placements)  # type: ignore[attr-defined]
+    optimizer.step()
+    return int(optimizer.num_skipped_steps), optimizer.inertia_mean.item()
+
+
+def test_where_the_mean_is_over_a_part_of_the_mesh_nothing_is_missing() -> None:
+    assert run_ranks(step_over_a_part_of_the_mesh, 4) == [(0, pytest.approx(4.0))] * 4
+
+
 def shares_of_ranks() -> list[int]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     params = [nn.Parameter(distribute_tensor(torch.ones(8), mesh, [Shard(0)])) for _ in range(3)]
-    return list(shares(params).values())
+    return list(shares(params, plan_sharding(params, None)).values())
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
