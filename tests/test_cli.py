@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,8 @@ import pytest
 
 import adai_dist
 from adai_dist.cli import main
-from tests.recipe_runs import cli_command, cli_environment, free_port, run_cli, write_recipe
+from tests.faults.started import Starter
+from tests.recipe_runs import run_cli, write_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -58,24 +58,12 @@ def test_a_mistake_is_told_in_one_line(
 
 @pytest.mark.distributed
 def test_every_rank_tells_the_same_mistake_and_none_waits_for_the_others(tmp_path: Path) -> None:
-    command = cli_command("train", "--config", write_recipe(tmp_path), "data.batch=9")
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     # Not under torchrun, which kills the slower rank as soon as the faster one has failed.
-    ranks = [
-        subprocess.Popen(
-            command, env={**cli_environment(), **meeting, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            _, stderr = rank.communicate(timeout=120)
-            assert rank.returncode == 2
-            assert stderr.startswith("adai-dist: data.batch must be a multiple of 2; got 9; ")
-            assert stderr.count("\n") == 1
-    finally:
-        for rank in ranks:
-            rank.kill()
+    with Starter() as starter:
+        for rank in starter.start(tmp_path / "rank", 2, "train", "--config", write_recipe(tmp_path), "data.batch=9"):
+            assert rank.wait(120) == 2
+            (line,) = rank.log.read_text().splitlines()
+            assert line.startswith("adai-dist: data.batch must be a multiple of 2; got 9; ")
 
 
 def test_key_value_pairs_may_stand_on_either_side_of_options(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

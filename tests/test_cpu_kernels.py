@@ -136,7 +136,7 @@ def test_every_instruction_set_gives_the_same_bits(operators: Operators) -> None
         used, digest = done.stdout.rsplit(maxsplit=1)
         found[used] = digest
     assert set(found.values()) == {all_bits(operators)}
-    assert "AVX2" not in torch.backends.cpu.get_cpu_capability() or len(found) >= 2
+    assert len(found) == num_usable
 
 
 # -- arithmetic of its own ---------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import pytest
 from adai_dist.recipes import run_lock
 from adai_dist.recipes.refusal import RecipeError
 from tests.faults.started import Rank, Starter, words_of
-from tests.recipe_runs import TORCHRUN, cli_environment, losses, write_recipe
+from tests.recipe_runs import ROOT, cli_environment, losses, write_recipe
 
 pytestmark = pytest.mark.distributed
 
@@ -105,9 +105,9 @@ def test_ranks_that_torchrun_starts_again_have_the_folder_at_once(recipe: Path) 
     run = recipe.parent / "runs" / "restarted"
     lock = run / run_lock.FILE_NAME
     words = ("train", "--config", str(recipe), *ENDLESS, "run.name=restarted", "run.timeout=60", "--resume")
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "adai_dist", *words]
-    # As launch/torchrun.sh sets it: else ranks may find the addresses of their forerunners, which are gone.
-    environment = {**cli_environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    # Under torchrun alone, ranks may find the addresses of their forerunners, which are gone.
+    command = [ROOT / "launch/torchrun.sh", "adai-dist", *words]
+    environment = {**cli_environment(), "PYTHON": sys.executable, "RANKS_PER_NODE": "2", "MAX_RESTARTS": "1"}
     path = recipe.with_name("restarted.log")
     with path.open("w") as log:
         process = subprocess.Popen(command, env=environment, stderr=log, start_new_session=True)
