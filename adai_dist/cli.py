@@ -22,8 +22,8 @@ import adai_dist
 from adai_dist.integrations.run import NoProgramError, run_program, split_local_rank
 
 if TYPE_CHECKING:
-    from adai_dist.recipes.config import Recipe
-    from adai_dist.recipes.world import World
+    from adai_dist.recipes.job import World
+    from adai_dist.recipes.recipe import Recipe
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_STOPPED = 1, 2, 130, 143  # the last two are 128 + the signal
 
@@ -179,11 +179,9 @@ def _on_all_ranks(
 ) -> int:
     """Reads the recipe, joins the other ranks, and prints on one of them what the work comes to."""
     try:
-        from adai_dist.recipes.checkpoint import CheckpointError
-        from adai_dist.recipes.interrupt import Stopped
-        from adai_dist.recipes.recipe_file import load_recipe
-        from adai_dist.recipes.refusal import RecipeError
-        from adai_dist.recipes.world import join_world
+        from adai_dist.recipes.checkpoints import CheckpointError
+        from adai_dist.recipes.job import Stopped, join_world
+        from adai_dist.recipes.recipe import RecipeError, load_recipe
 
         # Before the ranks meet: loading it takes seconds, and not the same on all of them.
         importlib.import_module("adai_dist.recipes.sweep")
@@ -208,7 +206,7 @@ def _on_all_ranks(
 
 
 def _train_one(options: argparse.Namespace, recipe: Recipe, world: World) -> str:
-    from adai_dist.recipes.summary import summary_table
+    from adai_dist.recipes.journal import summary_table
     from adai_dist.recipes.train import train
 
     return summary_table(train(recipe, world))
@@ -267,8 +265,8 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _soak(options: argparse.Namespace) -> int:
     try:
-        from adai_dist.recipes.refusal import RecipeError
-        from adai_dist.recipes.world import join_world
+        from adai_dist.recipes.job import join_world
+        from adai_dist.recipes.recipe import RecipeError
         from adai_dist.tools.soak import Soak, row, soak
     except ModuleNotFoundError as error:
         return _complain(f"soak needs the package {error.name}; got none; run: pip install 'adai-dist[train]'")
@@ -344,7 +342,7 @@ def _leave(code: int) -> NoReturn:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    world = sys.modules.get("adai_dist.recipes.world")
+    world = sys.modules.get("adai_dist.recipes.job")
     if world is not None and world.is_launched(os.environ):
         os._exit(code)
     sys.exit(code)

@@ -153,7 +153,7 @@ def test_a_recipe_is_found_in_the_wheel_by_its_name(wheel: Path, tmp_path: Path)
         archive.extractall(tmp_path / "installed")
     (tmp_path / "empty").mkdir()
     program = (
-        "from adai_dist.recipes.recipe_file import load_recipe; from adai_dist.recipes.shipped import find_config\n"
+        "from adai_dist.recipes.recipe import load_recipe; from adai_dist.recipes.recipe import find_config\n"
         "assert load_recipe('lm_tiny').run.name == 'lm_tiny'\n"
         "print(find_config('recipes', 'lm_tiny', 'the recipe'), find_config('deepspeed', 'zero2', 'deepspeed.config'))"
     )

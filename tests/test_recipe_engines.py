@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,11 @@ pytestmark = pytest.mark.distributed
 
 def run(recipe: str, *overrides: str, **settings: Any) -> dict[int, float]:
     """Trains on the ranks of the process group that is there; returns the training loss by step."""
-    from adai_dist.recipes.recipe_file import load_recipe
+    from adai_dist.recipes.job import join_world
+    from adai_dist.recipes.recipe import load_recipe
     from adai_dist.recipes.train import train
-    from adai_dist.recipes.world import join_world
 
-    loaded = load_recipe(recipe, overrides)
-    loaded.run = dataclasses.replace(loaded.run, **settings)
+    loaded = load_recipe(recipe, overrides).replaced(**settings)
     with join_world(loaded.device) as world, contextlib.redirect_stderr(io.StringIO()):
         summary = train(loaded, world)
     return losses(Path(summary["folder"]))

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from adai_dist.cli import main
-from adai_dist.recipes.interrupt import STOP_SIGNALS, StopRequest
-from adai_dist.recipes.world import join_world
+from adai_dist.recipes.job import STOP_SIGNALS, StopRequest, join_world
 from tests.recipe_runs import cli_command, cli_environment, losses, read_lines, run_cli, write_recipe
 
 pytestmark = pytest.mark.distributed

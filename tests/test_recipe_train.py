@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from adai_dist.recipes.checkpoint import Checkpoints
-from adai_dist.recipes.recipe_file import load_recipe
+from adai_dist.recipes.checkpoints import Checkpoints
+from adai_dist.recipes.job import World, join_world
+from adai_dist.recipes.recipe import load_recipe
 from adai_dist.recipes.train import seed_dropout, train
-from adai_dist.recipes.world import World, join_world
 from tests.faults.linear_engine import LinearEngine
 from tests.recipe_runs import write_recipe
 from tests.spawn import run_ranks

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from adai_dist.recipes.refusal import RecipeError
-from adai_dist.recipes.world import is_launched, read_launcher
+from adai_dist.recipes.job import is_launched, read_launcher
+from adai_dist.recipes.recipe import RecipeError
 
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 

@@ -1,41 +1,209 @@
-"""Which engines there are.
+"""Engines: how a model is spread over ranks, stepped and saved. Here: the seam, and the two engines of torch.
 
-The loop sees a small seam (:class:`Engine`). An engine owns the model and its optimizer, because several of them
-replace both.
+An engine owns the model and its optimizer, because some engines replace both.
 """
 
 from __future__ import annotations
 
-from torch import nn
+import contextlib
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, cast
 
-from adai_dist.recipes import deepspeed_file
-from adai_dist.recipes.config import Recipe
-from adai_dist.recipes.deepspeed_engine import DeepSpeedEngine
-from adai_dist.recipes.engine import Engine
-from adai_dist.recipes.task import Task
-from adai_dist.recipes.torch_engines import DDPEngine, FSDP2Engine
-from adai_dist.recipes.world import World
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
-ENGINES: dict[str, type[DDPEngine | FSDP2Engine | DeepSpeedEngine]] = {
-    "ddp": DDPEngine,
-    "fsdp2": FSDP2Engine,
-    "deepspeed": DeepSpeedEngine,
-}
+from adai_dist.recipes import optimizers
+from adai_dist.recipes.job import World
+from adai_dist.recipes.recipe import Recipe, require
+from adai_dist.recipes.task import Rows, Task
+from adai_dist.tools.telemetry import inertia_histogram
+
+
+class Engine(ABC):
+    """What the training loop needs. Collective: all methods; all ranks of the job."""
+
+    model: nn.Module
+    """Names its parameters like the model that was given, whatever wraps it."""
+    optimizer: torch.optim.Optimizer
+    precision: str
+    """fp32 or bf16."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of elements of all parameters of the whole model."""
+        return sum(param.numel() for param in self.model.parameters())
+
+    def parameter_shapes(self) -> dict[str, list[int]]:
+        """Return the global shape of every parameter by name, which tells one model from another."""
+        named = self.model.named_parameters()
+        return {name: list(getattr(param, "ds_shape", param.shape)) for name, param in named}  # DeepSpeed's ZeRO 3
+
+    @abstractmethod
+    def backward(self, rows: Rows, is_last: bool) -> Tensor:
+        """Add the gradient of one micro-batch.
+
+        Args:
+            rows: the micro-batch, on the engine's device.
+            is_last: True for the last micro-batch before ``step``; gradients are exchanged only then.
+
+        Returns:
+            Mean loss of this rank's rows, in nats; 0-dim, detached.
+        """
+
+    @abstractmethod
+    def step(self, lr: float) -> Tensor | None:
+        """Clip, step and drop the gradients; return the global gradient norm if it is known (0-dim)."""
+
+    @abstractmethod
+    def scores(self, rows: Rows) -> dict[str, Tensor]:
+        """Return the task's scores of every row, without gradient and dropout."""
+
+    def inertia(self) -> dict[str, list[float]] | None:
+        """Return the distribution of inertia per layer; see :func:`inertia_histogram`."""
+        return inertia_histogram(self.optimizer, self.model.named_parameters())
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer state below ``folder``."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote, on any number of ranks unless the engine refuses with a RecipeError."""
 
 
 def check_engine(recipe: Recipe, world: World) -> None:
-    """Refuses what the recipe asks of its engine in vain, before anything is built.
+    """Refuse, before anything is built, what the engine cannot do.
 
     Raises:
         RecipeError: the engine cannot run this recipe.
     """
     if recipe.engine == "deepspeed":
-        deepspeed_file.read(recipe, world)
+        from adai_dist.recipes.deepspeed_engine import read_settings
+
+        read_settings(recipe, world)
 
 
 def build_engine(recipe: Recipe, task: Task, model: nn.Module, world: World) -> Engine:
-    """Spreads a model, which every rank holds alike, over the ranks.
+    """Spread a model, which is equal on all ranks, over the ranks.
 
     Collective: all ranks of the job.
     """
-    return ENGINES[recipe.engine](recipe, task, model, world)
+    if recipe.engine == "deepspeed":
+        from adai_dist.recipes.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(recipe, task, model, world)
+    return (DDPEngine if recipe.engine == "ddp" else FSDP2Engine)(recipe, task, model, world)
+
+
+class _TorchEngine(Engine):
+    def __init__(self, recipe: Recipe, task: Task, model: nn.Module, world: World) -> None:
+        self.model: nn.Module = model.to(world.device)
+        self.precision: str = "bf16" if recipe.precision == "bf16" else "fp32"
+        self._recipe = recipe
+        self._task = task
+        self._device = world.device
+        self._wrapped = self._wrap(self.model, world)
+        self._wrapped.train()
+        self.optimizer: torch.optim.Optimizer = optimizers.build(recipe, self.model, recipe.max_grad_norm)
+
+    @abstractmethod
+    def _wrap(self, model: nn.Module, world: World) -> nn.Module: ...
+
+    @abstractmethod
+    def _accumulation(self, is_last: bool) -> AbstractContextManager[None]:
+        """Hold back the exchange of gradients within the block unless ``is_last``."""
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def backward(self, rows: Rows, is_last: bool) -> Tensor:
+        with self._accumulation(is_last):
+            with self._autocast():
+                loss = self._task.scores(self._wrapped, rows)["loss"].mean()
+            cast(Any, loss / self._recipe.grad_accumulation).backward()
+        return loss.detach()
+
+    def step(self, lr: float) -> Tensor | None:
+        optimizers.set_learning_rate(self.optimizer, lr)
+        norm = optimizers.clip_and_step(self.optimizer, self._recipe.max_grad_norm)
+        self.optimizer.zero_grad()
+        return norm
+
+    def scores(self, rows: Rows) -> dict[str, Tensor]:
+        self._wrapped.eval()
+        with torch.no_grad(), self._autocast():
+            scores = self._task.scores(self._wrapped, rows)
+        self._wrapped.train()
+        return scores
+
+    def save(self, folder: Path) -> None:
+        dcp.save(self._state(), checkpoint_id=folder)
+
+    def load(self, folder: Path) -> None:
+        state = self._state()
+        dcp.load(state, checkpoint_id=folder)
+        model, optimizer = state["model"], state["optimizer"]
+        set_state_dict(self._wrapped, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+
+    def _state(self) -> dict[str, Any]:
+        return dict(zip(("model", "optimizer"), get_state_dict(self._wrapped, self.optimizer), strict=True))
+
+
+class DDPEngine(_TorchEngine):
+    """torch's DistributedDataParallel: the whole model on every rank, gradients averaged."""
+
+    def _wrap(self, model: nn.Module, world: World) -> nn.Module:
+        return DistributedDataParallel(model)
+
+    def save(self, folder: Path) -> None:
+        # Running averages of batch normalisation differ between ranks until the next forward pass broadcasts rank 0's.
+        for buffer in self.model.buffers():
+            dist.broadcast(buffer, 0)
+        super().save(folder)
+
+    def _accumulation(self, is_last: bool) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if is_last else cast(DistributedDataParallel, self._wrapped).no_sync()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+class FSDP2Engine(_TorchEngine):
+    """torch's fully_shard: parameters, gradients and optimizer states sharded over all ranks."""
+
+    def _wrap(self, model: nn.Module, world: World) -> nn.Module:
+        must = "engine=fsdp2 on the CPU needs torch 2.9 (before, gloo sums gradients where FSDP2 asks for their mean)"
+        is_supported = world.device.type != "cpu" or torch.__version__ >= "2.9"
+        require(is_supported, must, torch.__version__, "set engine=ddp")
+        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("fsdp",))
+        policy = MixedPrecisionPolicy()
+        if self.precision == "bf16":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for block in repeated_blocks(model):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)  # in place: the module itself becomes an FSDPModule
+        return model
+
+    def scores(self, rows: Rows) -> dict[str, Tensor]:
+        scores = super().scores(rows)
+        # Without a backward pass the root stays gathered, and its parameters are not those of the optimizer.
+        cast(FSDPModule, self._wrapped).reshard()
+        return scores
+
+    def _accumulation(self, is_last: bool) -> AbstractContextManager[None]:
+        cast(FSDPModule, self._wrapped).set_requires_gradient_sync(is_last)
+        return contextlib.nullcontext()
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the repeated blocks of a transformers model, the natural units of sharding; none for other models."""
+    names: set[str] = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]

@@ -1,25 +1,28 @@
-"""Labelled images in memory, on every rank, and batches that are a pure function of (seed, step).
+"""Image classification: labelled images, small convolutional networks, and the cross entropy of the labels.
 
-Every epoch goes through all training images in an order of its own. Batches run on across the borders of epochs: step s
-has the images s * batch to (s + 1) * batch of all epochs in a row.
+All images are held in memory on every rank. Every epoch visits all training images in an order of its own. Batches
+cross the borders of epochs: step s takes the images s * batch to (s + 1) * batch of all epochs in a row.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from adai_dist.recipes.data_config import ImagesConfig
-from adai_dist.recipes.refusal import RecipeError
+from adai_dist.recipes.recipe import CifarData, ImageData, RecipeError, require, require_known
+from adai_dist.recipes.task import Rows, Task, share_of_rank
 
 _DIGITS_HELD_OUT = 0.25
-_DIGITS_SPLIT_SEED = 0  # which scans are held out does not depend on the seed of the run
+_DIGITS_SPLIT_SEED = 0  # the held-out scans do not depend on the seed of the run
 _CIFAR = {  # name on the hub, column of the labels, number of classes
     "cifar10": ("uoft-cs/cifar10", "label", 10),
     "cifar100": ("uoft-cs/cifar100", "fine_label", 100),
@@ -29,7 +32,7 @@ _IMAGE_COLUMN = "img"
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Some images."""
+    """Images and their labels."""
 
     images: NDArray[np.uint8]
     """Shape (number, channels, height, width)."""
@@ -38,7 +41,7 @@ class LabelledImages:
 
 
 class ImageSplits:
-    """Images for training and held-out ones, scaled to mean 0 and deviation 1 of each channel over the former."""
+    """Training and held-out images, scaled to mean 0 and deviation 1 of each channel over the training images."""
 
     def __init__(self, train: LabelledImages, val: LabelledImages, num_classes: int) -> None:
         self.train = train
@@ -54,59 +57,58 @@ class ImageSplits:
         return self.train.images.shape[1:]
 
     def scaled(self, images: NDArray[np.uint8]) -> Tensor:
-        """Returns float32 of the same shape."""
+        """Return the scaled images: float32 of the same shape."""
         return (torch.from_numpy(images).float() - self._mean) / self._deviation
 
 
-def load_images(config: ImagesConfig) -> ImageSplits:
-    """Reads the images that the recipe names.
+class ImageTask(Task):
+    """Classification of small images with a convolutional network."""
 
-    Raises:
-        RecipeError: they are not there, or a package that reads them is missing.
+    unit = "image"
 
-    Collective: none; every rank reads the same images.
-    """
-    return _load_digits() if config.source == "digits" else _load_cifar(config)
+    def __init__(self, data: ImageData, settings: Mapping[str, Any], engine: str, splits: ImageSplits) -> None:
+        self._data = data
+        self._settings = settings
+        self._engine = engine
+        self._splits = splits
+        self.units_per_step: int = data.batch
 
+    def build_model(self, seed: int) -> nn.Module:
+        model = build_convnet(self._settings, self._splits.shape, self._splits.num_classes, seed)
+        has_running_means = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        # Each rank has running averages of its own; of the engines, only DDP makes them equal.
+        must = "batch normalisation needs engine=ddp"
+        require(self._engine == "ddp" or not has_running_means, must, self._engine, "set engine=ddp, or another model")
+        return model
 
-def train_rows(
-    splits: ImageSplits, config: ImagesConfig, seed: int, step: int, part: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """A rank's rows of the batch of a step.
+    def train_rows(self, seed: int, step: int, rank: int, num_ranks: int) -> Rows:
+        data, train = self._data, self._splits.train
+        num_rows = data.batch // num_ranks
+        mine = slice(rank * num_rows, (rank + 1) * num_rows)
+        indices = epoch_indices(len(train.labels), data.batch, seed, step)[mine]
+        numbers = np.random.default_rng((seed, step))
+        corners = numbers.integers(0, 2 * data.crop_padding + 1, size=(data.batch, 2))[mine]
+        mirrored = numbers.random(data.batch)[mine] < 0.5
+        images = _cropped(train.images[indices], corners, data.crop_padding)
+        if data.flip:
+            images = np.where(mirrored[:, None, None, None], images[..., ::-1], images)
+        return self._splits.scaled(images), torch.from_numpy(train.labels[indices])
 
-    Args:
-        part: (rank, number of ranks).
+    def val_rows(self, rank: int, num_ranks: int) -> tuple[Rows, Tensor]:
+        val = self._splits.val
+        mine, weights = share_of_rank(len(val.labels), rank, num_ranks)
+        return (self._splits.scaled(val.images[mine]), torch.from_numpy(val.labels[mine])), weights
 
-    Returns:
-        Images, float32 of shape (rows, channels, height, width), and labels, int64 of shape (rows,); together the rows
-        of all ranks do not depend on their number.
-    """
-    rank, num_ranks = part
-    num_rows = config.batch // num_ranks
-    mine = slice(rank * num_rows, (rank + 1) * num_rows)
-    indices = epoch_indices(len(splits.train.labels), config.batch, seed, step)
-    images = splits.train.images[indices[mine]]
-    numbers = np.random.default_rng((seed, step))
-    corners = numbers.integers(0, 2 * config.crop_padding + 1, size=(config.batch, 2))[mine]
-    mirrored = numbers.random(config.batch)[mine] < 0.5
-    images = _cropped(images, corners, config.crop_padding)
-    if config.flip:
-        images = np.where(mirrored[:, None, None, None], images[..., ::-1], images)
-    return splits.scaled(images), torch.from_numpy(splits.train.labels[indices[mine]])
-
-
-def val_rows(splits: ImageSplits, rank: int, num_ranks: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """A rank's part of the held-out images, and weights: 0 for the repeated ones that fill up the last ranks."""
-    num_images = len(splits.val.labels)
-    num_rows = -(-num_images // num_ranks)
-    mine = np.arange(rank * num_rows, (rank + 1) * num_rows)
-    weights = torch.from_numpy((mine < num_images).astype(np.float64))
-    mine = mine.clip(max=num_images - 1)
-    return (splits.scaled(splits.val.images[mine]), torch.from_numpy(splits.val.labels[mine])), weights
+    def scores(self, model: nn.Module, rows: Rows) -> dict[str, Tensor]:
+        inputs, labels = rows
+        output: Any = model(inputs)
+        logits: Tensor = getattr(output, "logits", output).float()
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return {"loss": losses, "error": (logits.argmax(1) != labels).float()}
 
 
 def epoch_indices(num_images: int, batch: int, seed: int, step: int) -> NDArray[np.int64]:
-    """Which images the batch of a step consists of, over all ranks; shape (batch,)."""
+    """Return the indices of the images in the batch of a step, over all ranks; shape (batch,)."""
     places = range(step * batch, (step + 1) * batch)
     return np.array([_order(num_images, seed, place // num_images)[place % num_images] for place in places])
 
@@ -117,11 +119,25 @@ def _order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def _cropped(images: NDArray[np.uint8], corners: NDArray[np.int64], padding: int) -> NDArray[np.uint8]:
-    """Cuts each image, padded with zeros, to its size at its own corner; shape (rows, channels, height, width)."""
+    """Pad each image with zeros and crop it at its own corner; shape (rows, channels, height, width)."""
     height, width = images.shape[2:]
     padded = np.pad(images, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
     return np.ascontiguousarray(windows[np.arange(len(images)), :, corners[:, 0], corners[:, 1]])
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def load_images(data: ImageData) -> ImageSplits:
+    """Read the images that the recipe names.
+
+    Raises:
+        RecipeError: the images, or a package that reads them, are missing.
+
+    Collective: none; every rank reads the same images.
+    """
+    return _load_cifar(data) if isinstance(data, CifarData) else _load_digits()
 
 
 def _load_digits() -> ImageSplits:
@@ -135,37 +151,112 @@ def _load_digits() -> ImageSplits:
     labels = digits.target.astype(np.int64)
     order = np.random.default_rng(_DIGITS_SPLIT_SEED).permutation(len(labels))
     num_held_out = int(len(labels) * _DIGITS_HELD_OUT)
-    val, train = order[:num_held_out], order[num_held_out:]
-    return ImageSplits(LabelledImages(images[train], labels[train]), LabelledImages(images[val], labels[val]), 10)
+    train, val = (LabelledImages(images[at], labels[at]) for at in (order[num_held_out:], order[:num_held_out]))
+    return ImageSplits(train, val, 10)
 
 
-def _load_cifar(config: ImagesConfig) -> ImageSplits:
+def _load_cifar(data: CifarData) -> ImageSplits:
     try:
         import datasets
     except ImportError as error:
-        must = f"data.source={config.source} needs the package datasets"
+        must = f"data.source={data.source} needs the package datasets"
         raise RecipeError(f"{must}; got none; run: pip install datasets") from error
-    name, label_column, num_classes = _CIFAR[config.source]
+    name, label_column, num_classes = _CIFAR[data.source]
     try:
-        dataset: Any = datasets.load_from_disk(config.path) if config.path else datasets.load_dataset(name)
+        dataset: Any = datasets.load_from_disk(data.path) if data.path else datasets.load_dataset(name)
     except (OSError, ValueError) as error:
-        must = f"{config.source} must be on the hub, or in data.path, where datasets' save_to_disk put it"
-        raise RecipeError(f"{must}; got {config.path or name!r}; {' '.join(str(error).split())}") from error
-    train, val = (_labelled(dataset, part, label_column, num_classes) for part in ("train", "test"))
+        must = f"{data.source} must be on the hub, or in data.path as written by the save_to_disk of datasets"
+        raise RecipeError(f"{must}; got {data.path or name!r}; {' '.join(str(error).split())}") from error
+    train, val = (_labelled(dataset, split, label_column, num_classes) for split in ("train", "test"))
     return ImageSplits(train, val, num_classes)
 
 
-def _labelled(dataset: Any, part: str, label_column: str, num_classes: int) -> LabelledImages:
-    columns = dataset[part].column_names if isinstance(dataset, dict) and part in dataset else []
+def _labelled(dataset: Any, split: str, label_column: str, num_classes: int) -> LabelledImages:
+    columns = dataset[split].column_names if isinstance(dataset, dict) and split in dataset else []
     if not {_IMAGE_COLUMN, label_column} <= set(columns):
-        must = f"the dataset must have a part {part!r} with the columns {_IMAGE_COLUMN} and {label_column}"
-        raise RecipeError(f"{must}; got {columns}; take uoft-cs/cifar10 or uoft-cs/cifar100 of the hub")
-    rows = dataset[part]
+        must = f"the dataset must have a split {split!r} with the columns {_IMAGE_COLUMN} and {label_column}"
+        raise RecipeError(f"{must}; got {columns}; use uoft-cs/cifar10 or uoft-cs/cifar100 of the hub")
+    rows = dataset[split]
     images = np.stack([np.asarray(image, np.uint8) for image in rows[_IMAGE_COLUMN]])
     labels = np.asarray(rows[label_column], np.int64)
     if images.ndim != 4 or labels.min() < 0 or labels.max() >= num_classes:
-        must = f"{part!r} must hold colour images of one size and labels below {num_classes}"
-        raise RecipeError(
-            f"{must}; got images of shape {images.shape[1:]}, labels to {labels.max()}; check data.source"
-        )
+        must = f"{split!r} must hold colour images of one size and labels below {num_classes}"
+        got = f"images of shape {images.shape[1:]}, labels up to {labels.max()}"
+        raise RecipeError(f"{must}; got {got}; check data.source")
     return LabelledImages(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels)
+
+
+# -- networks ----------------------------------------------------------------------------------------------------------
+
+
+def _convnet(
+    shape: tuple[int, int, int], num_classes: int, channels: Sequence[int] = (16, 32), hidden: int = 64
+) -> nn.Module:
+    """3x3 convolutions with ReLU, each but the first followed by 2x2 max pooling, and two linear layers."""
+    layers: dict[str, nn.Module] = {}
+    num_channels, height, width = shape
+    for index, num_outputs in enumerate(channels):
+        layers[f"conv{index}"] = nn.Conv2d(num_channels, num_outputs, 3, padding=1)
+        layers[f"relu{index}"] = nn.ReLU()
+        if index > 0:
+            layers[f"pool{index}"] = nn.MaxPool2d(2)
+            height, width = height // 2, width // 2
+        num_channels = num_outputs
+    if height == 0 or width == 0:
+        raise ValueError(f"an image of {shape[1]}x{shape[2]} pixels is too small for {len(channels)} convolutions")
+    layers["flatten"] = nn.Flatten()
+    layers["linear"] = nn.Linear(num_channels * height * width, hidden)
+    layers["relu"] = nn.ReLU()
+    layers["head"] = nn.Linear(hidden, num_classes)
+    return nn.Sequential(OrderedDict(layers))
+
+
+def _resnet(shape: tuple[int, int, int], num_classes: int, depths: Sequence[int], width: int = 64) -> nn.Module:
+    """The ResNets of CIFAR: those of transformers, but with a 3x3 convolution without pooling as the first layer.
+
+    Source: He et al., Deep Residual Learning for Image Recognition (2016), arXiv 1512.03385.
+    """
+    from transformers import ResNetConfig, ResNetForImageClassification
+    from transformers.models.resnet.modeling_resnet import ResNetConvLayer
+
+    widths = [width * 2**stage for stage in range(len(depths))]
+    settings: dict[str, Any] = {"num_channels": shape[0], "num_labels": num_classes, "layer_type": "basic"}
+    config = ResNetConfig(embedding_size=width, hidden_sizes=widths, depths=list(depths), **settings)
+    model: Any = ResNetForImageClassification(config)
+    model.resnet.embedder.embedder = ResNetConvLayer(shape[0], width, kernel_size=3)
+    model.resnet.embedder.pooler = nn.Identity()
+    return model
+
+
+# With the default width ResNet-18 has 11.2 million parameters, ResNet-34 21.3 million.
+_NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "cnn": _convnet,
+    "resnet18": functools.partial(_resnet, depths=(2, 2, 2, 2)),
+    "resnet34": functools.partial(_resnet, depths=(3, 4, 6, 3)),
+}
+
+
+def build_convnet(settings: Mapping[str, Any], shape: tuple[int, int, int], num_classes: int, seed: int) -> nn.Module:
+    """Build a network on the CPU, with initial weights that depend on ``seed`` alone.
+
+    Args:
+        settings: `architecture`, and further arguments of the function that builds it.
+        shape: channels, height and width of an image.
+        num_classes: number of outputs.
+        seed: seed of the weights.
+
+    Raises:
+        RecipeError: an unknown architecture or argument, or an invalid one.
+    """
+    given = dict(settings)
+    architecture = str(given.pop("architecture"))
+    must = f"model.architecture must be one of {', '.join(_NETWORKS)}"
+    require(architecture in _NETWORKS, must, architecture, "set model.architecture=cnn, for example")
+    network = _NETWORKS[architecture]
+    valid = [name for name in inspect.signature(network).parameters if name not in ("shape", "num_classes", "depths")]
+    require_known("model.", given, valid, f"for {architecture}")
+    torch.manual_seed(seed)
+    try:
+        return network(shape, num_classes, **given)
+    except Exception as error:  # many classes, all about the settings
+        raise RecipeError(f"model must describe a {architecture}; {' '.join(str(error).split())}") from error

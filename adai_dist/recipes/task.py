@@ -1,49 +1,78 @@
-"""The seam between the training loop and what is learnt: text or images."""
+"""The seam between the training loop and what is learnt: data, model, loss."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from adai_dist.recipes.recipe import Recipe, TextData
+
 Rows = tuple[Tensor, ...]
-"""What belongs to some sequences or images: tensors whose first dim counts them."""
+"""Columns of some sequences or images: tensors whose first dim counts them."""
 
 
 class Task(ABC):
-    """The data, the model, and how a model is judged. Rows are a pure function of seed, step and rank.
+    """A data set, a model for it, and the losses of that model. Rows are a pure function of seed, step and rank.
 
-    Collective: none; every rank reads the same data and cuts out its own rows.
+    Collective: none; every rank reads the same data and takes its own rows.
     """
 
     unit: str
-    """What throughput counts and what the loss is a mean of: token or image."""
+    """The unit of throughput and of the mean loss: token or image."""
     units_per_step: int
-    """Over all ranks."""
+    """Units per optimizer step, over all ranks."""
 
     @abstractmethod
     def build_model(self, seed: int) -> nn.Module:
-        """Makes the model on the CPU, with weights that depend on `seed` alone.
+        """Build the model on the CPU, with initial weights that depend on ``seed`` alone; nothing is downloaded.
 
         Raises:
-            RecipeError: no such model can be made.
+            RecipeError: the recipe's model settings are invalid.
         """
 
     @abstractmethod
     def train_rows(self, seed: int, step: int, rank: int, num_ranks: int) -> Rows:
-        """This rank's rows of the batch of a step; those of all ranks together do not depend on their number."""
+        """Return this rank's rows of the batch of a step; the whole batch does not depend on the number of ranks."""
 
     @abstractmethod
     def val_rows(self, rank: int, num_ranks: int) -> tuple[Rows, Tensor]:
-        """This rank's part of the held-out rows, as many on every rank, and their weights.
+        """Return this rank's part of the held-out rows, equally many on every rank, and their weights.
 
-        Weights are float64, of shape (rows,): 1, or 0 for the repeated rows that fill up the last ranks.
+        Weights are float64, of shape (rows,): 1, or 0 for repeated rows that fill up the last ranks.
         """
 
     @abstractmethod
-    def losses(self, model: nn.Module, rows: Rows) -> Tensor:
-        """The loss of every row, in nats per unit: float32, shape (rows,), with its graph."""
-
-    @abstractmethod
     def scores(self, model: nn.Module, rows: Rows) -> dict[str, Tensor]:
-        """What is measured on held-out rows, by name, each of shape (rows,); `loss` is one of them."""
+        """Return what is measured of every row, by name, each of shape (rows,).
+
+        `loss`, in nats per unit and float32, is one of them and carries its graph.
+        """
+
+
+def load_task(recipe: Recipe) -> Task:
+    """Read the data that a recipe names.
+
+    Raises:
+        RecipeError: the data cannot be read.
+
+    Collective: none; every rank reads the same data.
+    """
+    data = recipe.data
+    if isinstance(data, TextData):
+        from adai_dist.recipes.language import LanguageTask, load_tokens
+
+        return LanguageTask(data, recipe.model, load_tokens(data))
+    from adai_dist.recipes.images import ImageTask, load_images
+
+    return ImageTask(data, recipe.model, recipe.engine, load_images(data))
+
+
+def share_of_rank(num_items: int, rank: int, num_ranks: int) -> tuple[NDArray[np.int64], Tensor]:
+    """Return the indices of a rank's part of some items, equally many on every rank, and the weights of `val_rows`."""
+    num_rows = -(-num_items // num_ranks)
+    mine = np.arange(rank * num_rows, (rank + 1) * num_rows)
+    return mine.clip(max=num_items - 1), torch.from_numpy((mine < num_items).astype(np.float64))

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from adai_dist.optimizer import AdaptiveInertia
-from adai_dist.recipes.checkpoint import Checkpoints
-from adai_dist.recipes.config import Recipe
-from adai_dist.recipes.engine import Engine
-from adai_dist.recipes.engines import build_engine, check_engine
-from adai_dist.recipes.interrupt import Stopped, StopRequest, interruptible
-from adai_dist.recipes.meter import Meter
-from adai_dist.recipes.refusal import require
-from adai_dist.recipes.run_folder import Journal, open_run_folder
-from adai_dist.recipes.summary import Summary, describe_environment, write_summary
-from adai_dist.recipes.task import Rows, Task
-from adai_dist.recipes.tasks import load_task
-from adai_dist.recipes.world import World
+from adai_dist.recipes.checkpoints import Checkpoints
+from adai_dist.recipes.engines import Engine, build_engine, check_engine
+from adai_dist.recipes.folder import CONFIG, open_run_folder
+from adai_dist.recipes.job import Stopped, StopRequest, World, interruptible
+from adai_dist.recipes.journal import Journal, Meter, Summary, describe_environment, write_summary
+from adai_dist.recipes.recipe import Recipe, require
+from adai_dist.recipes.task import Rows, Task, load_task
 from adai_dist.tools.plots import plot_inertia, plot_loss, read_summary
 
 
 def train(recipe: Recipe, world: World) -> Summary:
-    """Runs a recipe and leaves its folder behind (see run_folder.py).
+    """Run a recipe and leave its folder behind (see folder.py).
 
     Args:
         recipe: from `load_recipe`; its `run.name` becomes the name that was chosen.
@@ -38,26 +33,23 @@ def train(recipe: Recipe, world: World) -> Summary:
 
     Raises:
         RecipeError: the recipe cannot be run.
-        Stopped: a rank got SIGTERM or SIGUSR1; since the next logged step there is a checkpoint.
+        Stopped: a rank got SIGTERM or SIGUSR1; there is a checkpoint of the next logged step.
         KeyboardInterrupt: as it came, with a message on how to continue.
 
     Collective: all ranks of the job.
     """
-    run, batch = recipe.run, recipe.data.batch
-    num_parts = world.size * recipe.grad_accumulation
+    batch, num_parts = recipe.data.batch, world.size * recipe.grad_accumulation
     why = f"{world.size} ranks and grad_accumulation={recipe.grad_accumulation} share it"
     require(batch % num_parts == 0, f"data.batch must be a multiple of {num_parts}", batch, why)
     check_engine(recipe, world)
-
     task = load_task(recipe)
-    model = task.build_model(run.seed)
+    model = task.build_model(recipe.run.seed)
     with open_run_folder(recipe, world) as folder:
         return _train_in(folder, recipe, task, model, world)
 
 
 def _train_in(folder: Path, recipe: Recipe, task: Task, model: nn.Module, world: World) -> Summary:
-    run, batch = recipe.run, recipe.data.batch
-    num_parts = world.size * recipe.grad_accumulation
+    run = recipe.run
     engine = build_engine(recipe, task, model, world)
     checkpoints = Checkpoints(folder / "checkpoints", run.keep_checkpoints, world)
     first_step = checkpoints.load_latest(engine) if run.resume else 0
@@ -66,10 +58,9 @@ def _train_in(folder: Path, recipe: Recipe, task: Task, model: nn.Module, world:
     if first_step == run.steps and (folder / "summary.json").exists():
         return read_summary(folder)
 
-    held_out = HeldOut(*task.val_rows(world.rank, world.size), batch // num_parts)
-    meter = Meter(world.device)
+    held_out = HeldOut(*task.val_rows(world.rank, world.size), recipe.data.batch // world.size)
+    meter, stop = Meter(world.device), StopRequest()
     journal = Journal(folder, first_step, run.steps, world)
-    stop = StopRequest()
     with (
         interruptible(lambda: _how_to_continue(folder, checkpoints)),
         contextlib.closing(journal),
@@ -84,7 +75,7 @@ def _train_in(folder: Path, recipe: Recipe, task: Task, model: nn.Module, world:
             grad_norm = engine.step(recipe.learning_rate(step))
             meter.mark()
             meter.add(loss)
-            journal.advance()
+            journal.count_step()
 
             done, is_last = step + 1, step + 1 == run.steps
             keeps = run.checkpoint_every > 0 and (done % run.checkpoint_every == 0 or is_last)
@@ -94,7 +85,7 @@ def _train_in(folder: Path, recipe: Recipe, task: Task, model: nn.Module, world:
                 is_stopping = not is_last and stop.reached_any_rank(world)
             if done % run.eval_every == 0 and not is_last:
                 evaluate(journal, done, engine, held_out, world)
-            if keeps or is_stopping:  # after everything that a resumed run does not write again
+            if keeps or is_stopping:  # last: a resumed run writes everything after the checkpoint again
                 journal.sync()
                 checkpoints.save(engine, done)
             if is_stopping:
@@ -109,25 +100,24 @@ def _train_in(folder: Path, recipe: Recipe, task: Task, model: nn.Module, world:
     return summary
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """What every evaluation reads."""
+class HeldOut(NamedTuple):
+    """The rows of every evaluation."""
 
     rows: Rows
     """This rank's part."""
     weights: Tensor
-    """Of each row, see `Task.val_rows`."""
+    """Weight of each row, see `Task.val_rows`."""
     num_at_once: int
     """Rows per forward pass."""
 
 
 def seed_dropout(seed: int, step: int, world: World) -> None:
-    """Makes random numbers a function of seed, step and rank, so that a resumed run draws what it would have drawn."""
+    """Make random numbers a function of seed, step and rank, so that a resumed run draws the same ones."""
     torch.manual_seed((seed * 1_000_003 + step) * world.size + world.rank)
 
 
 def accumulate(engine: Engine, rows: Rows, num_parts: int, world: World) -> Tensor:
-    """Backward passes over this rank's rows, in equal parts; returns their mean loss (0-dim, on the device)."""
+    """Run backward passes over equal parts of this rank's rows; return their mean loss (0-dim, on the device)."""
     if world.device.type == "cuda":
         rows = tuple(column.pin_memory().to(world.device, non_blocking=True) for column in rows)
     parts = list(zip(*(column.chunk(num_parts) for column in rows), strict=True))
@@ -136,9 +126,9 @@ def accumulate(engine: Engine, rows: Rows, num_parts: int, world: World) -> Tens
 
 
 def log(journal: Journal, step: int, recipe: Recipe, task: Task, meter: Meter, grad_norm: Tensor | None) -> None:
-    """Reads the meter and writes a line. Collective: all ranks of the job; the host waits for the device."""
+    """Read the meter and write a line. Collective: all ranks of the job; the host waits for the device."""
     reading = meter.read()
-    full_norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)()  # a DTensor's parts are on several ranks
+    full_norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)()  # a DTensor is sharded over the ranks
     speed = reading.units_per_second(task.units_per_step)
     journal.record(
         step,
@@ -154,7 +144,7 @@ def log(journal: Journal, step: int, recipe: Recipe, task: Task, meter: Meter, g
 
 
 def evaluate(journal: Journal, step: int, engine: Engine, held_out: HeldOut, world: World) -> dict[str, float]:
-    """The mean of every score over the held-out rows of all ranks; records them, and the inertia of every layer.
+    """Return the mean of every score over the held-out rows of all ranks; record them, and the inertia of every layer.
 
     Collective: all ranks of the job.
     """
@@ -179,7 +169,7 @@ def evaluate(journal: Journal, step: int, engine: Engine, held_out: HeldOut, wor
 def summarize(
     recipe: Recipe, folder: Path, task: Task, engine: Engine, meter: Meter, scores: dict[str, float], world: World
 ) -> Summary:
-    """What came out of a run; the times are those of this process alone, also if it resumed the run of another one."""
+    """Return the summary of a run; its times are those of this process alone, also if it resumed another one's run."""
     optimizer = engine.optimizer
     return {
         "run": folder.name,
@@ -199,11 +189,11 @@ def summarize(
         "optimizer_share": meter.total.optimizer_share,
         "skipped_steps": int(optimizer.num_skipped_steps) if isinstance(optimizer, AdaptiveInertia) else None,
         "folder": str(folder),
-        **describe_environment(world),
+        **describe_environment(world.device),
     }
 
 
 def _how_to_continue(folder: Path, checkpoints: Checkpoints) -> str:
     if not checkpoints.complete():
         return f"stopped before the first checkpoint; what was logged is in {folder}"
-    return f"stopped; continue with: adai-dist train --config {folder / 'config.yaml'} --resume"
+    return f"stopped; continue with: adai-dist train --config {folder / CONFIG} --resume"

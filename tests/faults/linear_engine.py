@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from adai_dist import AdaiV2
-from adai_dist.recipes.engine import Engine
+from adai_dist.recipes.engines import Engine
 from adai_dist.recipes.task import Rows
 
 

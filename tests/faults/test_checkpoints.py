@@ -18,8 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from adai_dist.recipes.checkpoint import CheckpointError, Checkpoints
-from adai_dist.recipes.world import World
+from adai_dist.recipes.checkpoints import CheckpointError, Checkpoints
+from adai_dist.recipes.job import World
 from tests.faults.linear_engine import LinearEngine
 from tests.faults.started import Starter, words_of
 from tests.recipe_runs import losses, write_recipe

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from adai_dist.recipes import run_lock
-from adai_dist.recipes.refusal import RecipeError
+from adai_dist.recipes.folder import GRACE_SECONDS, LOCK, run_lock
+from adai_dist.recipes.recipe import RecipeError
 from tests.faults.started import Rank, Starter, words_of
 from tests.recipe_runs import ROOT, cli_environment, losses, write_recipe
 
@@ -94,16 +94,16 @@ def test_the_second_run_in_a_folder_is_refused_with_the_host_and_the_process_of_
     third = start(starter, recipe, f"{name}-third", 1, *ENDLESS, f"run.name={name}", "--resume")
     try:
         begin = time.monotonic()
-        lock = run / run_lock.FILE_NAME
+        lock = run / LOCK
         wait_until(lambda: f'"pid": {third[0].pid},' in lock.read_text(), third)
-        assert time.monotonic() - begin < run_lock.GRACE_SECONDS
+        assert time.monotonic() - begin < GRACE_SECONDS
     finally:
         end(third)
 
 
 def test_ranks_that_torchrun_starts_again_have_the_folder_at_once(recipe: Path) -> None:
     run = recipe.parent / "runs" / "restarted"
-    lock = run / run_lock.FILE_NAME
+    lock = run / LOCK
     words = ("train", "--config", str(recipe), *ENDLESS, "run.name=restarted", "run.timeout=60", "--resume")
     # Under torchrun alone, ranks may find the addresses of their forerunners, which are gone.
     command = [ROOT / "launch/torchrun.sh", "adai-dist", *words]
@@ -143,7 +143,7 @@ def test_of_runs_that_start_together_each_gets_a_folder_of_its_own(starter: Star
     for folder in folders:
         assert sorted(losses(folder)) == [1, 2, 3]
         assert json.loads((folder / "summary.json").read_text())["run"] == folder.name
-        assert (folder / run_lock.FILE_NAME).read_text() == ""
+        assert (folder / LOCK).read_text() == ""
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -177,7 +177,7 @@ def test_of_runs_that_resume_together_one_goes_on(starter: Starter, recipe: Path
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from adai_dist.recipes.run_lock import run_lock
+from adai_dist.recipes.folder import run_lock
 with run_lock(Path(sys.argv[1])):
     if os.fork() == 0:
         print(os.getpid(), flush=True)
@@ -201,19 +201,19 @@ def test_a_process_that_the_killed_run_has_left_behind_does_not_hold_the_folder(
         try:
             with (
                 pytest.raises(RecipeError, match=f"where process {process.pid} on host "),
-                run_lock.run_lock(tmp_path, 0),
+                run_lock(tmp_path, 0),
             ):
                 pass
             process.kill()
             process.wait()
-            with run_lock.run_lock(tmp_path, 0):
-                assert f'"pid": {os.getpid()},' in (tmp_path / run_lock.FILE_NAME).read_text()
+            with run_lock(tmp_path, 0):
+                assert f'"pid": {os.getpid()},' in (tmp_path / LOCK).read_text()
         finally:
             os.kill(left_behind, signal.SIGKILL)
 
 
 def test_what_the_lock_of_another_host_or_of_nobody_is_told_as(tmp_path: Path) -> None:
-    path = tmp_path / run_lock.FILE_NAME
+    path = tmp_path / LOCK
     command = [sys.executable, "-c", HOLD.replace("if os.fork() == 0:", "if True:"), str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -226,10 +226,10 @@ def test_what_the_lock_of_another_host_or_of_nobody_is_told_as(tmp_path: Path) -
             ("", "where another process has been at work; wait for it, end it, or change run.name"),
         ):
             path.write_text(text)
-            with pytest.raises(RecipeError, match=re.escape(expected)), run_lock.run_lock(tmp_path, 0.2):
+            with pytest.raises(RecipeError, match=re.escape(expected)), run_lock(tmp_path, 0.2):
                 pass
         path.unlink()
-        with run_lock.run_lock(tmp_path, 0):
+        with run_lock(tmp_path, 0):
             process.kill()
 
 
@@ -244,7 +244,7 @@ def test_a_run_waits_a_moment_for_one_that_ends(tmp_path: Path) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         begin = time.monotonic()
-        with run_lock.run_lock(tmp_path, 30):
+        with run_lock(tmp_path, 30):
             assert time.monotonic() - begin > 0.5
             assert process.wait(10) == 0
 
@@ -283,12 +283,12 @@ def test_without_locks_the_run_that_is_written_there_counts_unless_it_has_certai
     tmp_path: Path, case: str
 ) -> None:
     make, is_refused = UNLOCKED[case]
-    path = tmp_path / run_lock.FILE_NAME
+    path = tmp_path / LOCK
     path.write_text(make())
     message = re.escape(f" has been at work for 5 min; end it, or delete {str(path)!r} if it has ended")
     with pytest.raises(RecipeError, match=message) if is_refused else contextlib.nullcontext():
-        with run_lock.run_lock(tmp_path, 0.2):
+        with run_lock(tmp_path, 0.2):
             assert f'"pid": {os.getpid()},' in path.read_text()
         assert path.read_text() == ""
-        with run_lock.run_lock(tmp_path, 0.2):
+        with run_lock(tmp_path, 0.2):
             pass

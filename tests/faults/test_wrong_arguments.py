@@ -17,8 +17,7 @@ from torch.nn import Parameter
 
 from adai_dist import Adai, AdaiV2, AdaiW, share_mean
 from adai_dist.cli import main
-from adai_dist.recipes.recipe_file import load_recipe
-from adai_dist.recipes.refusal import RecipeError
+from adai_dist.recipes.recipe import RecipeError, load_recipe
 from tests.recipe_runs import write_recipe
 
 SEED = 0

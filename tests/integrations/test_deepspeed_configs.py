@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from adai_dist.recipes import deepspeed_file
-from adai_dist.recipes.recipe_file import load_recipe
-from adai_dist.recipes.world import World
+from adai_dist.recipes import deepspeed_engine
+from adai_dist.recipes.job import World
+from adai_dist.recipes.recipe import load_recipe
 from tests.integrations.deepspeed_engines import set_environment
 from tests.recipe_runs import ROOT
 from tests.spawn import run_ranks
@@ -108,9 +108,9 @@ def test_nothing_that_changes_the_result_is_left_to_a_default(path: Path) -> Non
 
 @pytest.mark.parametrize("path", CONFIGS.values(), ids=CONFIGS)
 def test_the_recipe_of_make_train_takes_each_file_as_it_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepspeed_file, "_check", lambda *_: None)  # DeepSpeed's own check is above
+    monkeypatch.setattr(deepspeed_engine, "_check_with_deepspeed", lambda *_: None)  # DeepSpeed's own check is above
     settings = ["engine=deepspeed", f"deepspeed.config={path}"]
     recipe = load_recipe(ROOT / "configs" / "recipes" / "lm_tiny.yaml", settings)
-    read = deepspeed_file.read(recipe, World(0, 2, torch.device("cpu")))
-    assert deepspeed_file.precision_of(read) == "bf16"
+    read = deepspeed_engine.read_settings(recipe, World(0, 2, torch.device("cpu")))
+    assert deepspeed_engine.precision_of(read) == "bf16"
     assert (read["train_batch_size"], read["gradient_clipping"]) == (16, recipe.max_grad_norm)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -13,10 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from adai_dist.recipes import deepspeed_file
-from adai_dist.recipes.recipe_file import load_recipe
-from adai_dist.recipes.refusal import RecipeError
-from adai_dist.recipes.world import World
+from adai_dist.recipes import deepspeed_engine
+from adai_dist.recipes.job import World
+from adai_dist.recipes.recipe import RecipeError, load_recipe
 from tests.recipe_runs import (
     ACCELERATE,
     LAUNCHERS,
@@ -47,23 +45,21 @@ import json, sys
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DummyOptim
-from adai_dist.recipes.recipe_file import load_recipe
-from adai_dist.recipes.text import load_tokens, train_rows
-from adai_dist.recipes.model import build_model, row_losses
+from adai_dist.recipes.recipe import load_recipe
+from adai_dist.recipes.task import load_task
 
 recipe, output = load_recipe(sys.argv[1], sys.argv[3:]), sys.argv[2]
 accelerator = Accelerator()
-tokens = load_tokens(recipe.data)
-model = build_model(recipe.model, tokens.vocab_size, recipe.data.seq_len, recipe.run.seed)
+task = load_task(recipe)
+model = task.build_model(recipe.run.seed)
 model, optimizer = accelerator.prepare(model, DummyOptim(model.parameters()))
 curve = {}
 for step in range(recipe.run.steps):
     # With DeepSpeed on the CPU, accelerate takes itself for the only process.
-    ranks = dist.get_rank(), dist.get_world_size()
-    rows = train_rows(tokens.train, recipe.data, recipe.run.seed, step, *ranks)
+    (rows,) = task.train_rows(recipe.run.seed, step, dist.get_rank(), dist.get_world_size())
     for param_group in optimizer.param_groups:
         param_group["lr"] = recipe.learning_rate(step)
-    loss = row_losses(model, rows.to(accelerator.device)).mean()
+    loss = task.scores(model, (rows.to(accelerator.device),))["loss"].mean()
     accelerator.backward(loss)
     optimizer.step()
     optimizer.zero_grad()
@@ -90,11 +86,10 @@ def write_fitting_recipe(folder: Path, model: str = LLAMA) -> Path:
 
 def run(recipe: str, *overrides: str, **settings: Any) -> Path:
     """Trains on the ranks of the process group that is there; returns the folder of the run."""
+    from adai_dist.recipes.job import join_world
     from adai_dist.recipes.train import train
-    from adai_dist.recipes.world import join_world
 
-    loaded = load_recipe(recipe, overrides)
-    loaded.run = dataclasses.replace(loaded.run, **{"steps": STEPS, "checkpoint_every": 2, **settings})
+    loaded = load_recipe(recipe, overrides).replaced(**{"steps": STEPS, "checkpoint_every": 2, **settings})
     with join_world(loaded.device) as world:
         return Path(train(loaded, world)["folder"])
 
@@ -349,7 +344,7 @@ def test_a_contradiction_between_file_and_recipe_is_refused_in_one_line(tmp_path
     overrides = ["engine=deepspeed", f"deepspeed.config={path}", override]
     recipe = load_recipe(write_fitting_recipe(tmp_path), overrides)
     with pytest.raises(RecipeError, match=message) as caught:
-        deepspeed_file.read(recipe, World(0, 2, torch.device("cpu")))
+        deepspeed_engine.read_settings(recipe, World(0, 2, torch.device("cpu")))
     assert "\n" not in str(caught.value)
 
 
@@ -367,5 +362,5 @@ def test_a_file_that_is_no_configuration_is_refused_in_one_line(tmp_path: Path, 
         path.write_text(text)
     recipe = load_recipe(write_recipe(tmp_path), ["engine=deepspeed", f"deepspeed.config={path}"])
     with pytest.raises(RecipeError, match=f"deepspeed.config {message}") as caught:
-        deepspeed_file.read(recipe, World(0, 2, torch.device("cpu")))
+        deepspeed_engine.read_settings(recipe, World(0, 2, torch.device("cpu")))
     assert "\n" not in str(caught.value)

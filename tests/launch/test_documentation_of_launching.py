@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adai_dist.recipes.config import RunConfig
+from adai_dist.recipes.recipe import Run
 from tests.recipe_runs import ROOT
 
 PAGE = (ROOT / "docs/launching.md").read_text()
@@ -87,8 +87,8 @@ def test_every_knob_is_at_the_head_of_a_script() -> None:
 
 def test_every_setting_of_a_run_exists_and_has_the_default_that_is_named() -> None:
     settings = set(re.findall(r"`run\.(\w+)", PAGE))
-    assert settings <= set(vars(RunConfig()))
-    assert f"| `run.timeout` of a recipe; `init_process_group(timeout=...)` | {vars(RunConfig())['timeout']} s;" in PAGE
+    assert settings <= set(Run.model_fields)
+    assert f"| `run.timeout` of a recipe; `init_process_group(timeout=...)` | {Run().timeout} s;" in PAGE
 
 
 def test_the_seconds_before_the_time_limit_are_those_of_the_script() -> None:
