@@ -134,14 +134,7 @@ class DeepSpeedEngine(Engine):
 
 
 def read_settings(recipe: Recipe, world: World) -> Settings:
-    """Read the JSON file that the recipe names, and fill in what the recipe decides.
-
-    Args:
-        recipe: with engine=deepspeed; its batch can be split evenly.
-        world: the ranks that will train.
-
-    Returns:
-        The `config` of `deepspeed.initialize`, to be used with a client optimizer.
+    """Return the `config` of `deepspeed.initialize`: the JSON file of the recipe, completed by the recipe.
 
     Raises:
         RecipeError: the file is no configuration of DeepSpeed, or contradicts the recipe.

@@ -100,32 +100,27 @@ def build_engine(recipe: Recipe, task: Task, model: nn.Module, world: World) -> 
         from adai_dist.recipes.deepspeed_engine import DeepSpeedEngine
 
         return DeepSpeedEngine(recipe, task, model, world)
-    return (DDPEngine if recipe.engine == "ddp" else FSDP2Engine)(recipe, task, model, world)
+    return TorchEngine(recipe, task, model, world)
 
 
-class _TorchEngine(Engine):
+class TorchEngine(Engine):
+    """DistributedDataParallel or fully_shard of torch; both write checkpoints that the other one reads."""
+
     def __init__(self, recipe: Recipe, task: Task, model: nn.Module, world: World) -> None:
         self.model: nn.Module = model.to(world.device)
         self.precision: str = "bf16" if recipe.precision == "bf16" else "fp32"
         self._recipe = recipe
         self._task = task
         self._device = world.device
-        self._wrapped = self._wrap(self.model, world)
+        self._ddp = DistributedDataParallel(self.model) if recipe.engine == "ddp" else None
+        self._wrapped = self._ddp or _fully_sharded(self.model, self.precision, world)
         self._wrapped.train()
         self.optimizer: torch.optim.Optimizer = optimizers.build(recipe, self.model, recipe.max_grad_norm)
 
-    @abstractmethod
-    def _wrap(self, model: nn.Module, world: World) -> nn.Module: ...
-
-    @abstractmethod
-    def _accumulation(self, is_last: bool) -> AbstractContextManager[None]:
-        """Hold back the exchange of gradients within the block unless ``is_last``."""
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return contextlib.nullcontext()
-
     def backward(self, rows: Rows, is_last: bool) -> Tensor:
-        with self._accumulation(is_last):
+        if isinstance(self._wrapped, FSDPModule):
+            self._wrapped.set_requires_gradient_sync(is_last)
+        with self._ddp.no_sync() if self._ddp and not is_last else contextlib.nullcontext():
             with self._autocast():
                 loss = self._task.scores(self._wrapped, rows)["loss"].mean()
             cast(Any, loss / self._recipe.grad_accumulation).backward()
@@ -142,9 +137,15 @@ class _TorchEngine(Engine):
         with torch.no_grad(), self._autocast():
             scores = self._task.scores(self._wrapped, rows)
         self._wrapped.train()
+        if isinstance(self._wrapped, FSDPModule):
+            # Without a backward pass the root stays gathered, and its parameters are not those of the optimizer.
+            self._wrapped.reshard()
         return scores
 
     def save(self, folder: Path) -> None:
+        # Running averages of batch normalisation differ until DDP's next forward pass broadcasts those of rank 0.
+        for buffer in self.model.buffers() if self._ddp else ():
+            dist.broadcast(buffer, 0)
         dcp.save(self._state(), checkpoint_id=folder)
 
     def load(self, folder: Path) -> None:
@@ -156,51 +157,22 @@ class _TorchEngine(Engine):
     def _state(self) -> dict[str, Any]:
         return dict(zip(("model", "optimizer"), get_state_dict(self._wrapped, self.optimizer), strict=True))
 
-
-class DDPEngine(_TorchEngine):
-    """torch's DistributedDataParallel: the whole model on every rank, gradients averaged."""
-
-    def _wrap(self, model: nn.Module, world: World) -> nn.Module:
-        return DistributedDataParallel(model)
-
-    def save(self, folder: Path) -> None:
-        # Running averages of batch normalisation differ between ranks until the next forward pass broadcasts rank 0's.
-        for buffer in self.model.buffers():
-            dist.broadcast(buffer, 0)
-        super().save(folder)
-
-    def _accumulation(self, is_last: bool) -> AbstractContextManager[None]:
-        return contextlib.nullcontext() if is_last else cast(DistributedDataParallel, self._wrapped).no_sync()
-
     def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        enabled = self._ddp is not None and self.precision == "bf16"  # fully_shard casts by its own policy
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=enabled)
 
 
-class FSDP2Engine(_TorchEngine):
-    """torch's fully_shard: parameters, gradients and optimizer states sharded over all ranks."""
-
-    def _wrap(self, model: nn.Module, world: World) -> nn.Module:
-        must = "engine=fsdp2 on the CPU needs torch 2.9 (before, gloo sums gradients where FSDP2 asks for their mean)"
-        is_supported = world.device.type != "cpu" or torch.__version__ >= "2.9"
-        require(is_supported, must, torch.__version__, "set engine=ddp")
-        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("fsdp",))
-        policy = MixedPrecisionPolicy()
-        if self.precision == "bf16":
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for block in repeated_blocks(model):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)  # in place: the module itself becomes an FSDPModule
-        return model
-
-    def scores(self, rows: Rows) -> dict[str, Tensor]:
-        scores = super().scores(rows)
-        # Without a backward pass the root stays gathered, and its parameters are not those of the optimizer.
-        cast(FSDPModule, self._wrapped).reshard()
-        return scores
-
-    def _accumulation(self, is_last: bool) -> AbstractContextManager[None]:
-        cast(FSDPModule, self._wrapped).set_requires_gradient_sync(is_last)
-        return contextlib.nullcontext()
+def _fully_sharded(model: nn.Module, precision: str, world: World) -> nn.Module:
+    must = "engine=fsdp2 on the CPU needs torch 2.9 (before, gloo sums gradients where FSDP2 asks for their mean)"
+    is_supported = world.device.type != "cpu" or torch.__version__ >= "2.9"
+    require(is_supported, must, torch.__version__, "set engine=ddp")
+    mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("fsdp",))
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in (*repeated_blocks(model), model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)  # in place: the module itself becomes an FSDPModule
+    return model
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:

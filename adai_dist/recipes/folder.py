@@ -16,6 +16,7 @@ forked processes, which may outlive the main rank, do not inherit it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -84,25 +85,19 @@ def _prepare(recipe: Recipe, until_the_end: contextlib.ExitStack) -> Path:
 
 
 def _choose(recipe: Recipe) -> tuple[Path, bool]:
-    """Return the folder, which exists from now on, and whether it was created."""
+    """Return the folder, and whether it was created: of processes that race for a name, one creates it."""
     wanted = Path(recipe.run.out) / recipe.run.name
     wanted.parent.mkdir(parents=True, exist_ok=True)
-    folder, number = wanted, 1
-    while not _was_created(folder):
-        if folder == wanted and _may_use(recipe, folder):
-            return folder, False
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
+    folder = wanted
+    for number in itertools.count(2):
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            if folder == wanted and _may_use(recipe, folder):
+                return folder, False
+            folder = wanted.with_name(f"{wanted.name}-{number}")
     return folder, True
-
-
-def _was_created(folder: Path) -> bool:
-    """Create a folder; of several processes that try, one succeeds."""
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        return False
-    return True
 
 
 def _may_use(recipe: Recipe, folder: Path) -> bool:

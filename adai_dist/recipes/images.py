@@ -10,8 +10,7 @@ import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,14 +29,11 @@ _CIFAR = {  # name on the hub, column of the labels, number of classes
 _IMAGE_COLUMN = "img"
 
 
-@dataclass(frozen=True)
-class LabelledImages:
-    """Images and their labels."""
+class LabelledImages(NamedTuple):
+    """Images of shape (number, channels, height, width) and labels of shape (number,)."""
 
     images: NDArray[np.uint8]
-    """Shape (number, channels, height, width)."""
     labels: NDArray[np.int64]
-    """Shape (number,)."""
 
 
 class ImageSplits:
@@ -126,17 +122,8 @@ def _cropped(images: NDArray[np.uint8], corners: NDArray[np.int64], padding: int
     return np.ascontiguousarray(windows[np.arange(len(images)), :, corners[:, 0], corners[:, 1]])
 
 
-# -- data --------------------------------------------------------------------------------------------------------------
-
-
 def load_images(data: ImageData) -> ImageSplits:
-    """Read the images that the recipe names.
-
-    Raises:
-        RecipeError: the images, or a package that reads them, are missing.
-
-    Collective: none; every rank reads the same images.
-    """
+    """Read the images that the recipe names. See :func:`load_task`."""
     return _load_cifar(data) if isinstance(data, CifarData) else _load_digits()
 
 
@@ -184,9 +171,6 @@ def _labelled(dataset: Any, split: str, label_column: str, num_classes: int) -> 
         got = f"images of shape {images.shape[1:]}, labels up to {labels.max()}"
         raise RecipeError(f"{must}; got {got}; check data.source")
     return LabelledImages(np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels)
-
-
-# -- networks ----------------------------------------------------------------------------------------------------------
 
 
 def _convnet(
@@ -237,17 +221,7 @@ _NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_convnet(settings: Mapping[str, Any], shape: tuple[int, int, int], num_classes: int, seed: int) -> nn.Module:
-    """Build a network on the CPU, with initial weights that depend on ``seed`` alone.
-
-    Args:
-        settings: `architecture`, and further arguments of the function that builds it.
-        shape: channels, height and width of an image.
-        num_classes: number of outputs.
-        seed: seed of the weights.
-
-    Raises:
-        RecipeError: an unknown architecture or argument, or an invalid one.
-    """
+    """Build a network from `model` of a recipe, for images of ``shape`` (channels, height, width)."""
     given = dict(settings)
     architecture = str(given.pop("architecture"))
     must = f"model.architecture must be one of {', '.join(_NETWORKS)}"

@@ -11,9 +11,8 @@ import itertools
 import logging
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,15 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adai_dist.recipes.recipe import (
-    DatasetData,
-    FilesData,
-    RecipeError,
-    TextData,
-    TokensData,
-    require,
-    require_known,
-)
+from adai_dist.recipes.recipe import DatasetData, FilesData, RecipeError, TextData, TokensData, require, require_known
 from adai_dist.recipes.task import Rows, Task, share_of_rank
 
 logger: logging.Logger = logging.getLogger("adai_dist")
@@ -46,12 +37,10 @@ _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idl
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # their defaults belong to released vocabularies
 
 
-@dataclass(frozen=True)
-class TokenSplits:
-    """The concatenated tokens of all documents, for training and for evaluation."""
+class TokenSplits(NamedTuple):
+    """The concatenated tokens of all documents, in the smallest unsigned dtype that holds the vocabulary."""
 
     train: Tokens
-    """Shape (number of tokens,), the smallest unsigned dtype that holds the vocabulary."""
     val: Tokens
     vocab_size: int
     """Size of the vocabulary; 0 if unknown, with source=tokens."""
@@ -94,17 +83,7 @@ class LanguageTask(Task):
 
 
 def build_decoder(settings: Mapping[str, Any], vocab_size: int, seq_len: int, seed: int) -> nn.Module:
-    """Build a decoder on the CPU, with initial weights that depend on ``seed`` alone.
-
-    Args:
-        settings: `architecture` and settings of its config; `vocab_size` defaults to that of the tokenizer.
-        vocab_size: number of tokens that occur.
-        seq_len: tokens per sequence.
-        seed: seed of the weights.
-
-    Raises:
-        RecipeError: an unknown architecture or setting, or contradictory settings.
-    """
+    """Build a decoder from `model` of a recipe, for text in which ``vocab_size`` tokens occur."""
     given = dict(settings)
     architecture = str(given.pop("architecture"))
     try:
@@ -130,13 +109,7 @@ def build_decoder(settings: Mapping[str, Any], vocab_size: int, seq_len: int, se
 
 
 def load_tokens(data: TextData) -> TokenSplits:
-    """Read the text that the recipe names, tokenise it and split it by document.
-
-    Raises:
-        RecipeError: no text is found, it is too short, or a package that reads it is missing.
-
-    Collective: none; every rank reads the same files.
-    """
+    """Read the text that the recipe names, tokenise it and split it by document. See :func:`load_task`."""
     if isinstance(data, TokensData):
         splits = TokenSplits(_memory_map(data, "train.bin"), _memory_map(data, "val.bin"), 0)
     else:

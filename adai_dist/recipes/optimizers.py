@@ -33,15 +33,7 @@ def argument_defaults(name: str) -> dict[str, Any]:
 
 
 def check(name: str, arguments: Mapping[str, Any]) -> None:
-    """Construct an optimizer once, to find out whether it accepts the arguments.
-
-    Args:
-        name: a key of OPTIMIZERS.
-        arguments: keyword arguments, without the parameters and max_grad_norm.
-
-    Raises:
-        ValueError: a value that the constructor refuses.
-    """
+    """Raise ValueError for arguments that the constructor of an optimizer refuses."""
     try:
         OPTIMIZERS[name]([nn.Parameter(torch.zeros(1))], **with_tuples(arguments))
     except (TypeError, ValueError, AttributeError) as error:
@@ -49,12 +41,10 @@ def check(name: str, arguments: Mapping[str, Any]) -> None:
 
 
 def build(recipe: Recipe, model: nn.Module, max_grad_norm: float | None) -> torch.optim.Optimizer:
-    """Construct the optimizer; unless decay_vectors is set, weight decay excludes vectors (norms, biases).
+    """Construct the optimizer of a recipe for a model that its engine has wrapped.
 
-    Args:
-        recipe: names the optimizer and its arguments.
-        model: as the engine has wrapped it.
-        max_grad_norm: bound of the global gradient norm, or None; :func:`clip_and_step` needs the same one.
+    Weight decay excludes vectors (norms, biases) unless decay_vectors is set. :func:`clip_and_step` needs the same
+    ``max_grad_norm``, the bound of the global gradient norm or None.
     """
     kind, arguments = OPTIMIZERS[recipe.optimizer], with_tuples(recipe.optimizer_arguments)
     if issubclass(kind, AdaptiveInertia):

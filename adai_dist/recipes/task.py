@@ -31,7 +31,7 @@ class Task(ABC):
         """Build the model on the CPU, with initial weights that depend on ``seed`` alone; nothing is downloaded.
 
         Raises:
-            RecipeError: the recipe's model settings are invalid.
+            RecipeError: an unknown architecture or setting, or contradictory settings.
         """
 
     @abstractmethod
@@ -57,7 +57,7 @@ def load_task(recipe: Recipe) -> Task:
     """Read the data that a recipe names.
 
     Raises:
-        RecipeError: the data cannot be read.
+        RecipeError: the data, or a package that reads them, are missing; there are too few of them.
 
     Collective: none; every rank reads the same data.
     """

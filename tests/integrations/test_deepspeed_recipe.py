@@ -323,7 +323,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "optimizers.adaiv2.lr=1.0": ({}, "optimizer.params.lr in .* must be that of the recipe, 1.0; got 4.0; "),
     "optimizers.adaiv2.betas=[0.1,0.9]": (
         {},
-        r"optimizer.params.betas in .* the recipe, \(0.1, 0.9\); got \[0.1, 0.99\]",
+        r"optimizer.params.betas in .* the recipe, \(0.1, 0.9\); got \(0.1, 0.99\)",
     ),
     "run.seed=1": (
         {"optimizer": {"type": "adaiv2", "params": {"momentum": 0.9}}},
