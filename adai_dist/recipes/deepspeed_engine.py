@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,12 +143,9 @@ def read_settings(recipe: Recipe, world: World) -> Settings:
     path = str(find_config("deepspeed", given, "deepspeed.config"))
     try:
         settings: Any = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise RecipeError(f"deepspeed.config must be a readable file; got {given!r}; {error.strerror}") from error
-    except ValueError as error:
-        raise RecipeError(f"deepspeed.config must be JSON; got {given!r}; {error}") from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"deepspeed.config must be a readable JSON file; got {given!r}; {error}") from error
     require(isinstance(settings, dict), "deepspeed.config must hold a JSON object", settings, f"see {path}")
-    settings = cast("Settings", settings)
     for section, reason in _UNSUPPORTED.items():
         value = settings.get(section)
         require(not value, f"{section} must not be set in {path} for a recipe", value, f"{reason}; drop it there")
@@ -174,15 +171,14 @@ def precision_of(settings: Mapping[str, Any]) -> str | None:
 
 
 def _agree_on_numbers(settings: Settings, recipe: Recipe, world: World, path: str) -> None:
-    batch, parts = recipe.data.batch, recipe.grad_accumulation
+    batch, parts, norm = recipe.data.batch, recipe.grad_accumulation, recipe.max_grad_norm
     shared = f"data.batch={batch} and grad_accumulation={parts} on {world.size} ranks"
-    decided = (
+    for key, value, origin in (
         ("train_batch_size", batch, f"data.batch={batch}"),
         ("train_micro_batch_size_per_gpu", batch // (world.size * parts), shared),
         ("gradient_accumulation_steps", parts, f"grad_accumulation={parts}"),
-        ("gradient_clipping", recipe.max_grad_norm or 0.0, f"max_grad_norm={recipe.max_grad_norm}"),
-    )
-    for key, value, origin in decided:
+        ("gradient_clipping", norm or 0.0, f"max_grad_norm={norm}"),
+    ):
         given = settings.get(key, _AUTO)
         must = f"{key} in {path} must be {value}, as the recipe has {origin}"
         require(given in (_AUTO, value), must, given, "change one of the two, or drop it from the file")

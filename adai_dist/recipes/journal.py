@@ -9,9 +9,8 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,15 +46,15 @@ _IN_TABLE = (
 )
 
 
-@dataclass
-class Reading:
+class Reading(NamedTuple):
     """Loss and time of some steps."""
 
     loss: float
     """Mean over the steps and all ranks, in nats."""
-    num_timed_steps: int
+    num_steps: int
+    """Number of timed steps."""
     seconds: float
-    """Time of the timed steps, from the data to the new parameters, without evaluations and checkpoints."""
+    """From the data to the new parameters, without evaluations and checkpoints."""
     optimizer_seconds: float
     """The part of it spent in clipping and in the optimizer."""
 
@@ -66,7 +65,7 @@ class Reading:
 
     def units_per_second(self, units_per_step: int) -> float | None:
         """Return the throughput over all ranks; None without a timed step."""
-        return self.num_timed_steps * units_per_step / self.seconds if self.seconds else None
+        return self.num_steps * units_per_step / self.seconds if self.seconds else None
 
 
 class Meter:
@@ -113,11 +112,11 @@ class Meter:
         optimizer_seconds = sum(self._seconds(middle, end) for _, middle, end in steps)
         self._loss_sum.zero_()
         self._num_steps, self._marks, self._is_first = 0, [], False
-        self.total.loss = loss
-        self.total.num_timed_steps += len(steps)
-        self.total.seconds += seconds
-        self.total.optimizer_seconds += optimizer_seconds
-        return Reading(loss, len(steps), seconds, optimizer_seconds)
+        reading = Reading(loss, len(steps), seconds, optimizer_seconds)
+        _, num_before, seconds_before, optimizer_before = self.total
+        optimizer_total = optimizer_before + optimizer_seconds
+        self.total = Reading(loss, num_before + len(steps), seconds_before + seconds, optimizer_total)
+        return reading
 
     def _seconds(self, start: Any, end: Any) -> float:
         if not self._on_cuda:
@@ -143,14 +142,8 @@ class Journal:
             _truncate(folder / name, first_step, is_done=first_step == num_steps)
         self._events = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
         on_terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=num_steps,
-            initial=first_step,
-            desc=folder.name,
-            unit="step",
-            dynamic_ncols=on_terminal,
-            mininterval=0.1 if on_terminal else _BAR_SECONDS,
-        )
+        style: dict[str, Any] = {"dynamic_ncols": on_terminal, "mininterval": 0.1 if on_terminal else _BAR_SECONDS}
+        self._bar = tqdm(total=num_steps, initial=first_step, desc=folder.name, unit="step", **style)
 
     def close(self) -> None:
         """End the bar and the event file."""
@@ -209,11 +202,6 @@ def _truncate(path: Path, step: int, is_done: bool) -> None:
         atomic_files.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def write_summary(folder: Path, summary: Summary) -> None:
-    """Write FOLDER/summary.json, whose presence means that the run has finished."""
-    atomic_files.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-
 def summary_table(summary: Summary) -> str:
     """Return the summary as aligned plain text."""
     named = [(key.format(**summary), label.format(**summary), form) for key, label, form in _IN_TABLE]
@@ -252,10 +240,7 @@ def _git_commit(folder: Path) -> str | None:
 
 
 def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

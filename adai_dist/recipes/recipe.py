@@ -331,15 +331,11 @@ def load_recipe(given: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def find_config(folder: str, given: str | Path, key: str) -> Path:
-    """Return the path of a configuration that is given by its path, or by the name of a shipped one.
+    """Return the path of a configuration, given by its path or by the name of a shipped one; ./NAME is always a path.
 
     Args:
         folder: recipes or deepspeed.
-        given: a path, or the name of a shipped file without its ending; ./NAME is always a path.
-        key: what the error calls it.
-
-    Raises:
-        RecipeError: there is no such file.
+        key: what the RecipeError for a missing file calls it.
     """
     shipped = {path.stem: path for path in sorted((_CONFIGS / folder).iterdir())}
     path = shipped.get(str(given), Path(given))

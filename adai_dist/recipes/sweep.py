@@ -20,8 +20,7 @@ def plan_sweep(recipe: Recipe, chosen: Sequence[str], num_seeds: int) -> dict[st
     """Return the runs of a sweep by optimizer: run.seed and the seeds after it, all in the folder OUT/NAME.
 
     Args:
-        recipe: the settings that all runs share.
-        chosen: optimizers, of those with a section in the recipe; all of them if empty.
+        chosen: optimizers with a section in the recipe; all of these if empty.
         num_seeds: runs of each optimizer.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from adai_dist.optimizer import AdaptiveInertia
+from adai_dist.recipes.atomic_files import write_text
 from adai_dist.recipes.checkpoints import Checkpoints
 from adai_dist.recipes.engines import Engine, build_engine, check_engine
 from adai_dist.recipes.folder import CONFIG, open_run_folder
 from adai_dist.recipes.job import Stopped, StopRequest, World, interruptible
-from adai_dist.recipes.journal import Journal, Meter, Summary, describe_environment, write_summary
+from adai_dist.recipes.journal import Journal, Meter, Summary, describe_environment
 from adai_dist.recipes.recipe import Recipe, require
 from adai_dist.recipes.task import Rows, Task, load_task
 from adai_dist.tools.plots import plot_inertia, plot_loss, read_summary
@@ -96,19 +98,16 @@ def _train_in(folder: Path, recipe: Recipe, task: Task, model: nn.Module, world:
     if world.is_main:
         plot_loss(folder, task.unit)
         plot_inertia(folder)
-        write_summary(folder, summary)
+        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")  # last: the run has finished
     return summary
 
 
 class HeldOut(NamedTuple):
-    """The rows of every evaluation."""
+    """This rank's part of the rows of every evaluation, their weights, and the number of rows per forward pass."""
 
     rows: Rows
-    """This rank's part."""
     weights: Tensor
-    """Weight of each row, see `Task.val_rows`."""
     num_at_once: int
-    """Rows per forward pass."""
 
 
 def seed_dropout(seed: int, step: int, world: World) -> None:
