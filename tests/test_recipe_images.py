@@ -18,7 +18,7 @@ from adai_dist.recipes.images import (
     load_images,
 )
 from adai_dist.recipes.recipe import CifarData, DigitsData, RecipeError, load_recipe
-from adai_dist.recipes.task import load_task
+from adai_dist.recipes.train import load_task
 from tests.recipe_runs import ROOT, losses
 from tests.spawn import run_ranks
 

@@ -36,8 +36,7 @@ _UNSUPPORTED = {
 class DeepSpeedEngine(Engine):
     """ZeRO and offload. The optimizer is the recipe's, and DeepSpeed clips."""
 
-    def __init__(self, recipe: Recipe, task: Task, model: nn.Module, world: World) -> None:
-        settings = read_settings(recipe, world)
+    def __init__(self, recipe: Recipe, world: World, settings: Settings, task: Task, model: nn.Module) -> None:
         import deepspeed
 
         from adai_dist.integrations.deepspeed.registration import register
@@ -49,7 +48,7 @@ class DeepSpeedEngine(Engine):
         # DeepSpeed 0.19 calls what torch 2.13 renamed, several times per step.
         warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning, "torch.distributed")
         model = model.to(world.device)
-        optimizer = optimizers.build(recipe, model, max_grad_norm=None)
+        optimizer = optimizers.build(recipe.optimizer, recipe.optimizer_arguments, model, None, recipe.decay_vectors)
         if not isinstance(optimizer, AdaptiveInertia):  # compare with the same optimizer as in other engines
             settings.update(zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=False)
         try:

@@ -79,34 +79,10 @@ class Engine(ABC):
         """Read what ``save`` wrote, on any number of ranks unless the engine refuses with a RecipeError."""
 
 
-def check_engine(recipe: Recipe, world: World) -> None:
-    """Refuse, before anything is built, what the engine cannot do.
-
-    Raises:
-        RecipeError: the engine cannot run this recipe.
-    """
-    if recipe.engine == "deepspeed":
-        from adai_dist.recipes.deepspeed_engine import read_settings
-
-        read_settings(recipe, world)
-
-
-def build_engine(recipe: Recipe, task: Task, model: nn.Module, world: World) -> Engine:
-    """Spread a model, which is equal on all ranks, over the ranks.
-
-    Collective: all ranks of the job.
-    """
-    if recipe.engine == "deepspeed":
-        from adai_dist.recipes.deepspeed_engine import DeepSpeedEngine
-
-        return DeepSpeedEngine(recipe, task, model, world)
-    return TorchEngine(recipe, task, model, world)
-
-
 class TorchEngine(Engine):
     """DistributedDataParallel or fully_shard of torch; both write checkpoints that the other one reads."""
 
-    def __init__(self, recipe: Recipe, task: Task, model: nn.Module, world: World) -> None:
+    def __init__(self, recipe: Recipe, world: World, task: Task, model: nn.Module) -> None:
         self.model: nn.Module = model.to(world.device)
         self.precision: str = "bf16" if recipe.precision == "bf16" else "fp32"
         self._recipe = recipe
@@ -115,7 +91,9 @@ class TorchEngine(Engine):
         self._ddp = DistributedDataParallel(self.model) if recipe.engine == "ddp" else None
         self._wrapped = self._ddp or _fully_sharded(self.model, self.precision, world)
         self._wrapped.train()
-        self.optimizer: torch.optim.Optimizer = optimizers.build(recipe, self.model, recipe.max_grad_norm)
+        self.optimizer: torch.optim.Optimizer = optimizers.build(
+            recipe.optimizer, recipe.optimizer_arguments, self.model, recipe.max_grad_norm, recipe.decay_vectors
+        )
 
     def backward(self, rows: Rows, is_last: bool) -> Tensor:
         if isinstance(self._wrapped, FSDPModule):

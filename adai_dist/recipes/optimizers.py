@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adai_dist.optimizer import Adai, AdaiV2, AdaiW, AdaptiveInertia
-
-if TYPE_CHECKING:
-    from adai_dist.recipes.recipe import Recipe
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adaiv2": AdaiV2,
@@ -40,18 +37,20 @@ def check(name: str, arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"optimizers.{name}: {error}") from error
 
 
-def build(recipe: Recipe, model: nn.Module, max_grad_norm: float | None) -> torch.optim.Optimizer:
-    """Construct the optimizer of a recipe for a model that its engine has wrapped.
+def build(
+    name: str, arguments: Mapping[str, Any], model: nn.Module, max_grad_norm: float | None, decay_vectors: bool
+) -> torch.optim.Optimizer:
+    """Construct an optimizer for a model that its engine has wrapped.
 
-    Weight decay excludes vectors (norms, biases) unless decay_vectors is set. :func:`clip_and_step` needs the same
+    Weight decay excludes vectors (norms, biases) unless ``decay_vectors``. :func:`clip_and_step` needs the same
     ``max_grad_norm``, the bound of the global gradient norm or None.
     """
-    kind, arguments = OPTIMIZERS[recipe.optimizer], with_tuples(recipe.optimizer_arguments)
+    kind, arguments = OPTIMIZERS[name], with_tuples(arguments)
     if issubclass(kind, AdaptiveInertia):
         arguments["max_grad_norm"] = max_grad_norm
     params = [param for param in model.parameters() if param.requires_grad]
     param_groups: list[dict[str, Any]] = [{"params": params}]
-    if {**argument_defaults(recipe.optimizer), **arguments}["weight_decay"] and not recipe.decay_vectors:
+    if {**argument_defaults(name), **arguments}["weight_decay"] and not decay_vectors:
         matrices, vectors = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
         param_groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return kind([param_group for param_group in param_groups if param_group["params"]], **arguments)

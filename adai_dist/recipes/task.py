@@ -9,8 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from adai_dist.recipes.recipe import Recipe, TextData
-
 Rows = tuple[Tensor, ...]
 """Columns of some sequences or images: tensors whose first dim counts them."""
 
@@ -51,24 +49,6 @@ class Task(ABC):
 
         `loss`, in nats per unit and float32, is one of them and carries its graph.
         """
-
-
-def load_task(recipe: Recipe) -> Task:
-    """Read the data that a recipe names.
-
-    Raises:
-        RecipeError: the data, or a package that reads them, are missing; there are too few of them.
-
-    Collective: none; every rank reads the same data.
-    """
-    data = recipe.data
-    if isinstance(data, TextData):
-        from adai_dist.recipes.language import LanguageTask, load_tokens
-
-        return LanguageTask(data, recipe.model, load_tokens(data))
-    from adai_dist.recipes.images import ImageTask, load_images
-
-    return ImageTask(data, recipe.model, recipe.engine, load_images(data))
 
 
 def share_of_rank(num_items: int, rank: int, num_ranks: int) -> tuple[NDArray[np.int64], Tensor]:

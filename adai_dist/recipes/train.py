@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +16,12 @@ from torch import Tensor, nn
 from adai_dist.optimizer import AdaptiveInertia
 from adai_dist.recipes.atomic_files import write_text
 from adai_dist.recipes.checkpoints import Checkpoints
-from adai_dist.recipes.engines import Engine, build_engine, check_engine
+from adai_dist.recipes.engines import Engine, TorchEngine
 from adai_dist.recipes.folder import CONFIG, open_run_folder
 from adai_dist.recipes.job import Stopped, StopRequest, World, interruptible
 from adai_dist.recipes.journal import Journal, Meter, Summary, describe_environment
-from adai_dist.recipes.recipe import Recipe, require
-from adai_dist.recipes.task import Rows, Task, load_task
+from adai_dist.recipes.recipe import Recipe, TextData, require
+from adai_dist.recipes.task import Rows, Task
 from adai_dist.tools.plots import plot_inertia, plot_loss, read_summary
 
 
@@ -43,16 +45,42 @@ def train(recipe: Recipe, world: World) -> Summary:
     batch, num_parts = recipe.data.batch, world.size * recipe.grad_accumulation
     why = f"{world.size} ranks and grad_accumulation={recipe.grad_accumulation} share it"
     require(batch % num_parts == 0, f"data.batch must be a multiple of {num_parts}", batch, why)
-    check_engine(recipe, world)
+    build_engine = _engine_of(recipe, world)
     task = load_task(recipe)
     model = task.build_model(recipe.run.seed)
     with open_run_folder(recipe, world) as folder:
-        return _train_in(folder, recipe, task, model, world)
+        return _train_in(folder, recipe, task, build_engine(task, model), world)
 
 
-def _train_in(folder: Path, recipe: Recipe, task: Task, model: nn.Module, world: World) -> Summary:
+def load_task(recipe: Recipe) -> Task:
+    """Read the data that a recipe names.
+
+    Raises:
+        RecipeError: the data, or a package that reads them, are missing; there are too few of them.
+
+    Collective: none; every rank reads the same data.
+    """
+    data = recipe.data
+    if isinstance(data, TextData):
+        from adai_dist.recipes.language import LanguageTask, load_tokens
+
+        return LanguageTask(data, recipe.model, load_tokens(data))
+    from adai_dist.recipes.images import ImageTask, load_images
+
+    return ImageTask(data, recipe.model, recipe.engine, load_images(data))
+
+
+def _engine_of(recipe: Recipe, world: World) -> Callable[[Task, nn.Module], Engine]:
+    """Return the constructor of the engine, after a check of what it needs beside the recipe."""
+    if recipe.engine != "deepspeed":
+        return functools.partial(TorchEngine, recipe, world)
+    from adai_dist.recipes.deepspeed_engine import DeepSpeedEngine, read_settings
+
+    return functools.partial(DeepSpeedEngine, recipe, world, read_settings(recipe, world))
+
+
+def _train_in(folder: Path, recipe: Recipe, task: Task, engine: Engine, world: World) -> Summary:
     run = recipe.run
-    engine = build_engine(recipe, task, model, world)
     checkpoints = Checkpoints(folder / "checkpoints", run.keep_checkpoints, world)
     first_step = checkpoints.load_latest(engine) if run.resume else 0
     must = f"run.steps must be at least {first_step}, the steps already done"

@@ -46,7 +46,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DummyOptim
 from adai_dist.recipes.recipe import load_recipe
-from adai_dist.recipes.task import load_task
+from adai_dist.recipes.train import load_task
 
 recipe, output = load_recipe(sys.argv[1], sys.argv[3:]), sys.argv[2]
 accelerator = Accelerator()
