@@ -16,7 +16,6 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from adai_dist.recipes import optimizers
 from adai_dist.recipes.atomic_files import write_text
@@ -372,7 +371,7 @@ def _validated(values: Any, origin: str = "the recipe", overrides: Sequence[str]
         raise RecipeError(_in_words(errors[0], origin, overrides)) from error
 
 
-def _in_words(error: ErrorDetails, origin: str, overrides: Sequence[str]) -> str:
+def _in_words(error: Any, origin: str, overrides: Sequence[str]) -> str:
     """Return one line for the first thing that pydantic found."""
     location = [str(part) for part in error["loc"]]
     section, source = Recipe, ""

@@ -352,7 +352,7 @@ def test_a_contradiction_between_file_and_recipe_is_refused_in_one_line(tmp_path
     ("text", "message"),
     [
         (None, "must be a file, or the name of a shipped one; got "),
-        ("{", "must be JSON; got "),
+        ("{", "must be a readable JSON file; got "),
         ("[]", "must hold a JSON object"),
     ],
 )
