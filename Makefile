@@ -1,5 +1,5 @@
-# All commands of the project. Each one first installs its dependencies into .venv, once: a stamp file records it, and is
-# out of date when pyproject.toml or constraints.txt changes.
+# All commands of the project. Each one first installs its dependencies into .venv, once: a stamp file records it, and
+# is out of date when pyproject.toml or constraints.txt changes.
 
 PYTHON      ?= python3
 VENV        ?= .venv

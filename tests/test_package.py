@@ -1,4 +1,4 @@
-"""What ships, and that the files around the package agree with it."""
+"""Contents of the distributions, and consistency of the package with the files around it."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_workflows_call_commands_of_the_makefile_that_exist() -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of the package as it is, plus the native sources of tomorrow."""
+    """Build a wheel of the package with additional native sources."""
     tree = tmp_path_factory.mktemp("tree")
     shutil.copytree(ROOT / "adai_dist", tree / "adai_dist", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "configs", tree / "configs")
