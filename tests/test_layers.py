@@ -124,7 +124,7 @@ def test_the_core_imports_only_torch_and_the_rest_only_declared_dependencies() -
     assert not wrong_imports(is_undeclared)
 
 
-def test_imports_have_no_cycle() -> None:
+def test_imports_form_no_cycle() -> None:
     graph = {
         module_of(path): {item.module for item in imports_of(path, modules()) if item.is_top_level} & modules()
         for path in sources()

@@ -56,7 +56,7 @@ def test_the_installed_package_has_this_version_and_the_console_script() -> None
     assert scripts == {"adai-dist": "adai_dist.cli:main"}
 
 
-def test_the_package_needs_torch_alone() -> None:
+def test_the_package_requires_only_torch() -> None:
     requirements = distribution("adai-dist").requires
     assert requirements is not None
     assert [requirement for requirement in requirements if "extra ==" not in requirement] == ["torch>=2.6"]
@@ -81,7 +81,7 @@ def test_constraints_give_one_exact_version_for_every_distribution_the_commands_
             assert requirement.name in pinned
 
 
-def test_dependencies_of_users_have_floors_alone_and_come_with_one_extra() -> None:
+def test_user_dependencies_have_only_minimum_versions_and_one_extra_installs_all() -> None:
     extras = dict(PYPROJECT["project"]["optional-dependencies"])
     assert extras.pop("all") == [f"adai-dist[{','.join(extras)}]"]
     for given in [*PYPROJECT["project"]["dependencies"], *itertools.chain(*extras.values())]:
