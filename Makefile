@@ -1,5 +1,5 @@
-# All commands of the project. Each one first installs what it needs into .venv, once: a stamp file remembers it, and is out
-# of date when pyproject.toml or constraints.txt changes.
+# All commands of the project. Each one first installs its dependencies into .venv, once: a stamp file records it, and
+# is out of date when pyproject.toml or constraints.txt changes.
 
 PYTHON      ?= python3
 VENV        ?= .venv
@@ -11,10 +11,10 @@ CONFIG ?= lm_tiny
 # One process per GPU; two on a machine without GPUs.
 NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
-# Tests of one file share what they have made, and stay together.
+# Tests of one file share fixtures, and stay in one process.
 PARALLEL := --numprocesses 2 --dist loadfile
 
-# What a command needs: extras of the package, and dependency groups beside it.
+# The dependencies of each command: extras of the package, and dependency groups.
 INSTALL_train := -e '.[train,kernels]'
 INSTALL_sweep := -e '.[train,kernels,images]'
 INSTALL_test  := -e '.[all]' --group test
@@ -35,10 +35,10 @@ train: $(VENV)/.installed-train ## train a small language model on two ranks (AR
 sweep: $(VENV)/.installed-sweep ## compare six optimizers on scanned digits, three seeds each (ARGS="options")
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/adai-dist sweep --config digits_cnn $(ARGS)
 
-test: $(VENV)/.installed-test ## run the core of the tests, in two processes (ARGS="pytest options")
+test: $(VENV)/.installed-test ## run the core tests, in two processes (ARGS="pytest options")
 	$(BIN)/python -m pytest $(PARALLEL) -m "not exhaustive and not slow and not gpu" $(ARGS)
 
-check: $(VENV)/.installed-test ## run all tests, less those marked slow or gpu (ARGS="pytest options")
+check: $(VENV)/.installed-test ## run all tests except those marked slow or gpu (ARGS="pytest options")
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 test-slow: $(VENV)/.installed-test ## run the tests marked slow
@@ -55,34 +55,34 @@ lint: $(VENV)/.installed-lint ## ruff, pyright (strict on adai_dist), codespell,
 	$(BIN)/codespell
 	$(BIN)/shellcheck .ci/run .ci/smoke launch/*.sh launch/*.sbatch
 
-format: $(VENV)/.installed-lint ## let ruff rewrite what it can
+format: $(VENV)/.installed-lint ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-train ## measure the optimizer on this machine (ARGS="options of adai-dist bench")
 	$(BIN)/adai-dist bench $(ARGS)
 
-soak: $(VENV)/.installed-train ## train 100,000 steps on two ranks and watch drift and memory (ARGS="options", NPROC=n)
+soak: $(VENV)/.installed-train ## train 100,000 steps on two ranks and check drift and memory (ARGS="options", NPROC=n)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) \
 	    -m adai_dist soak $(ARGS)
 
 docs: $(VENV)/.installed-docs ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-dist: $(VENV)/.installed-release ## build sdist and wheel into dist/, and use each in an empty environment and folder
+dist: $(VENV)/.installed-release ## build sdist and wheel into dist/, and test each in an empty environment and folder
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 	for file in dist/*; do .ci/smoke "$$file" || exit; done
 
-# CUDA's libraries are left to torch: each of its releases asks for exact versions of them, and CPU builds for none.
-constraints: $(VENV)/.installed-release ## renew constraints.txt; what it pins stays (ARGS="--upgrade", "--upgrade-package NAME")
+# CUDA's libraries are left to torch: each of its releases requires exact versions of them, and CPU builds none.
+constraints: $(VENV)/.installed-release ## update constraints.txt, keeping its pins (ARGS="--upgrade", "--upgrade-package NAME")
 	UV_CUSTOM_COMPILE_COMMAND="make constraints" $(BIN)/uv pip compile --quiet --universal --python-version 3.10 \
 	    --all-extras --group test --group lint --group docs --group release --no-annotate \
 	    --output-file constraints.txt pyproject.toml $(ARGS)
 	sed -i -E '/^(cuda|nvidia|triton)/d' constraints.txt
 
-clean: ## remove what the commands made, except .venv and runs/
+clean: ## remove the outputs of the commands, except .venv and runs/
 	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
 	find adai_dist tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -95,8 +95,8 @@ $(VENV)/.installed-release: pyproject.toml | $(BIN)/python
 	$(PIP) -c $(CONSTRAINTS) --group release
 	@touch $@
 
-# The pip of a new environment may be too old for dependency groups. torch goes first and alone: the other packages then
-# find the build of it that was chosen, and keep it.
+# The pip of a new environment may be too old for dependency groups. torch is installed first and separately, so that the
+# other packages keep the chosen build.
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP) 'pip>=25.1'
 	$(PIP) -c $(CONSTRAINTS) torch

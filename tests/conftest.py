@@ -1,4 +1,4 @@
-"""What holds for all tests."""
+"""Configuration of all tests: environment, marks and compilation."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from tests.operators import (
 )
 
 os.environ["TORCH_EXTENSIONS_DIR"] = str(COPY)
-# One ninja for compilation, ranks and programs: after another version of it everything is compiled again.
+# One ninja for compilation, ranks and programs: another version would compile everything again.
 os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 
-# A process that a script starts in the background ignores Ctrl-C, and so do the ones that it starts.
+# A process that a script starts in the background ignores Ctrl-C, and its children inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Where several test processes share the cores, more threads wait for each other.
+# Several test processes share the cores; more threads would only wait for each other.
 torch.set_num_threads(1)
 
-EXHAUSTIVE = ("configs", "faults", "launch")  # folders that only `make check` looks into
+EXHAUSTIVE = ("configs", "faults", "launch")  # folders that only `make check` runs
 
-# What older releases of torch cannot do: (fixed in, words in the name of a test, reason).
+# Limitations of older releases of torch: (fixed in, words in the name of a test, reason).
 FIXED_IN_TORCH = (
     (
         "2.9",
@@ -41,9 +41,9 @@ FIXED_IN_TORCH = (
             *("test_late_parameters", "test_refusals", "test_documentation_of", "test_checkpoint", "test_kill"),
             *("tests/launch/", "tests/configs/", "test_recipe_images", "test_recipe_train"),
         ),
-        "gloo adds gradients up where FSDP2 asks for their mean, or has no reduce_scatter at all",
+        "gloo sums gradients where FSDP2 requests their mean, or has no reduce_scatter",
     ),
-    ("2.9", ("test_deepspeed",), "DeepSpeed needs more of gloo than older releases have, and was not tried there"),
+    ("2.9", ("test_deepspeed",), "DeepSpeed needs gloo features that older releases lack, and is untested there"),
     ("2.10", ("tp-fsdp2",), "DTensor.full_tensor() misplaces rows of uneven strided shards"),
     ("2.10", ("low_precision_gradients", "test_odd_model"), "a gradient must have the dtype of its parameter"),
 )
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Compile what the tests load before any test's time runs."""
+    """Compile the kernels and operators that the tests load, before any test's timeout starts."""
     if not session.items or session.config.option.collectonly:
         return
     try:
@@ -75,5 +75,5 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_lock_of_the_test_before() -> None:
+def _no_lock_of_an_earlier_test() -> None:
     remove_locks()

@@ -1,7 +1,7 @@
-"""Adai as it is usually written: the mean over what one call of step() sees.
+"""Naive Adai: the mean over the tensors of one call of step().
 
-On one process that is the algorithm. Under ZeRO a call sees one partition of one parameter group, and the mean with it:
-the tests of the integrations use this class to show how far off that is, so that they are known to bite.
+In one process, this is the algorithm. Under ZeRO, a call gets one partition of one parameter group, and so does the
+mean. The tests of the integrations measure the error of this class, to prove that they can detect it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 class NaiveAdai(torch.optim.Optimizer):
-    """Plain Adai and AdaiV2, as an optimizer of torch; every group states all hyperparameters."""
+    """Adai and AdaiV2 as a torch optimizer; every group contains all hyperparameters."""
 
     def __init__(self, params: Iterable[dict[str, Any]]) -> None:
-        # By other names than in the package, which looks for its optimizers by the keys of their groups.
+        # The package recognises its optimizers by the keys of their groups, so these keys differ.
         super().__init__([{"params": group["params"], "hyper": group} for group in params], {})
 
     @torch.no_grad()

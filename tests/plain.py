@@ -1,6 +1,6 @@
-"""Adaptive inertia as anyone would write it in PyTorch, in two passes: the yardstick for rounding errors.
+"""Adaptive inertia in straightforward PyTorch, in two passes: the reference for rounding errors.
 
-Arithmetic and states are float32 at least, and 0/0 is treated as the package does; nothing else is careful.
+Arithmetic and states are at least float32, and 0/0 is handled as in the package; no other precautions are taken.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class PlainAdai:
-    """Steps plain local tensors; each of `groups` is a dictionary with "params" and every hyperparameter."""
+    """Optimizer of plain local tensors; each of `groups` is a dictionary with "params" and every hyperparameter."""
 
     def __init__(self, groups: Sequence[dict[str, Any]], max_grad_norm: float | None = None) -> None:
         self.groups = groups

@@ -1,7 +1,7 @@
-"""Prescribed optimization problems: parameters with given starts and gradients that are a function of step and name.
+"""Prescribed optimization problems: given initial parameters, and gradients that are a function of step and name.
 
-Because the gradients do not depend on the parameters, every layout of the same problem must take the same steps, and
-the oracle needs no gathered gradients.
+The gradients do not depend on the parameters, so every layout of the same problem must take the same steps, and the
+oracle needs no gathered gradients.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Spec:
-    """One parameter: its name "block.leaf", its shape, the size of its gradients and when it has any."""
+    """One parameter: its name "block.leaf", its shape, and the scale and schedule of its gradients."""
 
     name: str
     shape: tuple[int, ...]
     scale: float = 1.0
     first_step: int = 0
-    """No gradient before this step."""
+    """First step with a gradient."""
     missing_every: int | None = None
-    """No gradient in every so-manieth step."""
+    """Period of the steps without a gradient; None if every step has one."""
     zeros: int = 0
-    """Gradients before this step are zero."""
+    """Number of first steps whose gradients are zero."""
     strided: bool = False
-    """A transposed view, not contiguous."""
+    """Whether the tensor is a transposed view, not contiguous."""
 
 
 @dataclass(frozen=True)
@@ -54,26 +54,26 @@ class Problem:
     max_grad_norm: float | None = None
     dtype: torch.dtype = torch.float64
     grad_dtype: torch.dtype | None = None
-    """The dtype of the gradients where it is not the parameters'."""
+    """Dtype of the gradients; that of the parameters if None."""
 
     def specs(self) -> Iterator[Spec]:
         for _, specs in self.groups:
             yield from specs
 
     def hyperparameters(self, index: int) -> dict[str, Any]:
-        """All hyperparameters of a group."""
+        """Return all hyperparameters of a group, including defaults."""
         return DEFAULTS | self.groups[index][0]
 
     def with_all(self, **hyperparameters: Any) -> Problem:
-        """The same problem with some hyperparameters the same in all groups."""
+        """Return the same problem with these hyperparameters set in all groups."""
         return replace(self, groups=tuple((hyper | hyperparameters, specs) for hyper, specs in self.groups))
 
     def initial(self, spec: Spec) -> Tensor:
-        """The start of a parameter, in the dtype of the problem."""
+        """Return the initial value of a parameter, in the dtype of the problem."""
         return self._tensor(spec, "start", 1.0, self.dtype)
 
     def gradient(self, spec: Spec, step: int) -> Tensor | None:
-        """The gradient of a parameter in a step, or None where it has none."""
+        """Return the gradient of a parameter in a step, or None if it has none."""
         if step < spec.first_step or (spec.missing_every and step % spec.missing_every == spec.missing_every - 1):
             return None
         scale = 0.0 if step < spec.zeros else spec.scale
@@ -88,7 +88,7 @@ class Problem:
         return {spec.name: torch.nn.Parameter(self.initial(spec)) for spec in self.specs()}
 
     def param_groups(self, parameters: dict[str, Any]) -> list[dict[str, Any]]:
-        """Groups as an optimizer takes them, with every hyperparameter in them."""
+        """Return parameter groups for an optimizer, with every hyperparameter explicit."""
         return [
             self.hyperparameters(k) | {"params": [parameters[spec.name] for spec in specs]}
             for k, (_, specs) in enumerate(self.groups)
@@ -112,7 +112,7 @@ class Problem:
         return {name: None if value is None else to_numpy(value) for name, value in gradients.items()}
 
     def solve(self) -> tuple[Oracle, list[Observation]]:
-        """Run the oracle over all steps. Equal problems share what comes back: do not change it."""
+        """Run the oracle over all steps. Equal problems share the result: do not modify it."""
         key = repr(self)
         if key not in _solutions:
             oracle = self.oracle()
@@ -122,7 +122,7 @@ class Problem:
 
 @functools.lru_cache(maxsize=1024)
 def _numbers(name: str, shape: tuple[int, ...], is_complex: bool) -> np.ndarray[Any, Any]:
-    """Normally distributed numbers around 0.3, the same on every call and on every rank."""
+    """Return normally distributed numbers with mean 0.3, the same in every call and on every rank."""
     generator = np.random.default_rng(zlib.crc32(name.encode()))
     numbers = generator.standard_normal(shape) + 0.3
     return numbers + 1j * generator.standard_normal(shape) if is_complex else numbers
@@ -132,17 +132,17 @@ _solutions: dict[str, tuple[Oracle, list[Observation]]] = {}
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """A float64 or complex128 copy."""
+    """Return a copy in float64 or complex128."""
     return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64).numpy().copy()
 
 
 def as_pairs(array: np.ndarray[Any, Any]) -> Array:
-    """Complex numbers as pairs of real ones, as the oracle holds them."""
+    """Return complex numbers as pairs of real ones, the form of the oracle."""
     return np.stack([array.real, array.imag], axis=-1) if np.iscomplexobj(array) else array
 
 
 def relative_error(parameters: dict[str, Any], oracle: Oracle, problem: Problem) -> float:
-    """The distance of all parameters together from the oracle's, over the distance that the oracle has travelled."""
+    """Return the distance of all parameters from the oracle's, relative to the distance that the oracle travelled."""
     error, travelled = 0.0, 0.0
     for spec in problem.specs():
         value, expected = parameters[spec.name], oracle.parameters[spec.name]
@@ -153,7 +153,7 @@ def relative_error(parameters: dict[str, Any], oracle: Oracle, problem: Problem)
 
 
 def worst_relative_error(parameters: dict[str, Any], oracle: Oracle, problem: Problem) -> float:
-    """Like `relative_error`, of the worst parameter that has travelled at all."""
+    """Return the largest `relative_error` of a single parameter, among those that have moved."""
     errors = [0.0]
     for spec in problem.specs():
         value, expected = parameters[spec.name], oracle.parameters[spec.name]
@@ -164,7 +164,7 @@ def worst_relative_error(parameters: dict[str, Any], oracle: Oracle, problem: Pr
     return max(errors)
 
 
-# Every shape a kernel may stumble over, gradients over four decades, late, missing and zero ones.
+# Covers all critical shapes, gradients over four decades, and late, missing and zero gradients.
 THREE_GROUPS = Problem(
     groups=(
         (

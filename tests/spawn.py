@@ -1,13 +1,13 @@
-"""The one harness for tests with several ranks: real processes, real gloo, one thread each.
+"""Harness for tests with several ranks: real processes on gloo, one thread each.
 
     results = run_ranks(function, world_size, *args)
 
-`function` is a module-level function; it runs on every rank with the default process group in place, and what it
-returns comes back in a list by rank.
+`function` is a module-level function; it runs on every rank with the default process group initialised, and its return
+values are collected in a list, by rank.
 
-A rank costs a fork and no import: the server that it is forked from has imported what ranks need. There are two
-servers. Tests of DeepSpeed, Accelerate and the recipes get one that has imported those, and the other tests get one in
-which `adai_dist` has never met them.
+A rank costs a fork and no import: the server that it is forked from has imported the modules that ranks need. There are
+two servers. Tests of DeepSpeed, Accelerate and the recipes use one that has imported those, and the other tests use one
+in which `adai_dist` runs without them.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from unittest.mock import patch
 T = TypeVar("T")
 
 TIMEOUT_SECONDS = 120.0
-OPERATOR_SECONDS = 30.0  # how long a rank may wait for another one to load an operator
-GRACE_SECONDS = 5.0  # how long the other ranks may run on after one has failed
-SAY_WHERE_AND_END = signal.SIGUSR2  # to a rank: write the stack of every thread, and end
+OPERATOR_SECONDS = 30.0  # limit of a rank's wait for another rank to load an operator
+GRACE_SECONDS = 5.0  # limit for the other ranks after one has failed
+DUMP_AND_EXIT = signal.SIGUSR2  # makes a rank write the stack of every thread and exit
 
 _TORCH = (
     "numpy",
     "pytest",
-    "torch._dynamo",  # by the constructor of any optimizer
+    "torch._dynamo",  # imported by the constructor of any optimizer
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.optim",
@@ -56,7 +56,7 @@ _TORCH = (
     "adai_dist",
     "tests.distributed.layouts",
 )
-# What is not installed is left out.
+# Modules that are not installed are ignored.
 _ENGINES = (
     *_TORCH,
     "accelerate",
@@ -65,15 +65,15 @@ _ENGINES = (
     "deepspeed",
     "tests.integrations.deepspeed_engines",
 )
-_ENVIRONMENT = dict(os.environ)  # before any test has changed it
+_ENVIRONMENT = dict(os.environ)  # before any test changes it
 _USE_ENGINES = ("tests.integrations", "tests.configs", "tests.test_recipe", "tests.faults.test_checkpoints")
 
 
 def run_ranks(function: Callable[..., T], world_size: int, *args: Any, timeout: float = TIMEOUT_SECONDS) -> list[T]:
-    """Run `function(*args)` on every rank of a new world and return the results by rank.
+    """Run `function(*args)` on every rank of a new process group and return the results by rank.
 
     Raises:
-        AssertionError: a rank raised, died or did not come back in time; the message holds the output of every rank.
+        AssertionError: a rank raised, died or timed out; the message contains the output of every rank.
     """
     __tracebackhide__ = True
     preloaded = _ENGINES if function.__module__.startswith(_USE_ENGINES) else _TORCH
@@ -104,12 +104,12 @@ def run_ranks(function: Callable[..., T], world_size: int, *args: Any, timeout: 
 
 
 def _end(processes: list[ForkServerProcess]) -> None:
-    """End the processes that still run, after they have written where they stand into their output."""
+    """Terminate the processes that still run, after they have written their stacks to their output."""
     running = [process for process in processes if process.is_alive()]
     for process in running:
         assert process.pid is not None
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, SAY_WHERE_AND_END)
+            os.kill(process.pid, DUMP_AND_EXIT)
     for process in processes:
         process.join(GRACE_SECONDS)
         if process.is_alive():
@@ -118,9 +118,9 @@ def _end(processes: list[ForkServerProcess]) -> None:
 
 
 def fork(function: Callable[..., None], *args: Any, preloaded: tuple[str, ...] = _TORCH) -> ForkServerProcess:
-    """Start a process that runs a function and has imported these modules already; it ends with this process."""
+    """Start a process that runs a function, with these modules already imported; it ends with this process."""
     process = ForkServerProcess(target=function, args=args, daemon=True)
-    # multiprocessing itself knows one fork server only
+    # multiprocessing supports only one fork server
     with patch.object(forkserver, "connect_to_new_process", _server(preloaded).connect_to_new_process):
         process.start()
     return process
@@ -128,11 +128,13 @@ def fork(function: Callable[..., None], *args: Any, preloaded: tuple[str, ...] =
 
 @functools.cache
 def _server(preloaded: tuple[str, ...]) -> forkserver.ForkServer:
-    """A fork server that imports these modules; its ranks inherit its environment."""
+    """Return the fork server that imports these modules; its ranks inherit its environment."""
     server = forkserver.ForkServer()
     server.set_forkserver_preload(list(preloaded))
-    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # or it cannot fork
-    # Else a torch.compile decorator in DeepSpeed imports the compiler, for seconds.
+    one_thread = dict.fromkeys(
+        ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
+    )  # threads block fork
+    # Otherwise a torch.compile decorator in DeepSpeed imports the compiler, which takes seconds.
     engines = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"} if preloaded is _ENGINES else {}
     environment = {**_ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo", **one_thread, **engines}
     with patch.dict(os.environ, environment, clear=True):
@@ -141,7 +143,7 @@ def _server(preloaded: tuple[str, ...]) -> forkserver.ForkServer:
 
 
 def _collect(results: dict[Connection, int], timeout: float) -> dict[int, tuple[bool, Any]]:
-    """Wait for every rank's (succeeded, result or traceback); stop soon after the first failure."""
+    """Return (succeeded, result or traceback) of every rank; stop soon after the first failure."""
     outcomes: dict[int, tuple[bool, Any]] = {}
     pending = dict(results)
     deadline = time.monotonic() + timeout
@@ -152,7 +154,7 @@ def _collect(results: dict[Connection, int], timeout: float) -> dict[int, tuple[
             try:
                 outcomes[rank] = pickle.loads(ready.recv_bytes())
             except EOFError:
-                outcomes[rank] = (False, "the process died without a word")
+                outcomes[rank] = (False, "the process died without a traceback")
             if not outcomes[rank][0]:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
     return outcomes
@@ -167,7 +169,7 @@ def _report(
 ) -> str:
     lines = [f"{function.__name__} failed on ranks {failed} of {world_size}"]
     for rank in range(world_size):
-        succeeded, outcome = outcomes.get(rank, (False, "no answer in time; where it stood is in its output"))
+        succeeded, outcome = outcomes.get(rank, (False, "timed out; see the stack in its output"))
         lines += [f"--- rank {rank}: {'succeeded' if succeeded else outcome}"]
         output = folder / f"rank{rank}.log"
         if output.exists() and (text := output.read_text(errors="replace").strip()):
@@ -176,7 +178,7 @@ def _report(
 
 
 def _wait_for_operator(baton: Any) -> None:
-    """As torch's own, which waits for ever where the process that holds the file was killed."""
+    """Replace torch's wait, which is infinite if the process that created the file was killed."""
     deadline = time.monotonic() + OPERATOR_SECONDS
     while os.path.exists(baton.lock_file_path):
         if time.monotonic() > deadline:
@@ -199,8 +201,8 @@ def _rank_main(
     log = os.open(os.path.join(folder, f"rank{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    gc.freeze()  # what is imported is no garbage
-    faulthandler.register(SAY_WHERE_AND_END, chain=True)  # what follows is the signal's default: the end
+    gc.freeze()  # imported modules are not garbage
+    faulthandler.register(DUMP_AND_EXIT, chain=True)  # then the signal's default action: exit
 
     import torch
     import torch.distributed as dist
@@ -225,7 +227,7 @@ def _rank_main(
         sys.stderr.flush()
         os._exit(1)
     sender.close()
-    # Without these three a gloo process may abort in its destructors after everything has gone well.
+    # Without these three, a gloo process may abort in its destructors after a successful run.
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)

@@ -1,4 +1,4 @@
-"""The examples in the documentation run, and its links lead somewhere."""
+"""Tests that the examples of the documentation run and that its links resolve."""
 
 from __future__ import annotations
 
@@ -25,19 +25,14 @@ NEED_RANKS = ("sharding.md", "checkpoints.md", "engines.md")  # tests/distribute
 EXAMPLES = [
     pytest.param(block, id=f"{page.name}-{k}")
     for page in PAGES
-    if page.name
-    not in (
-        "sharding.md",
-        "checkpoints.md",
-        "engines.md",
-    )  # those need ranks: tests/distributed/test_documentation_of_*.py
+    if page.name not in NEED_RANKS
     for k, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
-    if "deepspeed.initialize" not in block  # this one needs an engine: tests/integrations
+    if "deepspeed.initialize" not in block  # needs an engine: tests/integrations/test_deepspeed_documentation.py
 ]
 
 
 class Model(torch.nn.Module):
-    """Stands for the reader's: called with a batch, it returns something with a loss."""
+    """Placeholder for the reader's model: returns an object with a loss for a batch."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Files import in one direction only, and the core needs torch alone. Read from the sources, without importing them."""
+"""Tests that files import in one direction only and that the core needs only torch, from the sources alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adai_dist import AdaiV2
 ROOT = Path(__file__).parent.parent
 PACKAGE = "adai_dist"
 
-# From left to right; a file imports from its own layer and from those to its left.
+# From left to right; a file imports only from its own layer and from those to its left.
 LAYERS = (
     ("hyper", "equations"),
     ("kernels",),
@@ -27,10 +27,10 @@ LAYERS = (
     ("cli", "__main__"),
 )
 CORE = {name for layer in LAYERS[:4] for name in layer} | {"__init__"}
-# The package itself (adai_dist/__init__.py) gathers optimizers and registration: it lies to the right of both.
+# adai_dist/__init__.py imports the optimizers and the integrations: it ranks to the right of both.
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer} | {"__init__": 4.5}
 
-# Distributions whose modules have another name.
+# Distributions whose module has another name.
 MODULE_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 
 
@@ -50,12 +50,12 @@ def module_of(path: Path) -> str:
 
 
 def component_of(module: str) -> str:
-    """The first name below the package: `sharding` for adai_dist.sharding.mean; `__init__` for the package itself."""
+    """Return the first name below the package: `sharding` for adai_dist.sharding.mean, `__init__` for the package."""
     return [*module.split("."), "__init__"][1]
 
 
 def imports_of(path: Path, modules: set[str]) -> Iterator[Import]:
-    """Every import statement of a file, wherever it stands, by the full name of the module it loads."""
+    """Yield every import of a file, also inside functions, by the full name of the module it loads."""
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     top_level = set(map(id, tree.body))
     package = module_of(path).split(".")
@@ -67,7 +67,7 @@ def imports_of(path: Path, modules: set[str]) -> Iterator[Import]:
         elif isinstance(node, ast.ImportFrom):
             prefix = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*prefix, *([node.module] if node.module else [])])
-            # `from package import name` loads a module where the name is one, and the package where it is not
+            # `from package import name` loads a module if the name is one, and the package otherwise
             names = [full if (full := f"{origin}.{alias.name}") in modules else origin for alias in node.names]
         else:
             continue
@@ -80,18 +80,18 @@ def modules() -> set[str]:
 
 
 def declared_modules() -> set[str]:
-    """Modules of the distributions that users get by pyproject.toml, read as text: tomllib is younger than 3.10."""
+    """Return the modules of users' dependencies in pyproject.toml, read as text: Python 3.10 has no tomllib."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     dependencies = re.search(r"^dependencies = .*?(?=^\[project\.scripts\])", text, re.MULTILINE | re.DOTALL)
     assert dependencies
     names = set(re.findall(r'"([A-Za-z0-9_-]+)(?:\[[a-z,]+\])?[><=]', dependencies.group()))
     assert {"torch", "omegaconf", "pyyaml"} <= names
-    assert "pytest" not in names, "dependency groups are not for users"
+    assert "pytest" not in names, "dependency groups are for developers"
     return {MODULE_NAMES.get(name, name.replace("-", "_")) for name in names}
 
 
 def wrong_imports(is_wrong: Callable[[str, str], bool]) -> list[str]:
-    """The imports of all files for which `is_wrong(component of the file, imported module)`."""
+    """Return the imports of all files for which `is_wrong(component of the file, imported module)` holds."""
     known = modules()
     return [
         f"{path.relative_to(ROOT)}:{item.line} imports {item.module}"
@@ -104,7 +104,7 @@ def wrong_imports(is_wrong: Callable[[str, str], bool]) -> list[str]:
 def test_every_file_belongs_to_a_layer() -> None:
     assert len(sources()) > 50
     homeless = [path for path in sources() if component_of(module_of(path)) not in RANK]
-    assert not homeless, f"say in LAYERS of {__file__} where these belong"
+    assert not homeless, f"add these to LAYERS in {__file__}"
 
 
 def test_a_file_imports_only_from_its_own_layer_and_those_to_its_left() -> None:
@@ -114,7 +114,7 @@ def test_a_file_imports_only_from_its_own_layer_and_those_to_its_left() -> None:
     assert not wrong_imports(is_to_the_right)
 
 
-def test_the_core_imports_torch_alone_and_the_rest_what_pyproject_names() -> None:
+def test_the_core_imports_only_torch_and_the_rest_only_declared_dependencies() -> None:
     always = set(sys.stdlib_module_names) | {PACKAGE}
     declared = declared_modules()
 
@@ -124,18 +124,18 @@ def test_the_core_imports_torch_alone_and_the_rest_what_pyproject_names() -> Non
     assert not wrong_imports(is_undeclared)
 
 
-def test_no_file_imports_itself_by_way_of_others() -> None:
+def test_imports_form_no_cycle() -> None:
     graph = {
         module_of(path): {item.module for item in imports_of(path, modules()) if item.is_top_level} & modules()
         for path in sources()
     }
     for module in graph:
-        # a package is loaded before what lies in it, so `from package.module import x` within the package is no cycle
+        # a package is loaded before its modules, so `from package.module import x` within the package is not a cycle
         graph[module] = {other for other in graph[module] if not module.startswith(f"{other}.")}
     while free := {module for module in graph if not graph[module] & graph.keys()}:
         for module in free:
             del graph[module]
-    assert not graph, "these files import each other in a circle"
+    assert not graph, "these files form an import cycle"
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
         ("if TYPE_CHECKING:\n    import transformers", "transformers"),
     ],
 )
-def test_the_reader_sees_every_form_of_import(
+def test_every_form_of_import_is_found(
     statement: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / PACKAGE / "sharding" / "ownership.py"
@@ -160,7 +160,7 @@ def test_the_reader_sees_every_form_of_import(
 
 
 def test_private_names_of_the_optimizer_stay_within_its_package() -> None:
-    """What integrations, tools and recipes need of an optimizer is public."""
+    """Integrations, tools and recipes use only the public API of the optimizer."""
     optimizer = AdaiV2([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     own = {name for base in type(optimizer).__mro__ if base.__module__.startswith(PACKAGE) for name in vars(base)}
     own |= vars(optimizer).keys() - vars(torch.optim.SGD(optimizer.params(), lr=0.1)).keys()

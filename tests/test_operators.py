@@ -37,7 +37,7 @@ def test_a_lock_that_was_left_behind_is_removed(folder: Path) -> None:
 
 
 def test_every_test_begins_without_locks(request: pytest.FixtureRequest) -> None:
-    assert "_no_lock_of_the_test_before" in request.fixturenames
+    assert "_no_lock_of_an_earlier_test" in request.fixturenames
     assert Path(os.environ["TORCH_EXTENSIONS_DIR"]) == operators.COPY
     (operators.COPY / "killed").mkdir(exist_ok=True)
     (operators.COPY / "killed" / "lock").touch()

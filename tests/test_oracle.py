@@ -1,4 +1,4 @@
-"""The oracle against the recorded runs of the reference implementation, and against closed forms."""
+"""Comparison of the oracle with recorded runs of the reference implementation and with closed forms."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_oracle_follows_the_reference_to_rounding(trajectory: Trajectory) ->
 
 @pytest.mark.parametrize("dampening", [1.0, 0.5, 0.0])
 def test_alternating_gradients_give_constant_inertia_and_a_closed_form(dampening: float) -> None:
-    """With g_t = (-1)^(t-1) G the corrected second moment is G^2 for all t, so beta1 never changes."""
+    """If g_t = (-1)^(t-1) G, the corrected second moment is G^2 for all t, so beta1 is constant."""
     size = np.array([0.1, 1.0, 2.0, 3.0])
     lr, beta0, eps = 0.3, 0.1, 1e-3
     oracle = single(np.zeros(4), lr=lr, betas=(beta0, 0.99), eps=eps, dampening=dampening)
@@ -56,7 +56,7 @@ def test_alternating_gradients_give_constant_inertia_and_a_closed_form(dampening
 
 
 def test_the_largest_second_moment_gets_the_least_inertia() -> None:
-    """Bites on a ratio that is upside down."""
+    """Detects an inverted ratio."""
     oracle = single(np.zeros(2), lr=1.0)
     oracle.step({"w": np.array([0.5, 2.0])})
     slow, fast = oracle.states["w"].beta1_prod
@@ -64,7 +64,7 @@ def test_the_largest_second_moment_gets_the_least_inertia() -> None:
     assert fast < 0.85
 
 
-def test_first_steps_of_zero_gradients_leave_no_trace() -> None:
+def test_initial_steps_with_zero_gradients_have_no_effect() -> None:
     gradient = np.array([1.0, -2.0, 3.0])
     with_zeros, without = single(np.ones(3), lr=0.5), single(np.ones(3), lr=0.5)
     for _ in range(3):

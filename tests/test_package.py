@@ -1,4 +1,4 @@
-"""What ships, and that the files around the package agree with it."""
+"""Contents of the distributions, and consistency of the package with the files around it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_installed_package_has_this_version_and_the_console_script() -> None
     assert scripts == {"adai-dist": "adai_dist.cli:main"}
 
 
-def test_the_package_needs_torch_alone() -> None:
+def test_the_package_requires_only_torch() -> None:
     requirements = distribution("adai-dist").requires
     assert requirements is not None
     assert [requirement for requirement in requirements if "extra ==" not in requirement] == ["torch>=2.6"]
@@ -81,7 +81,7 @@ def test_constraints_give_one_exact_version_for_every_distribution_the_commands_
             assert requirement.name in pinned
 
 
-def test_dependencies_of_users_have_floors_alone_and_come_with_one_extra() -> None:
+def test_user_dependencies_have_only_minimum_versions_and_one_extra_installs_all() -> None:
     extras = dict(PYPROJECT["project"]["optional-dependencies"])
     assert extras.pop("all") == [f"adai-dist[{','.join(extras)}]"]
     for given in [*PYPROJECT["project"]["dependencies"], *itertools.chain(*extras.values())]:
@@ -114,7 +114,7 @@ def test_workflows_call_commands_of_the_makefile_that_exist() -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of the package as it is, plus the native sources of tomorrow."""
+    """Build a wheel of the package with additional native sources."""
     tree = tmp_path_factory.mktemp("tree")
     shutil.copytree(ROOT / "adai_dist", tree / "adai_dist", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "configs", tree / "configs")

@@ -1,4 +1,4 @@
-"""The public API, frozen. A change here is a change for users: it belongs into CHANGELOG.md."""
+"""Frozen public API. A change here affects users: record it in CHANGELOG.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = {
 }
 
 REQUIRED = "required"
-# Arguments with their defaults, in their order: positional ones, and those by keyword only.
+# Arguments with their defaults, in order: positional ones, and keyword-only ones.
 POSITIONAL = {"params": REQUIRED, "lr": REQUIRED, "betas": (0.1, 0.99), "eps": 1e-3, "weight_decay": 0.0}
 KEYWORD_ONLY = {
     "dampening": 1.0,
@@ -37,7 +37,7 @@ KEYWORD_ONLY = {
 
 DECOUPLED_BY_DEFAULT = {Adai: False, AdaiW: True, AdaiV2: True}
 
-# Signatures: parameters in their order with their defaults, those after * by keyword only; and what is returned.
+# Signatures: parameters in order with their defaults, keyword-only after *; and the return annotation.
 STAR = ("*", None)
 SHARDING = [("process_group", None), ("num_replicas", None), STAR, ("model", None), ("stages", None)]
 Signature = tuple[list[tuple[str, object]], str]
@@ -82,7 +82,7 @@ FUNCTIONS: dict[str, Signature] = {
     "sharding.plan.spreads_of_tensor": ([("param", REQUIRED)], "Sequence[Spread]"),
 }
 
-# records: their fields, in order
+# Fields of records, in order.
 FIELDS: dict[str, list[str]] = {
     "sharding.mean.GlobalMean": [
         "coefficient",
@@ -100,7 +100,7 @@ FIELDS: dict[str, list[str]] = {
     "sharding.plan.ShardingPlan": ["params", "process_groups", "weights", "refusal", "assumptions"],
     "sharding.plan.Spread": ["process_group", "is_sharded"],
 }
-# What an engine that brings its own source of the mean may implement.
+# Methods of MeanSource, which an engine may implement.
 SOURCE: dict[str, Signature] = {
     "mean": ([("optimizer", REQUIRED), ("shards", REQUIRED), ("max_norm", REQUIRED)], "GlobalMean"),
     "after": ([("optimizer", REQUIRED), ("shards", REQUIRED), ("mean", REQUIRED)], "None"),
@@ -121,7 +121,7 @@ PROPERTIES = {
     "sharding_plan": "ShardingPlan",
 }
 
-# What may be assigned: settings, those of torch, and what torch.amp.GradScaler leaves there during a step.
+# Attributes that may be assigned: settings, attributes of torch, and those that torch.amp.GradScaler sets in a step.
 ATTRIBUTES = {
     *("max_grad_norm", "retire_beta1_prod", "max_consecutive_skips", "missing_as_zeros", "independent"),
     *("mean_source", "backends"),
@@ -143,7 +143,7 @@ def parameters(function: object, kind: inspect._ParameterKind) -> dict[str, obje
 
 
 def signature_of(function: Callable[..., object]) -> Signature:
-    """As the tables have it; other kinds of parameters than they know stand there with their stars."""
+    """Return a signature in the form of the tables; *args and **kwargs keep their stars."""
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     found: list[tuple[str, object]] = []
     signature = inspect.signature(function)
@@ -156,7 +156,7 @@ def signature_of(function: Callable[..., object]) -> Signature:
 
 
 def public(name: str) -> Any:
-    """An attribute of the package, by its path."""
+    """Return an attribute of the package by its path."""
     *modules, attribute = name.split(".")
     return getattr(importlib.import_module(".".join(["adai_dist", *modules])), attribute)
 

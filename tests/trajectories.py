@@ -1,4 +1,4 @@
-"""The recorded trajectories of the reference implementation, as cases for tests. Imports nothing of the package."""
+"""Recorded trajectories of the reference implementation, as test cases. Imports nothing from the package."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class Trajectory:
 
     @property
     def dampening(self) -> float:
-        """The dampening of the run; plain Adai has none, which is 1."""
+        """Dampening of the run; 1 for plain Adai, which has no such argument."""
         return 1.0 if self.settings["dampening"] is None else self.settings["dampening"]
 
     def names_of(self, index: int) -> tuple[str, ...]:
-        """The names of the parameters of one group."""
+        """Return the names of the parameters of one group."""
         return tuple(name for name in self.init if name.startswith(f"{index}."))
 
     def hyperparameters(self, index: int) -> dict[str, Any]:
-        """All hyperparameters of one group, by the names of the optimizer."""
+        """Return all hyperparameters of one group, by the optimizer's argument names."""
         group = self.groups[index]
         return {
             "lr": group["lr"],

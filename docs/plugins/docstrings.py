@@ -1,4 +1,4 @@
-"""Griffe extension: the docstrings' reStructuredText (roles, math, literal blocks, tables) becomes Markdown."""
+"""Griffe extension that converts reStructuredText in docstrings (roles, math, literal blocks, tables) to Markdown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MATH_BLOCK = re.compile(rf"^([ ]*)\.\. math::\n{INDENTED}", re.MULTILINE)
 LITERAL_BLOCK = re.compile(rf"^([ ]*)(\S.*)::\n\n{INDENTED}", re.MULTILINE)
 TABLE = re.compile(r"^=+(?: +=+)+\n(?:.+\n)+?=+(?: +=+)+\n(?:.+\n)+?=+(?: +=+)+$", re.MULTILINE)
 
-LEFT_OVER = re.compile(r"^ *\.\. [a-z-]+::|:[a-z]+:`|^ *=+ +=+ *$", re.MULTILINE)
+UNCONVERTED = re.compile(r"^ *\.\. [a-z-]+::|:[a-z]+:`|^ *=+ +=+ *$", re.MULTILINE)
 
 
 class MarkdownDocstrings(griffe.Extension):
@@ -30,8 +30,8 @@ def markdown(text: str) -> str:
     text = TABLE.sub(_table, text)
     text = INLINE_MATH.sub(r"\\(\1\\)", text)
     text = ROLE.sub(lambda match: f"`{match[1].removeprefix('adai_dist.')}`", text).rstrip()
-    if left := LEFT_OVER.search(text):
-        raise ValueError(f"docstrings may use roles, math, literal blocks and simple tables; got {left[0]!r}")
+    if found := UNCONVERTED.search(text):
+        raise ValueError(f"docstrings may use roles, math, literal blocks and simple tables; got {found[0]!r}")
     return text
 
 

@@ -1,4 +1,4 @@
-"""MkDocs hook: formulas become MathML when the site is built, so that pages need no script and no other server."""
+"""MkDocs hook that converts formulas to MathML at build time, so that pages need neither scripts nor other servers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-# what pymdownx.arithmatex leaves: <span class="arithmatex">\(...\)</span>, <div class="arithmatex">\[...\]</div>
+# output of pymdownx.arithmatex: <span class="arithmatex">\(...\)</span>, <div class="arithmatex">\[...\]</div>
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\([(\[])(.*?)\\[)\]]\s*</\1>', re.DOTALL)
 
-NOT_CONVERTED = re.compile(r"\\|&(?!#?\w+;)")
+UNCONVERTED = re.compile(r"\\|&(?!#?\w+;)")
 
 
 def on_page_content(page_html: str, /, **_: Any) -> str:
@@ -21,6 +21,6 @@ def on_page_content(page_html: str, /, **_: Any) -> str:
 def _mathml(match: re.Match[str]) -> str:
     tag, bracket, formula = match.groups()
     mathml = convert(html.unescape(formula), display="block" if bracket == "[" else "inline")
-    if NOT_CONVERTED.search(mathml):
+    if UNCONVERTED.search(mathml):
         raise ValueError(f"formulas must be LaTeX that latex2mathml knows (split, not aligned); got {formula!r}")
     return f'<{tag} class="arithmatex">{mathml}</{tag}>'
