@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 from adai_dist.cli import bench, build, compare, run, soak, sweep, to_universal, train
-from adai_dist.cli.ending import EXIT_FAILURE, EXIT_INTERRUPTED, leave, report_error
+from adai_dist.cli.exit import EXIT_FAILURE, EXIT_INTERRUPTED, end_process, report_error
 from adai_dist.cli.parser import CommandParser
 from adai_dist.integrations.run import split_local_rank
 
@@ -38,16 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = options.run(options)
     except KeyboardInterrupt as error:
         report_error(str(error) or "interrupted")
-        leave(EXIT_INTERRUPTED)
+        end_process(EXIT_INTERRUPTED)
     except Exception:
         traceback.print_exc()
-        leave(EXIT_FAILURE)
-    leave(code)
+        end_process(EXIT_FAILURE)
+    end_process(code)
 
 
 def build_parser() -> CommandParser:
     """Return the parser of the command line, whose `run` option is the function that runs the chosen command."""
-    parser = CommandParser.of_program()
+    parser = CommandParser.for_program()
     for command in (train, sweep, run, compare, bench, soak, build, to_universal):
         command.register(parser.commands)
     return parser

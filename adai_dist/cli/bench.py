@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from adai_dist.cli.ending import report_error, report_missing_package
+from adai_dist.cli.exit import report_error, report_missing_package
 from adai_dist.cli.parser import Commands
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from adai_dist.cli.ending import report_error
+from adai_dist.cli.exit import report_error
 from adai_dist.cli.parser import Commands
 
 

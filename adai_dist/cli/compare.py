@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from adai_dist.cli.ending import report_error, report_missing_package
+from adai_dist.cli.exit import report_error, report_missing_package
 from adai_dist.cli.parser import Commands
 
 

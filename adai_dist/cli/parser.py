@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import adai_dist
-from adai_dist.cli.ending import EXIT_USAGE
+from adai_dist.cli.exit import EXIT_USAGE
 
 Commands = Any
 """The object returned by `ArgumentParser.add_subparsers`, whose class is private."""
@@ -23,7 +23,7 @@ class CommandParser(argparse.ArgumentParser):
     """Text appended to the help, computed only when the help is printed."""
 
     @classmethod
-    def of_program(cls) -> CommandParser:
+    def for_program(cls) -> CommandParser:
         """Return the parser of `adai-dist`, to which commands can be added."""
         parser = cls(prog="adai-dist", description="Adaptive Inertia for distributed training with PyTorch.")
         parser.add_argument("--version", action="version", version=f"adai-dist {adai_dist.__version__}")

@@ -1,4 +1,4 @@
-"""`adai-dist run`: a script or module in which DeepSpeed knows Adai, AdaiW and AdaiV2."""
+"""`adai-dist run`: a script or module with Adai, AdaiW and AdaiV2 registered with DeepSpeed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from adai_dist.cli.ending import report_error
+from adai_dist.cli.exit import report_error
 from adai_dist.cli.parser import Commands
 from adai_dist.integrations.run import NoProgramError, run_program
 
@@ -15,7 +15,7 @@ def register(commands: Commands) -> None:
     """Add the command, of which argparse handles only the help and a missing program."""
     parser = commands.add_parser(
         "run",
-        help="run a script in which DeepSpeed knows Adai, AdaiW and AdaiV2",
+        help="run a script with Adai, AdaiW and AdaiV2 registered with DeepSpeed",
         usage="adai-dist run [-h] (SCRIPT | -m MODULE) [ARGUMENT ...]",
         description="Run a script or module as Python would. The arguments after its name belong to it.",
     )

@@ -6,7 +6,7 @@ import argparse
 import logging
 from typing import TYPE_CHECKING
 
-from adai_dist.cli.ending import EXIT_FAILURE, report_error, report_missing_package
+from adai_dist.cli.exit import EXIT_FAILURE, report_error, report_missing_package
 from adai_dist.cli.parser import Commands
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from adai_dist.cli.ending import EXIT_FAILURE, EXIT_STOPPED, leave, report_error, report_missing_package
+from adai_dist.cli.exit import EXIT_FAILURE, EXIT_STOPPED, end_process, report_error, report_missing_package
 from adai_dist.cli.parser import Commands
 
 if TYPE_CHECKING:
@@ -74,13 +74,13 @@ def run_recipe(
             if world.is_main:
                 print(f"\n{result}", flush=True)
     except RecipeError as error:
-        leave(report_error(str(error)))
+        end_process(report_error(str(error)))
     except Stopped as error:
         report_error(str(error))
-        leave(EXIT_STOPPED)
+        end_process(EXIT_STOPPED)
     except CheckpointError as error:  # its traceback would add nothing
         report_error(str(error))
-        leave(EXIT_FAILURE)
+        end_process(EXIT_FAILURE)
     return 0
 
 

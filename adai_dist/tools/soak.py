@@ -51,7 +51,7 @@ class Settings:
     """Allowed growth of a rank's resident memory after the first tenth of the steps, MiB."""
 
     def __post_init__(self) -> None:
-        _require(self.layout in LAYOUTS, f"layout must be one of {', '.join(LAYOUTS)}", self.layout, "take ddp")
+        _require(self.layout in LAYOUTS, f"layout must be one of {', '.join(LAYOUTS)}", self.layout, "use ddp")
         for name in ("steps", "check_every", "overflow_every"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} must be at least 1", value, "give a larger number")
@@ -154,8 +154,8 @@ class _Runner:
         inputs, noise = numbers.split((_NUM_INPUTS, _NUM_OUTPUTS), dim=1)
         inputs = inputs * torch.linspace(0.1, 1.0, _NUM_INPUTS)  # so that inertia differs between elements
         targets = inputs[:, :_NUM_OUTPUTS] + noise
-        num_before, remainder = divmod(step, self._settings.overflow_every)
-        if remainder == 0 and num_before % self._num_ranks == rank:
+        num_overflows, remainder = divmod(step, self._settings.overflow_every)
+        if remainder == 0 and num_overflows % self._num_ranks == rank:
             targets[0, 0] = torch.inf
         return inputs.to(self._device), targets.to(self._device)
 
@@ -188,8 +188,8 @@ class _Runner:
         return main._replace(mebibytes=max(check.mebibytes for check in checks), growth=growth, fault=fault)
 
     def _full_tensors(self) -> list[Tensor]:
-        """Return parameters, states and the means, all-gathered if sharded, which must be equal on all ranks."""
-        state_dict = self._optimizer.state_dict()["state"]  # retired products are zeros in it
+        """Return parameters, states, inertia_mean and grad_norm, all-gathered where they are sharded."""
+        state_dict = self._optimizer.state_dict()["state"]  # retired beta1_prod are zeros in it
         states = [state[name] for _, state in sorted(state_dict.items()) for name in sorted(state)]
         tensors = [_full(tensor) for tensor in (*self._model.parameters(), *states)]
         return [*tensors, self._optimizer.inertia_mean, self._optimizer.grad_norm]
@@ -208,7 +208,7 @@ def _wrap(model: nn.Module, layout: str, device: torch.device) -> nn.Module:
     if layout == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     must = "layout fsdp2 on the CPU needs torch 2.9 (gloo in earlier versions sums gradients that FSDP2 wants averaged)"
-    _require(device.type != "cpu" or torch.__version__ >= "2.9", must, torch.__version__, "take ddp")
+    _require(device.type != "cpu" or torch.__version__ >= "2.9", must, torch.__version__, "use ddp")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -87,7 +87,7 @@ def inertia_histogram(
 
 @torch.no_grad()
 def horizon_shares(moments: Sequence[MomentOfLayer], mean: float, device: torch.device) -> dict[str, list[float]]:
-    """Return the shares as :func:`inertia_histogram` does, for states that are not stored per parameter.
+    """Return the shares as :func:`inertia_histogram` does, for engines that keep states outside ``optimizer.state``.
 
     Args:
         moments: the second moments of all parameters, with the same layers in the same order on every rank.
@@ -113,7 +113,7 @@ def horizon_shares(moments: Sequence[MomentOfLayer], mean: float, device: torch.
 
 
 def _inertia(moment: MomentOfLayer, mean: float) -> Tensor | None:
-    """Return beta1 of the elements in the last step; None without elements or before the first step with a gradient."""
+    """Return beta1 of the elements in the last step; None without elements or before the first counted step."""
     if moment.exp_avg_sq is None or moment.step is None or float(moment.step) == 0 or mean == 0:
         return None
     v = local_tensor(moment.exp_avg_sq)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -12,7 +13,7 @@ from adai_dist.tools.bench.traffic import TWO_PASSES
 
 
 def other_cases(model: Model) -> tuple[list[Case], list[str]]:
-    """Return the available cases, and a line of text for each package that is not available."""
+    """Return the cases of installed packages, and a line of text for each case that is missing."""
     makers: dict[str, Callable[[Model], list[Case]]] = {
         "DeepSpeed FusedAdam" if model.device.type == "cuda" else "DeepSpeed CPUAdam": _deepspeed,
         "pytorch_optimizer Adai": _pytorch_optimizer,
@@ -39,17 +40,8 @@ def _deepspeed(model: Model) -> list[Case]:
     else:
         name, optimizer, state_dtype = "DeepSpeed CPUAdam", DeepSpeedCPUAdam(model.params, lr=LR), torch.float32
     optimizer.step()
-    return [
-        adam_case(
-            f"{name}{', clipped' * is_clipped}",
-            model,
-            optimizer,
-            is_clipped=is_clipped,
-            state_dtype=state_dtype,
-            package="deepspeed",
-        )
-        for is_clipped in (False, True)
-    ]
+    case = partial(adam_case, model=model, optimizer=optimizer, state_dtype=state_dtype, package="deepspeed")
+    return [case(name), case(f"{name}, clipped", is_clipped=True)]
 
 
 def _pytorch_optimizer(model: Model) -> list[Case]:

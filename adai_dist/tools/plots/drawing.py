@@ -16,7 +16,7 @@ from adai_dist.tools.plots.records import Record
 # Okabe and Ito's palette, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK, GRID = "#333333", "#dddddd"
-_SMOOTHING_POINTS = 50  # a smoothed curve averages over 1/50 of its length on either side
+_SMOOTHING_POINTS = 50  # smoothing averages over 1/50 of the curve's length on either side
 
 
 def new_figure(rows: int, columns: int, width: float, height: float, shared: bool = True) -> tuple[Figure, list[Axes]]:
@@ -50,7 +50,7 @@ def series(records: Sequence[Record], key: str) -> tuple[list[float], list[float
 
 
 def draw_training(axis: Axes, records: Sequence[Record], colour: str, label: str, style: str = "-") -> None:
-    """Draw the training loss, faintly as recorded and smoothed."""
+    """Draw the training loss as a smoothed curve over the faint recorded one."""
     steps, losses = series(records, "loss")
     axis.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
     axis.plot(steps, smoothed(losses), color=colour, linewidth=1.6, linestyle=style, label=label)

@@ -52,13 +52,12 @@ def plot_inertia(folder: Path) -> Path | None:
     shares = {layer: np.array([record["layers"][layer] for record in records]) for layer in layers}
     densest = float(np.quantile(np.concatenate(list(shares.values())), 0.99))
     image: Any = None
-    for index, panel in enumerate(panels):
-        if index >= len(layers):
-            panel.set_visible(False)
-            continue
-        image = _draw_inertia(panel, steps, shares[layers[index]], densest)
-        panel.set_title(layers[index], loc="left", fontsize=10, color=INK)
+    for index, (panel, layer) in enumerate(zip(panels, layers, strict=False)):
+        image = _draw_inertia(panel, steps, shares[layer], densest)
+        panel.set_title(layer, loc="left", fontsize=10, color=INK)
         panel.tick_params(labelbottom=index + num_columns >= len(layers))
+    for panel in panels[len(layers) :]:
+        panel.set_visible(False)
     panels[0].set_ylim(*_horizons_in_use(list(shares.values())))
     bar = figure.colorbar(image, ax=panels, pad=0.015, fraction=0.03, aspect=30)
     bar.set_label("share of the layer's elements", color=INK)

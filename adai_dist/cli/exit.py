@@ -20,7 +20,7 @@ def report_missing_package(needed_by: str, error: ModuleNotFoundError, extra: st
     return report_error(f"{needed_by} needs the package {error.name}; got none; run: pip install 'adai-dist[{extra}]'")
 
 
-def leave(code: int) -> NoReturn:
+def end_process(code: int) -> NoReturn:
     """End the process; after a distributed run, without running destructors.
 
     Gloo's destructors occasionally abort after a successful run, and after an error may wait for ranks that are gone.
