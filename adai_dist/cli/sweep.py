@@ -19,8 +19,9 @@ def register(commands: Commands) -> None:
     parser = commands.add_parser(
         "sweep",
         help="train a recipe with each of its optimizers and several seeds, and compare them",
-        description="Train a recipe once per optimizer and seed, into OUT/NAME/OPTIMIZER-seedSEED; finished runs are "
-        "not repeated. Draw OUT/NAME/sweep.png and print a table. `adai-dist train --help` lists the keys.",
+        description="Train a recipe once per optimizer and seed, into OUT/NAME/OPTIMIZER-seedSEED (OUT is run.out, "
+        "NAME is run.name); finished runs are not repeated. Draw OUT/NAME/sweep.png and print a table. "
+        "`adai-dist train --help` lists the keys.",
     )
     add_recipe_arguments(parser)
     parser.add_argument("--optimizers", default="", metavar="A,B", help="default: all that the recipe configures")

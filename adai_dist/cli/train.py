@@ -27,7 +27,7 @@ def register(commands: Commands) -> None:
     parser = commands.add_parser(
         "train",
         help="train a model from a recipe, alone or under a launcher",
-        description="Train a model from a recipe into the folder OUT/NAME: metrics, plots, checkpoints, a summary.",
+        description="Train the model of a recipe. Metrics, plots, checkpoints and a summary go to run.out/run.name.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
