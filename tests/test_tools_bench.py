@@ -291,7 +291,7 @@ def test_the_command_prints_a_table_and_writes_json_and_a_picture(
         (["--device", "tpu"], "device must be available on this machine; got 'tpu'; use cpu"),
         (["--dtype", "float64"], "dtype must be one of float32, bfloat16, float16; got 'float64'; choose one"),
         (["--shapes", "gpt3"], "shapes must be one of gpt2-124m, llama-7b-layer, tiny-148; got 'gpt3'; choose one"),
-        (["--json", "nowhere/x.json"], "--json and --plot must name files that can be written; got [Errno 2] "),
+        (["--json", "nowhere/x.json"], "--json and --plot must name writable files; got [Errno 2] "),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(
