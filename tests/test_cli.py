@@ -113,8 +113,8 @@ def test_the_help_of_train_has_examples_and_ends_with_the_keys(capfd: pytest.Cap
     stdout, _ = capfd.readouterr()
     assert "adai-dist train --config lm_tiny run.steps=200 optimizers.adaiv2.lr=0.5\n" in stdout
     assert "torchrun --standalone --nproc-per-node 2 -m adai_dist train --config lm_tiny " in stdout
-    keys = stdout.partition("\nkeys, with type, default and meaning:\n")[2]
-    assert re.search(r"^run\.steps +int = 1000 +Number of optimizer steps\.$", keys, re.MULTILINE)
+    keys = stdout.partition("\nkeys:\n")[2]
+    assert re.search(r"^ *run\.steps .*Number of optimizer steps\.", keys, re.MULTILINE)
 
 
 def test_the_help_of_train_says_how_to_install_what_lists_the_keys(

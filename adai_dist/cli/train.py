@@ -99,4 +99,4 @@ def _describe_keys() -> str:
         from adai_dist.recipes.recipe import describe_keys
     except ModuleNotFoundError:
         return "keys: to list them here, run: pip install 'adai-dist[train]'"
-    return f"keys, with type, default and meaning:\n{describe_keys()}"
+    return f"keys:\n{describe_keys()}"
