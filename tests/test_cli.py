@@ -39,7 +39,7 @@ def test_the_module_is_the_command_and_prints_its_version() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run.stesp=3"], "adai-dist: unknown key 'run.stesp' in the command line; valid keys are run.name, "),
+        (["run.stesp=3"], "adai-dist: unknown key 'run.stesp' in the command line; "),
         (["--resume", "run.overwrite=true"], "adai-dist: run.resume and run.overwrite exclude each other; "),
         (["data.batch=8", "grad_accumulation=3"], "adai-dist: data.batch must be a multiple of 3; got 8; "),
         (["model.width=3"], "adai-dist: unknown key 'model.width' for llama; valid keys are "),
@@ -70,9 +70,9 @@ def test_every_rank_reports_the_same_mistake_without_waiting_for_the_others(tmp_
 def test_key_value_pairs_may_precede_or_follow_options(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(tmp_path)
     assert end_of("train", "run.steps=0", "--config", recipe) == 2
-    assert "run.steps must be at least 1; got 0" in capfd.readouterr().err
+    assert re.search(r"run\.steps must be .* 1; got 0;", capfd.readouterr().err)
     assert end_of("train", "--config", recipe, "optimizer=adai", "--resume", "run.seed=-1") == 2
-    assert "run.seed must be at least 0; got -1" in capfd.readouterr().err
+    assert re.search(r"run\.seed must be .* 0; got -1;", capfd.readouterr().err)
 
 
 @pytest.mark.parametrize(
