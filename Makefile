@@ -62,7 +62,7 @@ format: $(VENV)/.installed-lint ## let ruff rewrite what it can
 bench: $(VENV)/.installed-train ## measure the optimizer on this machine (ARGS="options of adai-dist bench")
 	$(BIN)/adai-dist bench $(ARGS)
 
-soak: $(VENV)/.installed-train ## train 100,000 steps on two ranks, checking divergence and memory (ARGS="options", NPROC=n)
+soak: $(VENV)/.installed-train ## train 100,000 steps on two ranks and watch drift and memory (ARGS="options", NPROC=n)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) \
 	    -m adai_dist soak $(ARGS)
 
