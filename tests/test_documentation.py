@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from adai_dist.cli import _parser
+from adai_dist.cli import build_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -62,7 +62,7 @@ def test_the_commands_of_the_readme_exist() -> None:
     rules = (ROOT / "Makefile").read_text()
     assert [target for target in targets if not re.search(rf"^{target}:", rules, re.MULTILINE)] == []
     (command,) = re.findall(r"^adai-dist (.*)$", shell, re.MULTILINE)
-    assert _parser().parse_args(command.split()).run
+    assert build_parser().parse_args(command.split()).run
     extras = set(re.findall(r"[a-z]+", " ".join(re.findall(r"\[(.*?)\]", shell))))
     assert extras <= set(distribution("adai-dist").metadata.get_all("Provides-Extra") or ())
 

@@ -1,4 +1,4 @@
-"""The benchmark counts bytes as the algorithms do, measures what its cases are called, and reports all of it."""
+"""The benchmark counts bytes correctly, times what the names of its cases say, and reports complete results."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from adai_dist.cli import main
-from adai_dist.tools.bench import SHAPES, Setting, bench_table, measure
-from adai_dist.tools.bench.cases import COPY_BYTES, REFERENCE, STEP, Case, Model, adamw_cases, our_cases
+from adai_dist.tools.bench import SHAPES, Settings, bench_table, measure
+from adai_dist.tools.bench.cases import COPY_BYTES, REFERENCE, STEP, Case, Model, adai_cases, adamw_cases
 from adai_dist.tools.bench.memory import extra_bytes
-from adai_dist.tools.bench.others import other_cases
-from adai_dist.tools.bench.run import _times
-from adai_dist.tools.bench.shapes import of_numel
+from adai_dist.tools.bench.other_packages import other_cases
+from adai_dist.tools.bench.shapes import shapes_of_numel
+from adai_dist.tools.bench.timing import _times
 
 CPU = torch.device("cpu")
 OURS = ["observe", "advance", "Adai", STEP, "Adai, clipped, retired", "Adai, clipped, coupled decay"]
@@ -43,7 +43,7 @@ def small_model(dtype: torch.dtype = torch.float32) -> Model:
 
 
 def every_case(model: Model) -> dict[str, Case]:
-    return {case.name: case for case in (*our_cases(model)[0], *adamw_cases(model))}
+    return {case.name: case for case in (*adai_cases(model)[0], *adamw_cases(model))}
 
 
 def run(case: Case) -> None:
@@ -51,7 +51,7 @@ def run(case: Case) -> None:
     case.run()
 
 
-# -- what is counted -------------------------------------------------------------------------------------------------
+# -- counted bytes ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_the_shapes_are_those_of_the_models(name: str, num_tensors: int, numel: 
     assert (len(shapes), sum(map(prod, shapes))) == (num_tensors, numel)
 
 
-def test_the_shapes_are_those_that_transformers_builds() -> None:
+def test_the_shapes_are_those_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     with torch.device("meta"):
         gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config())
@@ -75,13 +75,13 @@ def test_the_shapes_are_those_that_transformers_builds() -> None:
 
 
 @pytest.mark.parametrize(("numel", "sizes"), [(1, [1]), (2**20, [2**20]), (2**21 + 3, [2**20, 2**20, 3])])
-def test_a_number_of_parameters_is_cut_into_tensors(numel: int, sizes: list[int]) -> None:
-    assert of_numel(numel) == [(size,) for size in sizes]
+def test_a_number_of_parameters_is_split_into_tensors(numel: int, sizes: list[int]) -> None:
+    assert shapes_of_numel(numel) == [(size,) for size in sizes]
 
 
-# Bytes per parameter: observe reads g; advance reads theta, g, m, v, P and writes theta, m, v, P; retired leaves P out;
-# coupled decay reads theta in observe, too. AdamW reads theta, g, m, v and writes theta, m, v; clipping reads g, and
-# then reads and writes it. States of Adai are float32 whatever the parameters are.
+# Bytes per parameter: observe reads g; advance reads theta, g, m, v, P and writes theta, m, v, P, without P if retired;
+# coupled decay also reads theta in observe. AdamW reads theta, g, m, v and writes theta, m, v; clipping reads g, then
+# reads and writes it. States of Adai are float32 for all dtypes of parameters.
 @pytest.mark.parametrize(
     ("dtype", "observe", "advance", "step", "retired", "coupled", "adamw", "clipped"),
     [
@@ -90,7 +90,7 @@ def test_a_number_of_parameters_is_cut_into_tensors(numel: int, sizes: list[int]
         (torch.float16, 2, 30, 32, 24, 34, 14, 20),
     ],
 )
-def test_bytes_are_counted_as_by_hand(
+def test_counted_bytes_equal_those_counted_by_hand(
     dtype: torch.dtype, observe: int, advance: int, step: int, retired: int, coupled: int, adamw: int, clipped: int
 ) -> None:
     model = small_model(dtype)
@@ -101,9 +101,9 @@ def test_bytes_are_counted_as_by_hand(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_are_those_of_the_tensors_that_are_there(dtype: torch.dtype) -> None:
+def test_counted_bytes_equal_those_of_the_tensors(dtype: torch.dtype) -> None:
     model = small_model(dtype)
-    ours, optimizer = our_cases(model)
+    ours, optimizer = adai_cases(model)
     adamw = adamw_cases(model)[0]
     fused = torch.optim.AdamW(model.params, fused=True)
     fused.step()
@@ -117,7 +117,7 @@ def test_bytes_are_those_of_the_tensors_that_are_there(dtype: torch.dtype) -> No
         assert case.num_bytes == gradients + 2 * written
 
 
-# -- what is run -----------------------------------------------------------------------------------------------------
+# -- cases ------------------------------------------------------------------------------------------------------------
 
 
 def contents(model: Model, states: dict[Tensor, dict[str, Tensor]], name: str) -> list[Tensor]:
@@ -136,7 +136,7 @@ def contents(model: Model, states: dict[Tensor, dict[str, Tensor]], name: str) -
 )
 def test_a_case_writes_what_its_name_says(case: str, changed: str) -> None:
     model = small_model()
-    ours, optimizer = our_cases(model)
+    ours, optimizer = adai_cases(model)
     cases = {item.name: item for item in (*ours, *adamw_cases(model))}
     cases[case].prepare()
     names = ("", "exp_avg", "exp_avg_sq", "beta1_prod", "step")
@@ -147,9 +147,9 @@ def test_a_case_writes_what_its_name_says(case: str, changed: str) -> None:
     assert " ".join(different) == changed
 
 
-def test_a_clipped_step_clips_and_the_others_do_not() -> None:
+def test_only_clipped_steps_clip() -> None:
     model = small_model()
-    ours, optimizer = our_cases(model)
+    ours, optimizer = adai_cases(model)
     cases = {case.name: case for case in ours}
     bounds: dict[str, float | None] = {}
     for case in cases.values():
@@ -165,10 +165,10 @@ def test_a_clipped_step_clips_and_the_others_do_not() -> None:
     assert not optimizer.param_groups[0]["decoupled"]
 
 
-def test_one_case_steps_by_the_equations_and_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_case_steps_by_the_equations_and_restores_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAI_DIST_KERNELS", "auto")
     model = small_model()
-    case = {case.name: case for case in our_cases(model)[0]}["Adai by equations, clipped"]
+    case = {case.name: case for case in adai_cases(model)[0]}["Adai by equations, clipped"]
     run(case)
     assert "equations" in repr(case.run.__self__)  # type: ignore[attr-defined]
     assert os.environ["ADAI_DIST_KERNELS"] == "auto"
@@ -177,7 +177,7 @@ def test_one_case_steps_by_the_equations_and_the_environment_is_as_before(monkey
 def test_no_case_always_follows_the_same_one() -> None:
     called: list[str] = []
     cases = [Case(name, "torch", lambda name=name: called.append(name), 1) for name in "abcd"]
-    times = _times(cases, Setting(repetitions=12))
+    times = _times(cases, Settings(repetitions=12))
     assert {name: len(values) for name, values in times.items()} == dict.fromkeys("abcd", 12)
     rounds = [called[i : i + 4] for i in range(0, len(called), 4)]
     assert all(sorted(names) == list("abcd") for names in rounds)
@@ -185,7 +185,7 @@ def test_no_case_always_follows_the_same_one() -> None:
     assert all(len(names) >= 3 for names in before.values())
 
 
-def test_extra_memory_is_the_peak_of_what_is_held_at_one_time() -> None:
+def test_extra_memory_is_the_peak_of_memory_held_at_one_time() -> None:
     def allocate() -> None:
         large = torch.empty(3 * 2**20, dtype=torch.uint8)
         del large
@@ -196,11 +196,11 @@ def test_extra_memory_is_the_peak_of_what_is_held_at_one_time() -> None:
     assert extra_bytes(lambda: None, CPU) == 0
 
 
-# -- what is reported ------------------------------------------------------------------------------------------------
+# -- reports ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_case_is_measured_and_the_columns_follow_from_each_other() -> None:
-    report = measure(Setting(numel=2**20 + 3, repetitions=3, threads=1, others=False))
+def test_every_case_is_measured_and_the_columns_are_consistent() -> None:
+    report = measure(Settings(numel=2**20 + 3, repetitions=3, threads=1, others=False))
     rows = {row["case"]: row for row in report["rows"]}
     assert list(rows) == ["copy", *OURS, *ADAMW]
     assert (report["numel"], report["num_tensors"], report["threads"]) == (2**20 + 3, 2, 1)
@@ -223,12 +223,12 @@ def test_every_case_is_measured_and_the_columns_follow_from_each_other() -> None
     assert json.loads(json.dumps(report)) == report
 
 
-def test_the_table_has_a_line_for_every_case_and_for_everything_that_is_missing(
+def test_the_table_has_a_line_for_every_case_and_every_missing_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for module in OTHERS:
         monkeypatch.setitem(sys.modules, module, None)
-    report = measure(Setting(shapes="tiny-148", repetitions=1, dtype="bfloat16"))
+    report = measure(Settings(shapes="tiny-148", repetitions=1, dtype="bfloat16"))
     lines = bench_table(report).splitlines()
     assert lines[0] == "$ adai-dist bench --device cpu --shapes tiny-148 --dtype bfloat16 --repetitions 1"
     assert lines[1].startswith("2,368 parameters in 148 tensors, bfloat16; median of 1 ")
@@ -241,10 +241,10 @@ def test_the_table_has_a_line_for_every_case_and_for_everything_that_is_missing(
     assert "not installed: pytorch_optimizer Adai (package pytorch_optimizer)" in lines
 
 
-def test_a_package_that_fails_is_told_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_package_is_reported_and_does_not_end_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def __getattr__(self, name: str) -> None:
-            raise RuntimeError("no compiler\nin many lines")
+            raise RuntimeError("no compiler\nand more lines")
 
     for module in OTHERS:
         monkeypatch.setitem(sys.modules, module, None)
@@ -254,9 +254,9 @@ def test_a_package_that_fails_is_told_and_the_others_are_measured(monkeypatch: p
     assert missing[1] == "not measured: pytorch_optimizer Adai (RuntimeError: no compiler)"
 
 
-def test_other_packages_cannot_spoil_the_parameters_of_the_cases() -> None:
+def test_other_packages_cannot_change_the_parameters_of_the_cases() -> None:
     model = small_model()
-    other = model.for_another()
+    other = model.copy()
     for param in other.params:
         param.detach().fill_(torch.nan)
     assert all(param.isfinite().all() for param in model.params)
@@ -288,13 +288,13 @@ def test_the_command_prints_a_table_and_writes_json_and_a_picture(
         (["--numel", "0"], "numel must be at least 1; got 0; give a larger number"),
         (["--repetitions", "0"], "repetitions must be at least 1; got 0; give a larger number"),
         (["--threads", "-1"], "threads must be at least 1; got -1; give a larger number"),
-        (["--device", "tpu"], "device must be one that is there; got 'tpu'; use cpu"),
-        (["--dtype", "float64"], "dtype must be one of float32, bfloat16, float16; got 'float64'; use one of these"),
-        (["--shapes", "gpt3"], "shapes must be one of gpt2-124m, llama-7b-layer, tiny-148; got 'gpt3'; use one of"),
-        (["--json", "nowhere/x.json"], "--json and --plot must name files that can be written; got [Errno 2] "),
+        (["--device", "tpu"], "device must be available on this machine; got 'tpu'; use cpu"),
+        (["--dtype", "float64"], "dtype must be one of float32, bfloat16, float16; got 'float64'; choose one"),
+        (["--shapes", "gpt3"], "shapes must be one of gpt2-124m, llama-7b-layer, tiny-148; got 'gpt3'; choose one"),
+        (["--json", "nowhere/x.json"], "--json and --plot must name writable files; got [Errno 2] "),
     ],
 )
-def test_what_cannot_be_measured_is_refused_in_one_line(
+def test_impossible_settings_are_refused_in_one_line(
     arguments: list[str],
     message: str,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""Pictures are drawn from whatever a run has left, and a folder that is no run is refused."""
+"""Pictures and tables are made from the files of any finished run, and other folders are refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_inertia_is_drawn_for_any_number_of_layers_and_records(
     assert 300 < height < 2500
 
 
-def test_a_run_without_inertia_gets_no_picture_of_it(tmp_path: Path) -> None:
+def test_a_run_without_inertia_gets_no_picture_of_inertia(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run / "inertia.jsonl").unlink()
     assert plot_inertia(run) is None
@@ -60,7 +60,7 @@ def test_a_run_without_inertia_gets_no_picture_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("last_loss", [2.0, float("nan")])
-def test_the_loss_is_drawn_also_where_it_is_not_finite(tmp_path: Path, last_loss: float) -> None:
+def test_a_non_finite_loss_can_be_drawn(tmp_path: Path, last_loss: float) -> None:
     run = write_run(tmp_path / "run", last_loss=last_loss)
     assert size_of_png(plot_loss(run))[0] > 400
 
@@ -75,20 +75,20 @@ def test_the_comparison_lists_the_runs_in_the_order_given(tmp_path: Path) -> Non
     assert header.index("optimizer") == first.index("adaiv2") == second.index("adaiv2")
 
 
-def test_a_folder_that_is_no_finished_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a run must have a readable summary.json; got .*nothing"):
         plot_comparison([tmp_path / "nothing"], tmp_path / "out.png")
     assert not (tmp_path / "out.png").exists()
 
 
-def test_half_a_line_at_the_end_is_left_out(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert read_records(path) == [{"step": 1}, {"step": 2}]
     assert read_records(tmp_path / "none.jsonl") == []
 
 
-def test_smoothing_keeps_a_line_and_does_not_lag() -> None:
+def test_smoothing_preserves_a_straight_line_and_does_not_lag() -> None:
     line = [float(i) for i in range(200)]
     assert smoothed(line) == pytest.approx(line)
     assert max(smoothed([0.0, 10.0] * 100)[10:-10]) < 6.0

@@ -1,4 +1,4 @@
-"""The histogram of inertia is that of the algorithm, computed here from the states by NumPy alone."""
+"""The histogram of inertia equals one that NumPy computes from the states."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def test_the_shares_are_those_of_the_formula(dampening: float) -> None:
                 beta1 = np.clip(1 - 0.1 * ratio ** (1 / (3 - 2 * dampening)), 0, 1 - 1e-3)
                 horizons.append(1 / (1 - beta1))
         expected, _ = np.histogram(np.concatenate(horizons).clip(1.0001, 999.99), edges)
-        # float32 may carry an element over the border of its bin
+        # float32 may move an element to the neighbouring bin
         assert np.abs(np.array(histogram[layer]) * expected.sum() - expected).sum() <= 2
         assert sum(histogram[layer]) == pytest.approx(1)
 
 
-def test_a_layer_without_gradients_has_no_shares_and_no_nan() -> None:
+def test_a_layer_without_gradients_has_zero_shares_instead_of_nan() -> None:
     net, optimizer = trained(1.0)
     histogram = inertia_histogram(optimizer, net.named_parameters())
     assert histogram is not None
@@ -93,5 +93,5 @@ def test_there_is_no_histogram_before_a_step_or_for_another_optimizer() -> None:
         ("weight", "weight"),
     ],
 )
-def test_parameters_are_told_apart_by_block_or_module(name: str, layer: str) -> None:
+def test_parameters_are_grouped_by_block_or_module(name: str, layer: str) -> None:
     assert layer_of(name) == layer

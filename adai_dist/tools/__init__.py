@@ -1,1 +1,1 @@
-"""Instruments beside the optimizer: what it does (telemetry, plots) and how fast (bench)."""
+"""Instruments around the optimizer: telemetry of its states, plots and tables of runs, a benchmark and a soak test."""

@@ -1,7 +1,7 @@
 """The distribution of inertia (beta1) in a model, read from the optimizer's states.
 
-Inertia is counted on a logarithmic scale of its horizon, 1 / (1 - beta1): the number of steps over which an element's
-gradients are averaged, from 1 (no memory) to 1 / eps.
+Histograms count inertia on a logarithmic scale of its horizon, 1 / (1 - beta1): the number of steps over which an
+element's gradients are averaged, from 1 (no momentum) to 1 / eps.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 class MomentOfLayer(NamedTuple):
-    """The second moment of a parameter, or of this rank's part of it."""
+    """The second moment of a parameter, or of this rank's shard of it, and its layer."""
 
     layer: str
     exp_avg_sq: Tensor | None
     step: Tensor | None
-    """0-dim."""
+    """Step count of the parameter, 0-dim."""
     hyper: Hyper
     weight: float
-    """1 / number of ranks that count the same elements."""
+    """1 / (number of ranks that hold the same elements)."""
 
 
 def layer_of(name: str) -> str:
-    """The layer of a parameter: "block 3" for "model.layers.3.mlp.up_proj.weight", "norm" for "model.norm.weight"."""
+    """Return a parameter's layer: "block 3" for "model.layers.3.mlp.up_proj.weight", "norm" for "model.norm.weight"."""
     block = _BLOCK.search(name)
     if block:
         return f"block {block[1]}"
@@ -48,7 +48,7 @@ def layer_of(name: str) -> str:
 
 
 def horizon_edges(num_bins: int) -> list[float]:
-    """Edges of the bins of `inertia_histogram`, in steps; one more than there are bins."""
+    """Return the `num_bins` + 1 edges of the bins of `inertia_histogram`, in steps."""
     return [10.0 ** (i / BINS_PER_DECADE) for i in range(num_bins + 1)]
 
 
@@ -56,17 +56,17 @@ def horizon_edges(num_bins: int) -> list[float]:
 def inertia_histogram(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]]
 ) -> dict[str, list[float]] | None:
-    """Shares of the elements of every layer by the horizon of their inertia.
+    """Return the shares of every layer's elements by the horizon of their inertia.
 
-    Waits for the device; meant for evaluations, not for every step.
+    The host waits for the device: call it at evaluations, not in every step.
 
     Args:
-        optimizer: of any kind.
-        named_parameters: the model's, on every rank the same names in the same order.
+        optimizer: any optimizer.
+        named_parameters: the model's parameters, with the same names in the same order on every rank.
 
     Returns:
-        For every layer, in order of appearance, the share of its elements in each bin of `horizon_edges`; the same on
-        every rank and for every layout. None if the optimizer has no adaptive inertia or has not stepped yet.
+        For every layer, in order of appearance, the share of its elements in each bin of `horizon_edges`; equal on
+        all ranks and for all layouts. None if the optimizer has no adaptive inertia or has not stepped yet.
 
     Collective: all ranks of the job; one all-reduce of 8 bytes per layer and bin.
     """
@@ -87,12 +87,12 @@ def inertia_histogram(
 
 @torch.no_grad()
 def horizon_shares(moments: Sequence[MomentOfLayer], mean: float, device: torch.device) -> dict[str, list[float]]:
-    """As :func:`inertia_histogram`, for an engine that keeps the states elsewhere than at the parameters.
+    """Return the shares as :func:`inertia_histogram` does, for engines that keep states outside ``optimizer.state``.
 
     Args:
-        moments: of all parameters, on every rank the same layers in the same order.
-        mean: of the bias-corrected second moment, in the last step.
-        device: where to count and communicate.
+        moments: the second moments of all parameters, with the same layers in the same order on every rank.
+        mean: global mean of the bias-corrected second moment in the last step.
+        device: device on which to count and communicate.
 
     Collective: all ranks of the job; one all-reduce of 8 bytes per layer and bin.
     """
@@ -113,7 +113,7 @@ def horizon_shares(moments: Sequence[MomentOfLayer], mean: float, device: torch.
 
 
 def _inertia(moment: MomentOfLayer, mean: float) -> Tensor | None:
-    """beta1 of the elements in the last step; None without elements or before the first step that counted."""
+    """Return beta1 of the elements in the last step; None without elements or before the first counted step."""
     if moment.exp_avg_sq is None or moment.step is None or float(moment.step) == 0 or mean == 0:
         return None
     v = local_tensor(moment.exp_avg_sq)

@@ -1,7 +1,7 @@
-"""How long a step takes, in milliseconds and in bytes per second, beside torch's AdamW, a plain copy and others."""
+"""A benchmark of an optimizer step, in milliseconds and bytes per second, next to AdamW, a copy and other packages."""
 
 from adai_dist.tools.bench.report import bench_table
-from adai_dist.tools.bench.run import Setting, measure
 from adai_dist.tools.bench.shapes import SHAPES
+from adai_dist.tools.bench.timing import Settings, measure
 
-__all__ = ["SHAPES", "Setting", "bench_table", "measure"]
+__all__ = ["SHAPES", "Settings", "bench_table", "measure"]

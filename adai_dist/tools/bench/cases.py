@@ -1,7 +1,7 @@
-"""What is measured: the copy, the phases and steps of Adai, and the optimizers beside it.
+"""The cases of the benchmark: the copy, the phases and steps of Adai, and torch's AdamW.
 
-All cases have the same gradients, and those of one package the same parameters and, where they can, states, so that a
-large model fits into memory. Clipping cuts to the norm that the gradients keep; it costs the same in every step.
+All cases share their gradients; the cases of one package also share parameters and, where possible, states, so that a
+large model fits into memory. Clipping is active in every step and costs the same in each.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +26,13 @@ from adai_dist.tools.bench.shapes import Shape
 from adai_dist.tools.bench.traffic import ADAM, ADVANCE, ADVANCE_RETIRED, CLIP, OBSERVE, OBSERVE_COUPLED, Traffic
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
-"""Size of the tensor that is copied: far beyond any cache, and on a GPU long beside the launch of a kernel."""
+"""Size of the copied tensor: far larger than any cache, and on a GPU far longer to copy than to launch a kernel."""
 
 COPY, REFERENCE, STEP = "copy", "AdamW fused, clipped", "Adai, clipped"
 LR, WEIGHT_DECAY = 1e-3, 1e-4
 
 
-def _nothing() -> None:
+def _no_preparation() -> None:
     pass
 
 
@@ -41,18 +42,18 @@ class Case:
 
     name: str
     package: str
-    """Whose it is."""
+    """Package whose code is timed."""
     run: Callable[[], object]
-    """What is timed."""
+    """Function to time."""
     num_bytes: int
-    """That it has to move."""
-    prepare: Callable[[], object] = _nothing
-    """Called before every run; not timed."""
+    """Bytes that the algorithm has to move."""
+    prepare: Callable[[], object] = _no_preparation
+    """Function to call, untimed, before every run."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """Parameters and gradients of random numbers."""
+    """Parameters and gradients with random values."""
 
     device: torch.device
     dtype: torch.dtype
@@ -68,8 +69,8 @@ class Model:
         numel = sum(param.numel() for param in params)
         return cls(device, dtype, params, numel, max_norm=0.5 * math.sqrt(numel))
 
-    def for_another(self) -> Model:
-        """Parameters of their own with the same gradients, for optimizers that turn low precision into NaN."""
+    def copy(self) -> Model:
+        """Return a copy of the parameters that shares the gradients, for optimizers that may overflow to NaN."""
         params = [nn.Parameter(param.detach().clone()) for param in self.params]
         for param, other in zip(params, self.params, strict=True):
             param.grad = other.grad
@@ -89,40 +90,40 @@ def copy_case(device: torch.device) -> Case:
 
 
 @dataclass
-class Ours:
-    """One optimizer whose settings change from case to case: a step reads them anew."""
+class AdaiCases:
+    """One optimizer for several cases: `configure` changes its settings, which every step reads."""
 
     model: Model
     optimizer: Adai
     shards: list[OwnedShards] = field(default_factory=list[OwnedShards])
     mean: GlobalMean | None = None
 
-    def set(self, dampening: float = 1.0, weight_decay: float = 0.0, is_clipped: bool = True) -> None:
+    def configure(self, dampening: float = 1.0, weight_decay: float = 0.0, is_clipped: bool = True) -> None:
         self.optimizer.param_groups[0].update(dampening=dampening, weight_decay=weight_decay)
         self.optimizer.max_grad_norm = self.model.max_norm if is_clipped else None
 
-    def list_shards(self) -> None:
-        self.set()
+    def find_shards(self) -> None:
+        self.configure()
         self.shards = self.optimizer.owned_shards()
 
     def find_mean(self) -> None:
-        self.list_shards()
+        self.find_shards()
         self.mean = self._mean()
 
-    def observe(self) -> None:
+    def observe_gradients(self) -> None:
         self.optimizer.observe(self.shards)
 
-    def advance(self) -> None:
+    def advance_parameters(self) -> None:
         assert self.mean is not None
         self.optimizer.advance(self.shards, self.mean)
 
     def step_retired(self) -> None:
-        """A step after beta1_prod has fallen below 2^-25, and its correction is 1 for good."""
+        """Step as after beta1_prod has fallen below 2^-25, where its bias correction stays 1."""
         self.shards = [
             replace(owned, shards=owned.shards._replace(beta1_prod=[])) for owned in self.optimizer.owned_shards()
         ]
         self.mean = self._mean()
-        self.advance()
+        self.advance_parameters()
 
     def _mean(self) -> GlobalMean:
         sums = self.optimizer.observe(self.shards)
@@ -132,38 +133,34 @@ class Ours:
         return Case(name, "adai_dist", run, self.model.num_bytes(traffic, torch.float32), prepare)
 
 
-def our_cases(model: Model) -> tuple[list[Case], Adai]:
-    """The cases of this package, and the optimizer that the kernels step."""
-    ours = Ours(model, Adai(model.params, lr=LR))
+def adai_cases(model: Model) -> tuple[list[Case], Adai]:
+    """Return the cases of this package, and the optimizer that runs on the kernels."""
+    kernels = AdaiCases(model, Adai(model.params, lr=LR))
     with environment({ENVIRONMENT_VARIABLE: "off"}):
-        equations = Ours(model, Adai(model.params, lr=LR))
-    ours.optimizer.step()
-    _share_states(equations.optimizer, ours.optimizer, own=("step", "exp_avg_sq"))
-    step, whole = ours.optimizer.step, OBSERVE + ADVANCE
+        equations = AdaiCases(model, Adai(model.params, lr=LR))
+    kernels.optimizer.step()
+    _share_states(equations.optimizer, kernels.optimizer, copied=("step", "exp_avg_sq"))
+    step, case, both_phases = kernels.optimizer.step, kernels.case, OBSERVE + ADVANCE
+    configure_coupled = partial(kernels.configure, weight_decay=WEIGHT_DECAY)
     cases = [
-        ours.case("observe", ours.observe, OBSERVE, ours.list_shards),
-        ours.case("advance", ours.advance, ADVANCE, ours.find_mean),
-        ours.case("Adai", step, whole, lambda: ours.set(is_clipped=False)),
-        ours.case(STEP, step, whole, ours.set),
-        ours.case("Adai, clipped, retired", ours.step_retired, OBSERVE + ADVANCE_RETIRED, ours.set),
-        ours.case(
-            "Adai, clipped, coupled decay",
-            step,
-            OBSERVE_COUPLED + ADVANCE,
-            lambda: ours.set(weight_decay=WEIGHT_DECAY),
-        ),
-        ours.case("AdaiV2 d=0, clipped", step, whole, lambda: ours.set(dampening=0.0)),
-        equations.case("Adai by equations, clipped", equations.optimizer.step, whole, equations.set),
+        case("observe", kernels.observe_gradients, OBSERVE, kernels.find_shards),
+        case("advance", kernels.advance_parameters, ADVANCE, kernels.find_mean),
+        case("Adai", step, both_phases, partial(kernels.configure, is_clipped=False)),
+        case(STEP, step, both_phases, kernels.configure),
+        case("Adai, clipped, retired", kernels.step_retired, OBSERVE + ADVANCE_RETIRED, kernels.configure),
+        case("Adai, clipped, coupled decay", step, OBSERVE_COUPLED + ADVANCE, configure_coupled),
+        case("AdaiV2 d=0, clipped", step, both_phases, partial(kernels.configure, dampening=0.0)),
+        equations.case("Adai by equations, clipped", equations.optimizer.step, both_phases, equations.configure),
     ]
-    return cases, ours.optimizer
+    return cases, kernels.optimizer
 
 
 def adamw_cases(model: Model) -> list[Case]:
-    """torch's AdamW; with clipping it is what a step of Adai is compared to."""
+    """Return the cases of torch's AdamW; the fused one with clipping is the reference for a step of Adai."""
     fused = AdamW(model.params, lr=LR, fused=True)
     fused.step()
     foreach = AdamW(model.params, lr=LR, foreach=True)
-    for param, state in fused.state.items():  # foreach wants its step on the host
+    for param, state in fused.state.items():  # foreach requires its step on the host
         foreach.state[param] = {**state, "step": torch.ones(())}
     return [
         adam_case("AdamW fused", model, fused),
@@ -181,10 +178,10 @@ def adam_case(
     state_dtype: torch.dtype | None = None,
     package: str = "torch",
 ) -> Case:
-    """A step of any Adam, without or with ``clip_grad_norm_`` before it.
+    """Return the case of a step of any Adam, optionally after ``clip_grad_norm_``.
 
     Args:
-        state_dtype: of its states; None for that of the parameters.
+        state_dtype: dtype of the states; None for that of the parameters.
     """
 
     def clipped() -> None:
@@ -196,8 +193,8 @@ def adam_case(
     return Case(name, package, run, model.num_bytes(traffic, state_dtype or model.dtype))
 
 
-def _share_states(optimizer: Optimizer, owner: Optimizer, own: tuple[str, ...]) -> None:
-    """Give ``optimizer`` the states of ``owner``, and copies of those that it has to have for itself."""
+def _share_states(optimizer: Optimizer, owner: Optimizer, copied: tuple[str, ...]) -> None:
+    """Give ``optimizer`` the states of ``owner``, some of them as copies."""
     states: dict[Tensor, dict[str, Tensor]] = owner.state
     for param, state in states.items():
-        optimizer.state[param] = {name: value.clone() if name in own else value for name, value in state.items()}
+        optimizer.state[param] = {name: value.clone() if name in copied else value for name, value in state.items()}

@@ -1,4 +1,4 @@
-"""How much memory a step takes beside what is there before it."""
+"""Peak memory of a step in addition to the memory held before it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def extra_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Peak of the memory that torch allocates during ``run``, in Python and in C++, above what it held before."""
+    """Return the peak of the memory that torch allocates during ``run``, beyond what it held before."""
     return _extra_bytes_cuda(run) if device.type == "cuda" else _extra_bytes_cpu(run)
 
 
@@ -28,13 +28,13 @@ def _extra_bytes_cuda(run: Callable[[], object]) -> int:
 
 def _extra_bytes_cpu(run: Callable[[], object]) -> int:
     with (
-        _no_notes_of_the_profiler(),
+        _silent_stderr(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler,
     ):
         run()
     results = profiler.profiler.kineto_results if profiler.profiler else None
     events: list[Any] = results.events() if results else []
-    # Every allocation is an event of so many bytes, every release one of so many less.
+    # An allocation is an event with a positive number of bytes, a release one with a negative number.
     changes: list[tuple[int, int]] = [
         (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
     ]
@@ -47,15 +47,15 @@ def _extra_bytes_cpu(run: Callable[[], object]) -> int:
 
 
 @contextmanager
-def _no_notes_of_the_profiler() -> Generator[None]:
-    """Its C++ code notes on stderr that it starts and stops, and what it did not see being allocated."""
+def _silent_stderr() -> Generator[None]:
+    """Discard what the profiler's C++ code logs to stderr: its start, its end, and allocations that it missed."""
     sys.stderr.flush()
     stderr = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    devnull = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 2)
+        os.dup2(devnull, 2)
         yield
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
-        os.close(nowhere)
+        os.close(devnull)

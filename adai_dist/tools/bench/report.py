@@ -1,4 +1,4 @@
-"""The benchmark's results: what a row says, on what it was measured, and the table for people."""
+"""The report of the benchmark: its rows, the environment of the measurement, and the text table."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ _HEADER = f"{'case':<{_WIDTH}}" + "".join(f"{name:>{width}}" for name, width in 
 
 @dataclass(frozen=True)
 class Row:
-    """One case of the benchmark."""
+    """The measurement of one case."""
 
     case: str
     package: str
-    """Whose case it is: adai_dist, torch, deepspeed or pytorch_optimizer."""
+    """Package whose code was timed: adai_dist, torch, deepspeed or pytorch_optimizer."""
     milliseconds: float
-    """Median of the repetitions."""
+    """Median time of the repetitions."""
     fastest: float
-    """Milliseconds of the fastest repetition."""
+    """Time of the fastest repetition, milliseconds."""
     lower_quartile: float
-    """A quarter of the repetitions took fewer milliseconds."""
+    """First quartile of the time, milliseconds."""
     upper_quartile: float
-    """A quarter of the repetitions took more milliseconds."""
+    """Third quartile of the time, milliseconds."""
     bytes_per_parameter: int | None
-    """What the algorithm has to move (:mod:`adai_dist.tools.bench.traffic`); None for the copy."""
+    """Bytes that the algorithm has to move (:mod:`adai_dist.tools.bench.traffic`); None for the copy."""
     gigabytes_per_second: float
-    """These bytes over the median time."""
+    """Bytes moved divided by the median time."""
     copy_share: float
-    """Their rate over that of the copy."""
+    """Rate relative to that of the copy."""
     ratio: float | None
-    """Time over that of clipped fused AdamW; None for the copy."""
+    """Median time relative to that of clipped fused AdamW; None for the copy."""
     extra_bytes: int
-    """Peak of the memory that the step takes beside parameters, gradients and states."""
+    """Peak memory of the step in addition to parameters, gradients and states."""
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """The processor, and the GPU if that was measured."""
+    """Return the names of the processor, the system and, if it was measured, the GPU."""
     found: dict[str, Any] = {"cpu": _cpu_name(), "num_cpus": os.cpu_count(), "system": platform.platform()}
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
@@ -53,40 +53,40 @@ def hardware(device: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of everything that a time depends on; None for what is not there."""
+    """Return the versions of all software that affects the time; None for packages that are not installed."""
     found: dict[str, str | None] = {"adai_dist": _version("adai-dist"), "python": platform.python_version()}
     found |= {"torch": torch.__version__, "cuda": torch.version.cuda}
     return found | {package: _version(package) for package in ("deepspeed", "pytorch_optimizer")}
 
 
 def bench_table(report: dict[str, Any]) -> str:
-    """The report for people: aligned plain text."""
+    """Return the report as aligned plain text."""
     lines = [
         f"$ {report['command']}",
         f"{report['numel']:,} parameters in {report['num_tensors']} tensors, {report['dtype']}; "
-        f"median of {report['repetitions']} repetitions in turns",
-        _where(report),
+        f"median of {report['repetitions']} interleaved repetitions",
+        _environment_line(report),
         f"kernels: {report['kernels']}",
         "",
         _HEADER,
-        *(_line(row) for row in report["rows"]),
+        *(_row_line(row) for row in report["rows"]),
         "",
         *report["missing"],
-        "spread: interquartile range over median. bytes/param: what the algorithm has to move.",
-        f"of copy: rate over that of a copy of {report['copy_bytes'] // 2**20} MiB (read and written).",
-        f"ratio: time over that of {report['reference']}. extra MiB: peak memory of a step beside its tensors.",
+        "spread: interquartile range / median. bytes/param: bytes that the algorithm has to move.",
+        f"of copy: rate / rate of a copy of {report['copy_bytes'] // 2**20} MiB (read and written).",
+        f"ratio: time / time of {report['reference']}. extra MiB: peak memory of a step in addition to its tensors.",
     ]
     return "\n".join(lines)
 
 
-def _where(report: dict[str, Any]) -> str:
-    machine, found = report["hardware"], report["versions"]
+def _environment_line(report: dict[str, Any]) -> str:
+    machine, installed = report["hardware"], report["versions"]
     names = {"torch": "torch", "cuda": "CUDA", "deepspeed": "DeepSpeed", "pytorch_optimizer": "pytorch_optimizer"}
-    packages = [f"{name} {found[key]}" for key, name in names.items() if found[key]]
+    packages = [f"{name} {installed[key]}" for key, name in names.items() if installed[key]]
     return "; ".join([machine.get("gpu") or machine["cpu"], f"{report['threads']} CPU threads", ", ".join(packages)])
 
 
-def _line(row: dict[str, Any]) -> str:
+def _row_line(row: dict[str, Any]) -> str:
     spread = (row["upper_quartile"] - row["lower_quartile"]) / row["milliseconds"]
     cells = (
         f"{row['milliseconds']:.2f}",
@@ -109,7 +109,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_name() -> str:
-    """As Linux names it; platform.processor() knows the architecture alone there."""
+    """Return the name that Linux gives the processor, because platform.processor() returns only its architecture."""
     info = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return named[1] if named else platform.processor() or platform.machine()

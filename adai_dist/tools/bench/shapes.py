@@ -1,4 +1,4 @@
-"""The shapes of the parameters that the benchmark steps."""
+"""Parameter shapes for the benchmark."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ Shape = tuple[int, ...]
 TENSOR_ELEMENTS = 2**20
 
 
-def of_numel(numel: int) -> list[Shape]:
-    """``numel`` parameters in tensors of 2^20 elements, and what remains in one more."""
-    num_whole, remainder = divmod(numel, TENSOR_ELEMENTS)
-    return [(TENSOR_ELEMENTS,)] * num_whole + [(remainder,)] * (remainder > 0)
+def shapes_of_numel(numel: int) -> list[Shape]:
+    """Return ``numel`` parameters in tensors of 2^20 elements, the last of which may be smaller."""
+    num_full, remainder = divmod(numel, TENSOR_ELEMENTS)
+    return [(TENSOR_ELEMENTS,)] * num_full + [(remainder,)] * (remainder > 0)
 
 
 def gpt2_124m() -> list[Shape]:
-    """GPT-2 124M: 148 tensors, 124,439,808 parameters; the head is the embedding."""
+    """Return the shapes of GPT-2 124M: 148 tensors, 124,439,808 parameters; the head shares the embedding."""
     width, vocabulary, context, num_layers = 768, 50257, 1024, 12
     norm = [(width,), (width,)]
     attention = [(width, 3 * width), (3 * width,), (width, width), (width,)]
@@ -25,13 +25,13 @@ def gpt2_124m() -> list[Shape]:
 
 
 def llama_7b_layer() -> list[Shape]:
-    """One of the 32 layers of Llama 2 7B: 9 tensors, 202,383,360 parameters."""
+    """Return the shapes of one of the 32 layers of Llama 2 7B: 9 tensors, 202,383,360 parameters."""
     width, hidden = 4096, 11008
     return [*[(width, width)] * 4, (hidden, width), (hidden, width), (width, hidden), (width,), (width,)]
 
 
 def tiny_148() -> list[Shape]:
-    """148 tensors of 16 elements: all the time that they take is the host's."""
+    """Return 148 tensors of 16 elements, whose steps take only the host's time."""
     return [(16,)] * 148
 
 

@@ -1,10 +1,11 @@
-"""Pictures as PNG files: the loss and the inertia of a run over time, several runs beside each other, a benchmark."""
+"""PNG pictures and text tables of one run, of several runs, of a sweep, and of a benchmark."""
 
 from adai_dist.tools.plots.bench import plot_bench
-from adai_dist.tools.plots.comparison import comparison_table, plot_comparison
+from adai_dist.tools.plots.comparison import plot_comparison
 from adai_dist.tools.plots.records import Record, read_records, read_summary
-from adai_dist.tools.plots.run import plot_inertia, plot_loss
-from adai_dist.tools.plots.seeds import plot_seeds, seeds_table
+from adai_dist.tools.plots.sweep import plot_sweep
+from adai_dist.tools.plots.tables import comparison_table, sweep_table
+from adai_dist.tools.plots.training import plot_inertia, plot_loss
 
 __all__ = [
     "Record",
@@ -13,8 +14,8 @@ __all__ = [
     "plot_comparison",
     "plot_inertia",
     "plot_loss",
-    "plot_seeds",
+    "plot_sweep",
     "read_records",
     "read_summary",
-    "seeds_table",
+    "sweep_table",
 ]

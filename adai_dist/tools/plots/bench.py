@@ -8,27 +8,27 @@ from adai_dist.tools.plots.drawing import COLOURS, INK, new_figure, save
 from adai_dist.tools.plots.records import Record
 
 _PACKAGE_COLOURS = dict(zip(("adai_dist", "torch", "deepspeed", "pytorch_optimizer"), COLOURS, strict=False))
-_LONGEST_BAR = 4.0  # times the reference of a benchmark
+_LONGEST_BAR = 4.0  # times the length of the reference's bar
 
 
 def plot_bench(report: Record, path: Path) -> Path:
-    """Draws the times of a benchmark as bars with their interquartile ranges; bars that are too long are cut.
+    """Draw the times of a benchmark as bars with interquartile ranges, and truncate very long bars.
 
     Args:
-        report: of :func:`adai_dist.tools.bench.measure`.
-        path: of the PNG file.
+        report: the result of :func:`adai_dist.tools.bench.measure`.
+        path: PNG file to write.
     """
     rows = [row for row in report["rows"] if row["ratio"] is not None]
     reference = next(row["milliseconds"] for row in rows if row["case"] == report["reference"])
     limit = min(_LONGEST_BAR * reference, 1.05 * max(row["milliseconds"] for row in rows))
     figure, (axis,) = new_figure(1, 1, 9.0, 0.36 * len(rows) + 1.4)
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         time, low, high = (row[name] for name in ("milliseconds", "lower_quartile", "upper_quartile"))
-        axis.barh(place, min(time, limit), height=0.7, color=_PACKAGE_COLOURS[row["package"]])
+        axis.barh(index, min(time, limit), height=0.7, color=_PACKAGE_COLOURS[row["package"]])
         if time < limit:
-            axis.plot([low, min(high, limit)], [place, place], color=INK, linewidth=1.0)
+            axis.plot([low, min(high, limit)], [index, index], color=INK, linewidth=1.0)
         label = f"{'» ' * (time > limit)}{time:.2f} ms, {row['ratio']:.2f} x, {row['gigabytes_per_second']:.1f} GB/s"
-        end = (min(max(time, high), limit), place)
+        end = (min(max(time, high), limit), index)
         axis.annotate(label, end, (4, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
     axis.axvline(reference, color=INK, linewidth=0.8, linestyle=":")
     axis.set_yticks(range(len(rows)), [row["case"] for row in rows])

@@ -1,4 +1,4 @@
-"""Several runs on one picture and in one table."""
+"""The losses of several runs in one picture."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adai_dist.tools.plots.drawing import COLOURS, INK, draw_held_out, draw_training, finish_loss_axis, new_figure, save
-from adai_dist.tools.plots.records import Record, read_records, read_summary
+from adai_dist.tools.plots.records import Record, read_records, read_summary, unit_of_loss
 
 
 def plot_comparison(folders: Sequence[Path], path: Path) -> list[Record]:
-    """Draws the loss of several finished runs on one picture.
+    """Draw the losses of several finished runs, all of text or all of images.
 
     Args:
-        folders: of runs, of text or of images.
-        path: of the PNG file.
+        folders: folders of the runs.
+        path: PNG file to write.
 
     Returns:
         The summaries of the runs, in the order given.
 
     Raises:
-        ValueError: a folder is no finished run, or the runs do not belong on one scale.
+        ValueError: a folder holds no finished run, or the losses have different units.
     """
     summaries = [read_summary(folder) for folder in folders]
-    unit = _unit_of(summaries)
+    unit = unit_of_loss(summaries)
     figure, axes = new_figure(1, 2, 11.0, 4.6)
     histories = [read_records(folder / "metrics.jsonl") for folder in folders]
     for index, (records, summary) in enumerate(zip(histories, summaries, strict=True)):
@@ -39,31 +39,3 @@ def plot_comparison(folders: Sequence[Path], path: Path) -> list[Record]:
     axes[0].legend(frameon=False, title="run, optimizer: final held-out loss", alignment="left")
     save(figure, path)
     return summaries
-
-
-def comparison_table(summaries: Sequence[Record]) -> str:
-    """The runs for people, one line each: aligned plain text."""
-    unit = _unit_of(summaries)
-    header = ("run", "optimizer", "engine", "ranks", "steps", "held-out loss", f"{unit}s/s", "optimizer's share")
-    rows: list[Sequence[str]] = [header]
-    for run in summaries:
-        speed, share = run[f"{unit}s_per_second"], run["optimizer_share"]  # unknown for a run of one step
-        numbers = (f"{run['steps']:,}", f"{run['val_loss']:.4f}", f"{speed or 0:,.0f}", f"{share or 0:.1%}")
-        rows.append((run["run"], run["optimizer"], run["engine"], str(run["world_size"]), *numbers))
-    return aligned(rows)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of as many cells each as lines of plain text, whose columns stand below each other."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
-
-
-def _unit_of(summaries: Sequence[Record]) -> str:
-    units = sorted({summary["unit"] for summary in summaries})
-    if len(units) != 1:
-        raise ValueError(
-            f"runs must be compared on one scale; got losses per {' and per '.join(units)}; drop some runs"
-        )
-    return units[0]

@@ -1,4 +1,4 @@
-"""Times all cases of a setting, taking turns."""
+"""Interleaved timing of all cases of the benchmark."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from adai_dist.tools.bench.cases import COPY, COPY_BYTES, REFERENCE, Case, Model, adamw_cases, copy_case, our_cases
+from adai_dist.tools.bench.cases import COPY, COPY_BYTES, REFERENCE, Case, Model, adai_cases, adamw_cases, copy_case
 from adai_dist.tools.bench.memory import extra_bytes
-from adai_dist.tools.bench.others import other_cases
+from adai_dist.tools.bench.other_packages import other_cases
 from adai_dist.tools.bench.report import Row, hardware, versions
-from adai_dist.tools.bench.shapes import SHAPES, of_numel
+from adai_dist.tools.bench.shapes import SHAPES, shapes_of_numel
 
 DEFAULT_NUMEL = 2**25
 DEFAULT_REPETITIONS = 25
@@ -26,26 +26,26 @@ WARM_UP_ROUNDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What to measure.
+class Settings:
+    """The settings of a benchmark run.
 
     Raises:
-        ValueError: a value that cannot be, or a device that is not there.
+        ValueError: a value is out of range, or the device is not available.
     """
 
     device: str = "cpu"
     numel: int = DEFAULT_NUMEL
     """Number of parameters, in tensors of 2^20 elements."""
     shapes: str | None = None
-    """A name of :data:`SHAPES`, in place of ``numel``."""
+    """Name in :data:`SHAPES`; replaces ``numel``."""
     dtype: str = "float32"
-    """Of parameters and gradients."""
+    """Dtype of parameters and gradients."""
     repetitions: int = DEFAULT_REPETITIONS
-    """How often every case is timed."""
+    """Number of timed runs of every case."""
     threads: int | None = None
-    """CPU threads; None for what torch takes by itself."""
+    """CPU threads; None for torch's default."""
     others: bool = True
-    """Measure optimizers of other packages too, where they are installed."""
+    """Also measure optimizers of other packages, where these are installed."""
 
     def __post_init__(self) -> None:
         for name in ("numel", "repetitions", "threads"):
@@ -55,12 +55,12 @@ class Setting:
         for name, value, known in (("dtype", self.dtype, DTYPES), ("shapes", self.shapes, (None, *SHAPES))):
             if value not in known:
                 names = ", ".join(str(x) for x in known if x)
-                raise ValueError(f"{name} must be one of {names}; got {value!r}; use one of these")
+                raise ValueError(f"{name} must be one of {names}; got {value!r}; choose one of them")
         if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
-            raise ValueError(f"device must be one that is there; got {self.device!r}; use cpu")
+            raise ValueError(f"device must be available on this machine; got {self.device!r}; use cpu")
 
     def command(self) -> str:
-        """The command line that measures it."""
+        """Return the command line with these settings."""
         words = ["adai-dist bench", f"--device {self.device}"]
         words.append(f"--shapes {self.shapes}" if self.shapes else f"--numel {self.numel}")
         words += [f"--dtype {self.dtype}", f"--repetitions {self.repetitions}"]
@@ -69,50 +69,53 @@ class Setting:
         return " ".join(words)
 
 
-def measure(setting: Setting) -> dict[str, Any]:
-    """Measures all cases of a setting.
+def measure(settings: Settings) -> dict[str, Any]:
+    """Measure all cases.
 
     Returns:
-        ``rows`` (see :class:`adai_dist.tools.bench.report.Row`), and on what they were measured; fit for JSON.
+        ``rows`` (see :class:`adai_dist.tools.bench.report.Row`) and the environment of the measurement, ready for JSON.
     """
-    with _threads(setting.threads):
-        device = torch.device(setting.device)
-        shapes = SHAPES[setting.shapes]() if setting.shapes else of_numel(setting.numel)
-        model = Model.of(shapes, device, getattr(torch, setting.dtype))
-        ours, optimizer = our_cases(model)
-        others, missing = other_cases(model) if setting.others else ([], [])
-        cases = [copy_case(device), *ours, *adamw_cases(model.for_another()), *others]
-        times = _times(cases, setting)
+    with _num_threads(settings.threads):
+        device = torch.device(settings.device)
+        shapes = SHAPES[settings.shapes]() if settings.shapes else shapes_of_numel(settings.numel)
+        model = Model.of(shapes, device, getattr(torch, settings.dtype))
+        adai, optimizer = adai_cases(model)
+        others, missing = other_cases(model) if settings.others else ([], [])
+        cases = [copy_case(device), *adai, *adamw_cases(model.copy()), *others]
+        times = _times(cases, settings)
         if num_skipped := int(optimizer.num_skipped_steps):
             raise RuntimeError(
-                f"no step must be skipped while it is timed, got {num_skipped} with inf or NaN; report it"
+                f"no timed step may be skipped; got {num_skipped} steps with inf or NaN; report this as a bug"
             )
         return {
-            "command": setting.command(),
-            "hardware": hardware(setting.device),
+            "command": settings.command(),
+            "hardware": hardware(settings.device),
             "threads": torch.get_num_threads(),
             "versions": versions(),
             "kernels": str(optimizer.backends),
-            "shapes": setting.shapes,
+            "shapes": settings.shapes,
             "num_tensors": len(shapes),
             "numel": model.numel,
-            "dtype": setting.dtype,
-            "repetitions": setting.repetitions,
-            "copy_bytes": COPY_BYTES[setting.device],
+            "dtype": settings.dtype,
+            "repetitions": settings.repetitions,
+            "copy_bytes": COPY_BYTES[settings.device],
             "reference": REFERENCE,
             "rows": [asdict(row) for row in _rows(cases, times, model)],
             "missing": missing,
         }
 
 
-def _times(cases: list[Case], setting: Setting) -> dict[str, list[float]]:
-    """Milliseconds of every case. Each round has an order of its own, so that no case always follows the same one."""
+def _times(cases: list[Case], settings: Settings) -> dict[str, list[float]]:
+    """Return the times of every case in milliseconds.
+
+    Each round runs the cases in a new random order, so that no case always follows the same one.
+    """
     times: dict[str, list[float]] = {case.name: [] for case in cases}
     order = random.Random(0)
     gc.collect()
-    for repetition in range(WARM_UP_ROUNDS + setting.repetitions):
+    for repetition in range(WARM_UP_ROUNDS + settings.repetitions):
         for case in order.sample(cases, len(cases)):
-            milliseconds = _time(case, setting.device)
+            milliseconds = _time(case, settings.device)
             if repetition >= WARM_UP_ROUNDS:
                 times[case.name].append(milliseconds)
     return times
@@ -156,7 +159,7 @@ def _rows(cases: list[Case], times: dict[str, list[float]], model: Model) -> Ite
 
 
 @contextmanager
-def _threads(number: int | None) -> Generator[None]:
+def _num_threads(number: int | None) -> Generator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:

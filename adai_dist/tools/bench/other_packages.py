@@ -1,8 +1,9 @@
-"""Optimizers of other packages, measured where they are installed."""
+"""Benchmark cases of other packages, where these are installed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -12,21 +13,21 @@ from adai_dist.tools.bench.traffic import TWO_PASSES
 
 
 def other_cases(model: Model) -> tuple[list[Case], list[str]]:
-    """The cases that this machine has, and a line for each that it has not."""
+    """Return the cases of installed packages, and a line of text for each case that is missing."""
     makers: dict[str, Callable[[Model], list[Case]]] = {
         "DeepSpeed FusedAdam" if model.device.type == "cuda" else "DeepSpeed CPUAdam": _deepspeed,
         "pytorch_optimizer Adai": _pytorch_optimizer,
     }
-    found = [_made(name, make, model) for name, make in makers.items()]
+    found = [_try(name, make, model) for name, make in makers.items()]
     return [case for cases, _ in found for case in cases], [line for _, line in found if line]
 
 
-def _made(name: str, make: Callable[[Model], list[Case]], model: Model) -> tuple[list[Case], str]:
+def _try(name: str, make: Callable[[Model], list[Case]], model: Model) -> tuple[list[Case], str]:
     try:
-        return make(model.for_another()), ""
+        return make(model.copy()), ""
     except ModuleNotFoundError as error:
         return [], f"not installed: {name} (package {error.name})"
-    except Exception as error:  # such as a compiler that is not there; the other cases are worth having
+    except Exception as error:  # such as a missing compiler, which must not end the benchmark
         return [], f"not measured: {name} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
 
 
@@ -39,17 +40,8 @@ def _deepspeed(model: Model) -> list[Case]:
     else:
         name, optimizer, state_dtype = "DeepSpeed CPUAdam", DeepSpeedCPUAdam(model.params, lr=LR), torch.float32
     optimizer.step()
-    return [
-        adam_case(
-            f"{name}{', clipped' * is_clipped}",
-            model,
-            optimizer,
-            is_clipped=is_clipped,
-            state_dtype=state_dtype,
-            package="deepspeed",
-        )
-        for is_clipped in (False, True)
-    ]
+    case = partial(adam_case, model=model, optimizer=optimizer, state_dtype=state_dtype, package="deepspeed")
+    return [case(name), case(f"{name}, clipped", is_clipped=True)]
 
 
 def _pytorch_optimizer(model: Model) -> list[Case]:

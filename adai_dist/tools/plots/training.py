@@ -1,4 +1,4 @@
-"""The pictures of one run: its loss and its inertia over time."""
+"""The pictures of one training run: loss and inertia over time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAX_PANELS = 12
 
 
 def plot_loss(folder: Path, unit: str = "token") -> Path:
-    """Draws training and held-out loss of a run, in nats per `unit`, into FOLDER/loss.png and returns its path."""
+    """Draw training and held-out loss of a run, in nats per `unit`, into FOLDER/loss.png and return its path."""
     records = read_records(folder / "metrics.jsonl")
     figure, axes = new_figure(1, 1, 7.5, 4.5)
     draw_training(axes[0], records, COLOURS[0], "training (smoothed)")
@@ -33,18 +33,18 @@ def plot_loss(folder: Path, unit: str = "token") -> Path:
 
 
 def plot_inertia(folder: Path) -> Path | None:
-    """Draws the distribution of inertia per layer over time into FOLDER/inertia.png.
+    """Draw the distribution of inertia per layer over time into FOLDER/inertia.png.
 
-    One panel per layer (some of them where there are many). Colour is the share of the layer's elements; the lines are
-    the median and the 10 % and 90 % quantiles.
+    Each panel shows one layer, at most 12 in all. Colour is the share of the layer's elements; the lines are the median
+    and the 10 % and 90 % quantiles.
 
     Returns:
-        The path; None if the run has no inertia to show.
+        The path; None if the run recorded no inertia.
     """
     records = read_records(folder / "inertia.jsonl")
     if not records:
         return None
-    layers = _spread(list(records[-1]["layers"]), _MAX_PANELS)
+    layers = _evenly_spaced(list(records[-1]["layers"]), _MAX_PANELS)
     num_columns = min(len(layers), 3 if len(layers) <= 6 else 4)
     num_rows = math.ceil(len(layers) / num_columns)
     figure, panels = new_figure(num_rows, num_columns, 3.2 * num_columns + 1.2, 2.5 * num_rows + 0.9)
@@ -52,13 +52,12 @@ def plot_inertia(folder: Path) -> Path | None:
     shares = {layer: np.array([record["layers"][layer] for record in records]) for layer in layers}
     densest = float(np.quantile(np.concatenate(list(shares.values())), 0.99))
     image: Any = None
-    for index, panel in enumerate(panels):
-        if index >= len(layers):
-            panel.set_visible(False)
-            continue
-        image = _draw_inertia(panel, steps, shares[layers[index]], densest)
-        panel.set_title(layers[index], loc="left", fontsize=10, color=INK)
+    for index, (panel, layer) in enumerate(zip(panels, layers, strict=False)):
+        image = _draw_inertia(panel, steps, shares[layer], densest)
+        panel.set_title(layer, loc="left", fontsize=10, color=INK)
         panel.tick_params(labelbottom=index + num_columns >= len(layers))
+    for panel in panels[len(layers) :]:
+        panel.set_visible(False)
     panels[0].set_ylim(*_horizons_in_use(list(shares.values())))
     bar = figure.colorbar(image, ax=panels, pad=0.015, fraction=0.03, aspect=30)
     bar.set_label("share of the layer's elements", color=INK)
@@ -71,7 +70,7 @@ def plot_inertia(folder: Path) -> Path | None:
 
 def _draw_inertia(panel: Axes, steps: Array, shares: Array, densest: float) -> Any:
     edges = np.array(horizon_edges(shares.shape[1]))
-    # A record stands in the middle of its column; the first and the last column are as wide as their neighbours.
+    # Each record is the centre of its column; the first and the last column are as wide as their neighbours.
     middles = (steps[1:] + steps[:-1]) / 2
     first, last = (2 * steps[0] - middles[0], 2 * steps[-1] - middles[-1]) if len(middles) else steps[0] + (-0.5, 0.5)
     borders = np.concatenate([[first], middles, [last]])
@@ -86,7 +85,7 @@ def _draw_inertia(panel: Axes, steps: Array, shares: Array, densest: float) -> A
 
 
 def _horizons_in_use(layers: Sequence[Array]) -> tuple[float, float]:
-    """The range of horizons that holds all but a few elements of every layer at any time, with some air around it."""
+    """Return the range of horizons that holds 98 % of every layer's elements at any time, with a margin."""
     edges = np.array(horizon_edges(layers[0].shape[1]))
     rows = np.concatenate(layers)
     low = min(_quantile(row, edges, 0.01) for row in rows)
@@ -95,13 +94,13 @@ def _horizons_in_use(layers: Sequence[Array]) -> tuple[float, float]:
 
 
 def _quantile(shares: Array, edges: Array, level: float) -> float:
-    """The horizon below which a share `level` of the elements lies, interpolated on the logarithmic scale."""
+    """Return the horizon below which a share `level` of the elements lies, interpolated on a logarithmic scale."""
     cumulative = np.concatenate([[0.0], np.cumsum(shares)])
     return float(10.0 ** np.interp(level, cumulative, np.log10(edges)))
 
 
-def _spread(items: list[str], limit: int) -> list[str]:
-    """At most `limit` of the items, evenly spaced, the first and the last among them."""
+def _evenly_spaced(items: list[str], limit: int) -> list[str]:
+    """Return at most `limit` of the items, evenly spaced, including the first and the last."""
     if len(items) <= limit:
         return items
     return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
