@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import adai_dist
-from adai_dist.integrations.run import NoProgramError, run_program, split_local_rank
+from adai_dist.integrations.script import NoProgramError, run_program, split_local_rank
 
 if TYPE_CHECKING:
     from adai_dist.recipes.config import Recipe

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from adai_dist.integrations.after_import import after_import, wrap_once
+from adai_dist.integrations.import_hooks import after_import, wrap_once
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 
 _MODULES = tuple(

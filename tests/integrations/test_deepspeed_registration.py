@@ -75,11 +75,11 @@ def class_and_groups(optimizer: Any, name: str | None) -> tuple[str, bool, list[
     )
     engine.backward(engine(torch.ones(1, 3)).sum())
     engine.step()
-    from adai_dist.integrations.deepspeed.zero_mean import ZeroMean
+    from adai_dist.integrations.deepspeed.zero_mean_source import ZeroMeanSource
 
     basic = engine.basic_optimizer
     groups = [{key: value for key, value in group.items() if key != "params"} for group in basic.param_groups]
-    return type(basic).__name__, isinstance(basic.mean_source, ZeroMean), groups
+    return type(basic).__name__, isinstance(basic.mean_source, ZeroMeanSource), groups
 
 
 class DefaultLR(Mine):

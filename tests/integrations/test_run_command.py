@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from adai_dist.integrations.run import split_local_rank
+from adai_dist.integrations.script import split_local_rank
 from tests.recipe_runs import DEEPSPEED, LAUNCHERS, MPIRUN, cli_environment, free_port, launch_module, run_command
 
 FACTS = """

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from deepspeed.checkpoint.constants import FP32_FLAT_GROUPS, OPTIMIZER_STATE_DICT, PARAM_GROUPS
 
-from adai_dist.integrations.deepspeed.files import load_file
-from adai_dist.integrations.deepspeed.zero_mean import ZeroMean
+from adai_dist.integrations.deepspeed.checkpoint_file import load_checkpoint_file
+from adai_dist.integrations.deepspeed.zero_mean_source import ZeroMeanSource
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.state import new_state, step_tensor
 from adai_dist.sharding.shards import STATE_NAMES
@@ -23,7 +23,7 @@ IN_MEMORY_FILE = "adai_dist_in_memory.pt"
 """Beside the files of the swapped tensors, while DeepSpeed copies them: what is not among them."""
 
 
-def wrap_nvme_checkpoints(wrapper: Any, optimizer: AdaptiveInertia, source: ZeroMean) -> None:
+def wrap_nvme_checkpoints(wrapper: Any, optimizer: AdaptiveInertia, source: ZeroMeanSource) -> None:
     """Let ``engine.load_checkpoint`` restore everything where ZeRO 3 keeps states on NVMe.
 
     The number of ranks and the sub-groups must be those of the run that saved. A checkpoint that was saved without this
@@ -63,13 +63,13 @@ def wrap_nvme_checkpoints(wrapper: Any, optimizer: AdaptiveInertia, source: Zero
     wrapper.reset_swap_buffers = reset_swap_buffers
 
 
-def _restore(wrapper: Any, optimizer: AdaptiveInertia, source: ZeroMean, in_memory_path: Path) -> None:
+def _restore(wrapper: Any, optimizer: AdaptiveInertia, source: ZeroMeanSource, in_memory_path: Path) -> None:
     if not in_memory_path.is_file():
         raise FileNotFoundError(
             f"a checkpoint with states on NVMe must hold {IN_MEMORY_FILE} in offloaded_tensors, but there is "
             "none: it was saved without adai_dist. Load the weights only, or continue with the optimizer that saved it"
         )
-    saved: dict[str, Any] = load_file(in_memory_path)
+    saved: dict[str, Any] = load_checkpoint_file(in_memory_path)
     states, flats = saved[OPTIMIZER_STATE_DICT]["state"], wrapper.fp32_partitioned_groups_flat
     param_groups = saved[OPTIMIZER_STATE_DICT][PARAM_GROUPS]
     if len(saved[FP32_FLAT_GROUPS]) != len(flats) or len(param_groups) != len(optimizer.param_groups):

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from adai_dist.integrations import build_locks
-from adai_dist.integrations.after_import import after_import, wrap_once
-from adai_dist.integrations.deepspeed import trainer
-from adai_dist.integrations.deepspeed.names import OPTIMIZERS
+from adai_dist.integrations import torch_extension_lock
+from adai_dist.integrations.deepspeed import transformers_trainer
+from adai_dist.integrations.deepspeed.optimizer_names import OPTIMIZERS
+from adai_dist.integrations.import_hooks import after_import, wrap_once
 from adai_dist.kernels.build import Extension, set_compiler
 
 
@@ -27,14 +27,14 @@ def register() -> None:
     """
     after_import("deepspeed.runtime.engine", _register_with)
     after_import("deepspeed.ops.op_builder.all_ops", _add_op_builders)
-    build_locks.register()
-    trainer.register()
+    torch_extension_lock.register()
+    transformers_trainer.register()
 
 
 def _register_with(engine_module: ModuleType) -> None:
     def wrap(original: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
         def _configure_optimizer(engine: Any, client_optimizer: Any, model_parameters: Any) -> None:
-            from adai_dist.integrations.deepspeed.binding import configure_and_bind
+            from adai_dist.integrations.deepspeed.engine_binding import configure_and_bind
 
             named = OPTIMIZERS.get(engine.optimizer_name()) if client_optimizer is None else None
             configure_and_bind(engine, client_optimizer, named, model_parameters, functools.partial(original, engine))

@@ -34,7 +34,7 @@ from deepspeed.checkpoint.constants import (
     ZERO_FILE_PREFIX,
 )
 
-from adai_dist.integrations.deepspeed.files import load_file
+from adai_dist.integrations.deepspeed.checkpoint_file import load_checkpoint_file
 
 FIRST_STAGE_3_FILE_PREFIX = f"{ZERO_FILE_PREFIX}0_{MODEL_FILE_PREFIX}"
 
@@ -139,7 +139,7 @@ def _check_output(source: Path, target: Path) -> None:
 
 
 def _check_states(shard: Path) -> None:
-    content = load_file(shard)
+    content = load_checkpoint_file(shard)
     states = _base_state(content)["state"]
     missing = [index for index, state in states.items() if "beta1_prod" not in state]
     if missing or not states:
@@ -167,14 +167,14 @@ def _check_links(source: Path, shards: list[Path]) -> None:
     """
     linked: dict[tuple[str, int], dict[str, None]] = {}  # names in order, by model-parallel rank and param group
     for shard in sorted(shards, key=_ranks):
-        zero_state = load_file(shard)[OPTIMIZER_STATE_DICT]
+        zero_state = load_checkpoint_file(shard)[OPTIMIZER_STATE_DICT]
         paddings = zero_state.get(PARAM_ALIGNMENT_PADDINGS) or []
         for index, mapping in enumerate(zero_state.get(PARAM_SLICE_MAPPINGS) or []):
             if index >= len(paddings) or not any(paddings[index]):  # with these it links correctly
                 names = linked.setdefault((_ranks(shard)[0], index), {})
                 names.update(dict.fromkeys(sorted(mapping, key=lambda name: mapping[name].start)))
     for (rank, index), names in linked.items():
-        shapes = load_file(source / f"{MODEL_FILE_PREFIX}{rank}{MODEL_FILE_SUFFIX}")[PARAM_SHAPES]
+        shapes = load_checkpoint_file(source / f"{MODEL_FILE_PREFIX}{rank}{MODEL_FILE_SUFFIX}")[PARAM_SHAPES]
         if list(names) != [name for name in shapes[index] if name in names]:
             raise ValueError(
                 '"round_robin_gradients" must be false in a run that is to be converted: with it, DeepSpeed does not '
@@ -234,7 +234,7 @@ def _disguise(source: Path, shards: list[Path], target: Path) -> None:
         if path.is_file() and path not in shards:
             (target / path.name).symlink_to(path)
     for path in shards:
-        shard = load_file(path)
+        shard = load_checkpoint_file(path)
         for state in _base_state(shard)["state"].values():
             # One tensor under both names: torch.save writes it once.
             state["exp_avg"] = state["exp_avg_sq"] = state.pop("beta1_prod")
@@ -251,10 +251,10 @@ def _move_beta1_prod(disguised: Path, universal: Path) -> None:
 
 def _complete(universal: Path, shard_path: Path) -> None:
     """Add what the loader of the other stages reads: it is the converter that differs between them, not the content."""
-    base_state = _base_state(load_file(shard_path))
+    base_state = _base_state(load_checkpoint_file(shard_path))
     step = next(iter(base_state["state"].values()))["step"]
     global_state_path = universal / "zero" / "optimizer_state.pt"
-    global_state = load_file(global_state_path)
+    global_state = load_checkpoint_file(global_state_path)
     global_state.pop(FP32_FLAT_GROUPS, None)  # of rank 0, and nobody reads it
     global_state.setdefault(DS_VERSION, deepspeed_version)
     global_state[PARAM_GROUPS] = base_state[PARAM_GROUPS]
@@ -266,7 +266,7 @@ def _complete(universal: Path, shard_path: Path) -> None:
         if not (folder / "step.pt").exists():
             torch.save(step, folder / "step.pt")
         for path in folder.glob("*.pt"):
-            tensor: Any = load_file(path)
+            tensor: Any = load_checkpoint_file(path)
             if isinstance(tensor, torch.Tensor) and path.name != "step.pt":
                 name = str(folder.relative_to(universal / "zero"))
                 _replace({PARAM: tensor.reshape(shapes[name]), CAT_DIM: 0}, path)
@@ -279,7 +279,7 @@ def _complete(universal: Path, shard_path: Path) -> None:
 
 def _param_shapes(universal: Path) -> dict[str, torch.Size]:
     for path in universal.glob(f"{FIRST_STAGE_3_FILE_PREFIX}*{MODEL_FILE_SUFFIX}"):
-        return {name: shape for shapes in load_file(path)[PARAM_SHAPES] for name, shape in shapes.items()}
+        return {name: shape for shapes in load_checkpoint_file(path)[PARAM_SHAPES] for name, shape in shapes.items()}
     return {}
 
 

@@ -12,7 +12,7 @@ logger: logging.Logger = logging.getLogger("adai_dist")
 _told: weakref.WeakSet[StatefulOptimizer] = weakref.WeakSet()
 
 
-def warn_of_dropped(given: StatefulOptimizer, trained: str, remedy: str, *, is_main_rank: bool) -> None:
+def warn_of_ignored_optimizer(given: StatefulOptimizer, trained: str, remedy: str, *, is_main_rank: bool) -> None:
     """Warn once per optimizer that it takes no step. Collective: none.
 
     Args:

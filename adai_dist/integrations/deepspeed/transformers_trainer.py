@@ -6,9 +6,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from adai_dist.integrations.after_import import after_import, wrap_once
-from adai_dist.integrations.deepspeed.dropped import warn_of_dropped
-from adai_dist.integrations.deepspeed.names import OPTIMIZERS
+from adai_dist.integrations.deepspeed.ignored_optimizer import warn_of_ignored_optimizer
+from adai_dist.integrations.deepspeed.optimizer_names import OPTIMIZERS
+from adai_dist.integrations.import_hooks import after_import, wrap_once
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 
 _ADAMS_BETAS, _ADAMS_EPS = (0.9, 0.999), 1e-8
@@ -42,7 +42,7 @@ def _saying_what_is_dropped(original: Callable[..., Any]) -> Callable[..., Any]:
                     "name it in the configuration, or leave optimizers=(...) out and give the Trainer "
                     f"optimizer_cls_and_kwargs=({type(given).__name__}, {{...}}) with a configuration that names none"
                 )
-            warn_of_dropped(given, trained, remedy, is_main_rank=trainer.is_world_process_zero())
+            warn_of_ignored_optimizer(given, trained, remedy, is_main_rank=trainer.is_world_process_zero())
         return optimizer, scheduler
 
     return deepspeed_init
@@ -65,7 +65,7 @@ def _check_values(config: Any, args: Any) -> None:
     }
     for name, (value, adams, remedy) in filled.items():
         if config.is_auto(f"optimizer.params.{name}") and value == adams:
-            from adai_dist.integrations.deepspeed.support import UnsupportedSetting
+            from adai_dist.integrations.deepspeed.unsupported_settings import UnsupportedSetting
 
             raise UnsupportedSetting(
                 f'optimizer.params.{name} must not be "auto" where the Trainer has Adam\'s {name} for it, got {value}, '

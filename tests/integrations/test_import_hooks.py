@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from adai_dist.integrations.after_import import after_import
+from adai_dist.integrations.import_hooks import after_import
 
 
 @pytest.fixture

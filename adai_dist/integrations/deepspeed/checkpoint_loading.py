@@ -13,7 +13,7 @@ from deepspeed import __version__ as deepspeed_version
 from deepspeed.checkpoint.constants import PARAM_GROUPS
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
-from adai_dist.integrations.deepspeed.files import load_file
+from adai_dist.integrations.deepspeed.checkpoint_file import load_checkpoint_file
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.state import new_state
 
@@ -21,7 +21,7 @@ LOAD_STAGE_3 = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
 LOAD_OTHERS = "load_hp_checkpoint_state_from_checkpoint_dir"
 
 
-def wrap_universal_loading(wrapper: Any, optimizer: AdaptiveInertia) -> None:
+def wrap_checkpoint_loading(wrapper: Any, optimizer: AdaptiveInertia) -> None:
     """Complete what DeepSpeed loads, from ordinary and from universal checkpoints.
 
     After it, loading a universal checkpoint restores ``beta1_prod`` and each param group's own hyperparameters under
@@ -122,7 +122,7 @@ class UniversalCheckpoint:
                 "'adai-dist to-universal IN OUT'"
             )
         # Of a checkpoint of ZeRO 3 it may hold rank 0's states too: leave them in the file.
-        content = load_file(path)
+        content = load_checkpoint_file(path)
         self.param_groups: list[dict[str, Any]] = content[PARAM_GROUPS]
 
     def check(self, param_names: Iterable[str], optimizer: AdaptiveInertia) -> None:
@@ -151,7 +151,7 @@ class UniversalCheckpoint:
         for name in param_names:
             path = self.zero_folder / name / "step.pt"
             if path.is_file():
-                return load_file(path)
+                return load_checkpoint_file(path)
         return None
 
     def load_beta1_prod(self, names: list[list[str]], wrapper: Any, optimizer: AdaptiveInertia) -> None:

@@ -10,7 +10,7 @@ _NAMED = 3
 """How many parameters a message names."""
 
 
-class TrainedModel:
+class ModelSnapshot:
     """Which parameters of a model are trained, in which parameter groups, as of its construction."""
 
     def __init__(self, model: nn.Module, optimizer: AdaptiveInertia) -> None:

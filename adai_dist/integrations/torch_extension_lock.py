@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from adai_dist.integrations.after_import import after_import, wrap_once
+from adai_dist.integrations.import_hooks import after_import, wrap_once
 from adai_dist.kernels.waiting import span, told
 
 logger: logging.Logger = logging.getLogger("adai_dist")

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adai_dist.integrations.deepspeed import support, zero
-from adai_dist.integrations.deepspeed.dropped import warn_of_dropped
+from adai_dist.integrations.deepspeed import unsupported_settings, zero_wrappers
+from adai_dist.integrations.deepspeed.checkpoint_loading import wrap_checkpoint_loading
+from adai_dist.integrations.deepspeed.ignored_optimizer import warn_of_ignored_optimizer
 from adai_dist.integrations.deepspeed.nvme_checkpoint import wrap_nvme_checkpoints
-from adai_dist.integrations.deepspeed.universal_load import wrap_universal_loading
-from adai_dist.integrations.deepspeed.whole import sharding_of_whole_parameters, wrap_step_of_masters
-from adai_dist.integrations.deepspeed.zero_mean import ZeroMean, skipped
+from adai_dist.integrations.deepspeed.without_zero import sharding_without_zero, wrap_master_weight_step
+from adai_dist.integrations.deepspeed.zero_mean_source import ZeroMeanSource, skipped
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.mean_source import MeanSource, ShardedMean
 from adai_dist.optimizer.shared import optimizers_of
@@ -45,12 +45,12 @@ def configure_and_bind(
     if client_optimizer is not None:
         if not isinstance(client_optimizer, torch.optim.Optimizer):
             client_optimizer = client_optimizer(model_parameters)
-        support.check_not_replaced(client_optimizer)
+        unsupported_settings.check_not_replaced(client_optimizer)
     cls = type(client_optimizer) if isinstance(client_optimizer, AdaptiveInertia) else named
     if cls is None:
         configure(client_optimizer, model_parameters)
         for dropped in optimizers_of(engine.module.parameters()):
-            warn_of_dropped(
+            warn_of_ignored_optimizer(
                 dropped,
                 type(engine.basic_optimizer).__name__,
                 'name it in the configuration as "optimizer", or hand it to deepspeed.initialize(optimizer=...)',
@@ -58,9 +58,9 @@ def configure_and_bind(
             )
         return
     if client_optimizer is None:
-        support.check_has_lr(engine)
-    support.check_version()
-    support.check_config(engine)
+        unsupported_settings.check_has_lr(engine)
+    unsupported_settings.check_version()
+    unsupported_settings.check_config(engine)
     _allow(cls)
     engine.zero_force_ds_cpu_optimizer = lambda: False  # DeepSpeed would insist on an Adam
     if client_optimizer is None:
@@ -68,7 +68,7 @@ def configure_and_bind(
     elif isinstance(client_optimizer, AdaptiveInertia):
         client_optimizer.mean_source = BeingWrapped()
     configure(client_optimizer, model_parameters)
-    support.check_not_replaced(engine.basic_optimizer, cls)
+    unsupported_settings.check_not_replaced(engine.basic_optimizer, cls)
     bind(engine)
 
 
@@ -84,34 +84,34 @@ def bind(engine: Any) -> None:
     """Make ``engine.basic_optimizer`` exact under ``engine.optimizer``, by attributes of these two objects alone.
 
     Raises:
-        UnsupportedSetting: see :mod:`adai_dist.integrations.deepspeed.support`.
+        UnsupportedSetting: see :mod:`adai_dist.integrations.deepspeed.unsupported_settings`.
         RuntimeError: DeepSpeed's wrapper is of a class, or has methods, that this release does not know.
 
     Collective: all ranks.
     """
     optimizer: AdaptiveInertia = engine.basic_optimizer
-    support.check_no_clipping_of_its_own(optimizer)
-    zero_wrapper = zero.wrapper_of(engine)
+    unsupported_settings.check_no_clipping_of_its_own(optimizer)
+    zero_wrapper = zero_wrappers.wrapper_of(engine)
     if zero_wrapper is None:
-        optimizer.mean_source = ShardedMean(sharding_of_whole_parameters(engine))
-        wrap_step_of_masters(engine)
-        wrap_universal_loading(engine.optimizer, optimizer)
+        optimizer.mean_source = ShardedMean(sharding_without_zero(engine))
+        wrap_master_weight_step(engine)
+        wrap_checkpoint_loading(engine.optimizer, optimizer)
         return
-    support.check_signatures(engine.optimizer, zero_wrapper.signatures)
-    source = (_AfterClipping if isinstance(zero_wrapper, zero.BF16) else ZeroMean)(
+    unsupported_settings.check_signatures(engine.optimizer, zero_wrapper.signatures)
+    source = (_AfterClipping if isinstance(zero_wrapper, zero_wrappers.BF16) else ZeroMeanSource)(
         optimizer, zero_wrapper, engine.module
     )
     optimizer.mean_source = source
     optimizer.retire_beta1_prod = False  # ZeRO's links to the states would keep their memory
     _replace_step(engine.optimizer, source)
     _replace_loading(engine.optimizer, source)
-    if isinstance(zero_wrapper, zero.Stage1And2):
+    if isinstance(zero_wrapper, zero_wrappers.Stage1And2):
         _replace_in_stage_1_and_2(engine.optimizer, source)
-    elif isinstance(zero_wrapper, zero.Stage3):
+    elif isinstance(zero_wrapper, zero_wrappers.Stage3):
         _replace_in_stage_3(engine.optimizer, source)
         if engine.optimizer.swap_optimizer:
             wrap_nvme_checkpoints(engine.optimizer, optimizer, source)
-    wrap_universal_loading(engine.optimizer, optimizer)
+    wrap_checkpoint_loading(engine.optimizer, optimizer)
 
 
 class BeingWrapped(MeanSource):
@@ -143,7 +143,7 @@ def _being_wrapped(make: Callable[[Any], AdaptiveInertia]) -> Callable[[Any], Ad
 # -- every wrapper of ZeRO --------------------------------------------------------------------------------------------
 
 
-def _replace_step(wrapper: Any, source: ZeroMean) -> None:
+def _replace_step(wrapper: Any, source: ZeroMeanSource) -> None:
     original = wrapper.step
 
     @functools.wraps(original)
@@ -156,7 +156,7 @@ def _replace_step(wrapper: Any, source: ZeroMean) -> None:
     wrapper.step = step
 
 
-def _replace_loading(wrapper: Any, source: ZeroMean) -> None:
+def _replace_loading(wrapper: Any, source: ZeroMeanSource) -> None:
     original = wrapper.load_state_dict
 
     @functools.wraps(original)
@@ -176,8 +176,11 @@ def _squared(norms: list[Any]) -> Tensor:
 # -- stages 1, 2 and 3 ------------------------------------------------------------------------------------------------
 
 
-def _observe(wrapper: Any, source: ZeroMean, norms: list[Any]) -> None:
-    """Hand over the norms of the scaled gradients over all ranks, one per part. Collective: as ZeroMean.observe."""
+def _observe(wrapper: Any, source: ZeroMeanSource, norms: list[Any]) -> None:
+    """Hand over the norms of the scaled gradients over all ranks, one per part.
+
+    Collective: as ZeroMeanSource.observe.
+    """
     if len(norms) != len(source.flats):
         raise RuntimeError(
             f"ZeRO must find one norm per part of the model ({len(source.flats)}) in every step, got {len(norms)}; "
@@ -187,7 +190,7 @@ def _observe(wrapper: Any, source: ZeroMean, norms: list[Any]) -> None:
     source.observe(unscaling, _squared(norms).to(source.device))
 
 
-def _replace_in_stage_1_and_2(wrapper: Any, source: ZeroMean) -> None:
+def _replace_in_stage_1_and_2(wrapper: Any, source: ZeroMeanSource) -> None:
     norms: list[Any] = []
     wrapper.compute_grad_norm = True  # the mean is made of the norms; "compute_grad_norm": false would leave them out
 
@@ -236,7 +239,7 @@ class _OneElement:
         return getattr(self._wrapper, name)
 
 
-def _replace_in_stage_3(wrapper: Any, source: ZeroMean) -> None:
+def _replace_in_stage_3(wrapper: Any, source: ZeroMeanSource) -> None:
     original_norm_groups, original_unscale = wrapper._get_norm_groups, type(wrapper).unscale_and_clip_grads
 
     @functools.wraps(original_norm_groups)
@@ -262,7 +265,7 @@ def _replace_in_stage_3(wrapper: Any, source: ZeroMean) -> None:
 # -- BF16_Optimizer ---------------------------------------------------------------------------------------------------
 
 
-class _AfterClipping(ZeroMean):
+class _AfterClipping(ZeroMeanSource):
     """BF16_Optimizer calls the optimizer once, with gradients that it has clipped by their total norm."""
 
     def mean(self, optimizer: AdaptiveInertia, shards: list[OwnedShards], max_norm: float | None) -> GlobalMean:

@@ -11,9 +11,9 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
-from adai_dist.integrations.deepspeed.unchanged import TrainedModel
-from adai_dist.integrations.deepspeed.zero import tensor_parallel_rank
-from adai_dist.integrations.deepspeed.zero_mean import skipped
+from adai_dist.integrations.deepspeed.model_snapshot import ModelSnapshot
+from adai_dist.integrations.deepspeed.zero_mean_source import skipped
+from adai_dist.integrations.deepspeed.zero_wrappers import tensor_parallel_rank
 from adai_dist.sharding.plan import ShardingPlan
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Whole:
         return ShardingPlan(params, (), dict.fromkeys(params, 1.0))
 
 
-def sharding_of_whole_parameters(engine: Any) -> ModelParallel | Whole:
+def sharding_without_zero(engine: Any) -> ModelParallel | Whole:
     """Who holds what. Collective: none."""
     mpu, has_experts = engine.mpu, engine.has_moe_layers
     model_parallel_group: ProcessGroup | None = None
@@ -63,7 +63,7 @@ def sharding_of_whole_parameters(engine: Any) -> ModelParallel | Whole:
     return ModelParallel(tuple(process_groups), weights)
 
 
-def wrap_step_of_masters(engine: Any) -> None:
+def wrap_master_weight_step(engine: Any) -> None:
     """Where a wrapper steps float32 copies of the parameters, refuse a model that changes, and count skipped steps.
 
     Collective: none.
@@ -71,7 +71,7 @@ def wrap_step_of_masters(engine: Any) -> None:
     wrapper, optimizer = engine.optimizer, engine.basic_optimizer
     if wrapper is optimizer:
         return
-    trained = TrainedModel(engine.module, optimizer)
+    trained = ModelSnapshot(engine.module, optimizer)
     original = wrapper.step
 
     @functools.wraps(original)

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from adai_dist import equations
 from adai_dist.equations import Shards, SquaredNorms
 from adai_dist.hyper import Hyper
-from adai_dist.integrations.deepspeed.support import check_coupled_decay_in_memory, check_no_clipping_of_its_own
-from adai_dist.integrations.deepspeed.unchanged import TrainedModel
-from adai_dist.integrations.deepspeed.zero import Fragment, ZeroWrapper
+from adai_dist.integrations.deepspeed.model_snapshot import ModelSnapshot
+from adai_dist.integrations.deepspeed.unsupported_settings import (
+    check_coupled_decay_in_memory,
+    check_no_clipping_of_its_own,
+)
+from adai_dist.integrations.deepspeed.zero_wrappers import Fragment, ZeroWrapper
 from adai_dist.kernels import nothing_kept
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.mean_source import LastClip, MeanSource, Unbound
@@ -32,7 +35,7 @@ _AGREEMENT = 1e-12
 """What rounding may make of two equal sums, relative."""
 
 
-class ZeroMean(MeanSource):
+class ZeroMeanSource(MeanSource):
     """The mean over the whole model, for an optimizer to which ZeRO hands the parameters part by part.
 
     It is made of the norms of the gradients, which ZeRO has all-reduced anyway, and of the sums of exp_avg_sq, which
@@ -65,7 +68,7 @@ class ZeroMean(MeanSource):
         self._num_elements = [sum(f.num_elements for f in of_part) for of_part in self._counted]
         pairs = zip(self._counted, self.flats, strict=True)
         self._not_counted = [_runs_outside(of_part, flat.numel()) for of_part, flat in pairs]
-        self._trained = TrainedModel(model, optimizer)
+        self._trained = ModelSnapshot(model, optimizer)
         self._check_param_groups()
         self.check_coupled_decay()
         self._clear_padding()

@@ -16,7 +16,7 @@ _RECORDS: list[Any] = [ZeroStageEnum, fragment_address, LossScaler, DynamicLossS
 """What DeepSpeed's own files have in them beside tensors and plain values."""
 
 
-def load_file(path: Path) -> Any:
+def load_checkpoint_file(path: Path) -> Any:
     """Load without reading the tensors where possible: they stay in the file until they are used.
 
     Raises:
