@@ -1,4 +1,4 @@
-"""torch's ``ZeroRedundancyOptimizer``: every parameter is on one rank alone, which its tensor does not show."""
+"""torch's ``ZeroRedundancyOptimizer``, which steps each parameter on one rank without marking its tensor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 
 
 def register() -> None:
-    """Have ``ZeroRedundancyOptimizer`` tell the optimizers in it over which ranks it spreads the parameters.
+    """Make ``ZeroRedundancyOptimizer`` configure the sharding of the optimizers that it creates.
 
     Collective: none.
     """

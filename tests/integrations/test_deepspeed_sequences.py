@@ -207,8 +207,8 @@ def test_each_mean_is_the_oracles_and_what_cannot_be_is_refused(name: str) -> No
     for event in setup.events():
         expected.happen(event)
     refused = {
-        "freeze": "with DeepSpeed the same parameters must be trained from deepspeed.initialize() on",
-        "add group": "an engine steps this optimizer part by part",
+        "freeze": "under DeepSpeed the trainable parameters must not change after deepspeed.initialize()",
+        "add group": "DeepSpeed must clip and configure an optimizer that it steps part by part",
     }
     messages = [refused[event] for event in setup.events() if event in refused]
     for seen in FAMILY.ranks(name):

@@ -49,7 +49,7 @@ def second_moments(engine: Any) -> None:
 
 
 def masters(engine: Any) -> None:
-    for flat in engine.basic_optimizer.mean_source.flats:
+    for flat in engine.basic_optimizer.mean_source.flat_partitions:
         flat.data.fill_(math.inf)
 
 

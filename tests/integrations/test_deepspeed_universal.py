@@ -220,7 +220,9 @@ def refusals(folder: Path, sources: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 @pytest.mark.parametrize("target", PLAIN_TARGETS)
-def test_what_the_plain_converter_made_is_refused_with_the_remedy(target: str, refusals: list[dict[str, Any]]) -> None:
+def test_the_output_of_the_plain_converter_is_refused_with_a_remedy(
+    target: str, refusals: list[dict[str, Any]]
+) -> None:
     for message, is_unchanged in of_all_ranks(refusals, f"plain {target}"):
         assert "must hold beta1_prod.pt" in message
         assert "adai-dist to-universal" in message
@@ -230,11 +232,11 @@ def test_what_the_plain_converter_made_is_refused_with_the_remedy(target: str, r
 @pytest.mark.parametrize("target", ["stage-2", "stage-3"])
 def test_another_number_of_param_groups_is_refused(target: str, refusals: list[dict[str, Any]]) -> None:
     for message, is_unchanged in of_all_ranks(refusals, f"groups {target}"):
-        assert "must have the param groups of the checkpoint, 4, but it has 3" in message
+        assert "must have 4 parameter groups, as the checkpoint has, got 3" in message
         assert is_unchanged
 
 
-def test_mixed_up_links_are_refused(
+def test_round_robin_gradients_are_refused_in_loading_and_in_conversion(
     folder: Path, sources: list[dict[str, Any]], refusals: list[dict[str, Any]]
 ) -> None:
     del sources
@@ -310,7 +312,7 @@ def refused_conversions(folder: Path) -> dict[str, str]:
     return messages
 
 
-def test_conversions_that_cannot_be_right_are_refused(folder: Path, sources: list[dict[str, Any]]) -> None:
+def test_impossible_conversions_are_refused(folder: Path, sources: list[dict[str, Any]]) -> None:
     del sources
     (messages,) = run_ranks(refused_conversions, 1, folder)
     assert "were on NVMe" in messages["on NVMe"]
@@ -330,12 +332,12 @@ def test_conversions_that_cannot_be_right_are_refused(folder: Path, sources: lis
     assert f"got {str(folder / 'empty')!r}, which is empty; name the folder of one checkpoint" in messages["empty"]
     for name in ("output within", "output deep within", "output within by a link"):
         assert messages[name].startswith("the output must be outside of the input, got "), name
-    assert f"but {str(folder / 'full' / 'something')!r} is a file; " in messages["output below a file"]
-    assert "states [0, 1, 2] have none" in messages["another optimizer"]
+    assert f"below {str(folder / 'full' / 'something')!r}, which is a file; " in messages["output below a file"]
+    assert "states [0, 1, 2] without it" in messages["another optimizer"]
     assert "saved after the first step" in messages["before the first step"]
 
 
-def test_a_number_of_processes_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_a_number_of_processes_below_one_is_refused(tmp_path: Path) -> None:
     from adai_dist.integrations.deepspeed.universal import to_universal
 
     for number in (0, -2):
@@ -350,12 +352,12 @@ def test_the_plain_converter_does_drop_beta1_prod(folder: Path, sources: list[di
             {p.name for p in f.rglob("*.pt")} for f in (folder / name / "universal", folder / name / "plain")
         )
         assert "beta1_prod.pt" in converted
-        # Once it does not, to_universal runs it once only, and this test can go.
+        # When this fails, to_universal converts in one pass, and the second pass and this test can be deleted.
         assert "beta1_prod.pt" not in plain
         assert (folder / name / "latest_universal").read_text() == "universal"
 
 
-def test_several_processes_make_the_same(folder: Path, sources: list[dict[str, Any]]) -> None:
+def test_several_processes_produce_the_same_checkpoint(folder: Path, sources: list[dict[str, Any]]) -> None:
     del sources
     source, one, several = folder / "stage-2" / "global_step4", folder / "stage-2" / "universal", folder / "several"
     program = (

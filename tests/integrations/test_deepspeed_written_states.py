@@ -244,12 +244,12 @@ def add_group_past_the_method(engine: Any) -> None:
 CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "frozen": (freeze, "blocks.first_matrix.linear.weight;"),
     "all but one frozen": (freeze_all_but_one, "and 4 more;"),
-    "unfrozen": (lambda engine: engine.module.late.requires_grad_(True), "got others frozen, unfrozen, .*: late;"),
+    "unfrozen": (lambda engine: engine.module.late.requires_grad_(True), "got parameters frozen, unfrozen, .*: late;"),
     "added": (lambda engine: engine.module.register_parameter("new", torch.nn.Parameter(torch.ones(3))), ": new;"),
     "removed": (lambda engine: engine.module.blocks.pop("third_two"), ": blocks.third_two.weight;"),
     "replaced": (replace_parameter, ": blocks.first_vector.weight;"),
-    "a group": (add_group, r"(part by part .*, got add_param_group\(\)|the parameter groups must stay .*); list all"),
-    "a group, past the method": (add_group_past_the_method, r"the parameter groups must stay .*, 3, got 4; list all"),
+    "a group": (add_group, r"(part by part, got add_param_group\(\)|must keep the 3 parameter groups .*, got 4); "),
+    "a group, past the method": (add_group_past_the_method, r"must keep the 3 parameter groups .*, got 4; "),
     "clipped by hand": (lambda engine: engine.basic_optimizer.clip_grad_norm_(1.0), r"got clip_grad_norm_\(\); set"),
     "configured": (lambda engine: engine.basic_optimizer.configure_sharding(), r"got configure_sharding\(\); leave it"),
 }

@@ -1,4 +1,4 @@
-"""Says that an engine trains another optimizer than the one that was made for its model."""
+"""A warning that DeepSpeed ignores an optimizer of this package and trains with another one."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from adai_dist.optimizer.stateful import StatefulOptimizer
 
 logger: logging.Logger = logging.getLogger("adai_dist")
 
-_told: weakref.WeakSet[StatefulOptimizer] = weakref.WeakSet()
+_warned: weakref.WeakSet[StatefulOptimizer] = weakref.WeakSet()
 
 
-def warn_of_ignored_optimizer(given: StatefulOptimizer, trained: str, remedy: str, *, is_main_rank: bool) -> None:
-    """Warn once per optimizer that it takes no step. Collective: none.
+def warn_of_ignored_optimizer(ignored: StatefulOptimizer, used: str, remedy: str, *, is_main_rank: bool) -> None:
+    """Warn, once per optimizer, that it takes no steps.
 
     Args:
-        given: an optimizer of ours.
-        trained: what steps the parameters instead.
-        remedy: what to do.
+        ignored: the optimizer of this package.
+        used: description of the optimizer that steps the parameters.
+        remedy: what the user can do.
+        is_main_rank: whether this rank logs the warning.
+
+    Collective: none.
     """
-    if given in _told:
+    if ignored in _warned:
         return
-    _told.add(given)
+    _warned.add(ignored)
     if is_main_rank:
         logger.warning(
-            "with DeepSpeed %s trains, and not the %s that was made for the same parameters; %s",
-            *(trained, type(given).__name__, remedy),
+            "DeepSpeed trains with %s and ignores the %s that was created for the same parameters; %s",
+            *(used, type(ignored).__name__, remedy),
         )

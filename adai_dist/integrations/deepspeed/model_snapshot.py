@@ -1,4 +1,4 @@
-"""What DeepSpeed reads of a model once, when the engine is made, and would not notice to have changed."""
+"""Detection of changes to a model that DeepSpeed, which reads it once in `initialize`, would not notice."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from torch import nn
 
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 
-_NAMED = 3
-"""How many parameters a message names."""
+_NUM_NAMED = 3
+"""Maximum number of parameters that an error names."""
 
 
 class ModelSnapshot:
-    """Which parameters of a model are trained, in which parameter groups, as of its construction."""
+    """The trainable parameters of a model and the number of parameter groups at the time of construction."""
 
     def __init__(self, model: nn.Module, optimizer: AdaptiveInertia) -> None:
         self._model = model
@@ -23,26 +23,26 @@ class ModelSnapshot:
         return {name: (id(param), param.requires_grad) for name, param in self._model.named_parameters()}
 
     def check(self) -> None:
-        """Refuse a step of a model that has changed since.
+        """Refuse a model that has changed since construction.
 
         Raises:
             RuntimeError: parameters were frozen, unfrozen, added, removed or replaced, or parameter groups were added.
 
-        Collective: none; the same on all ranks that have changed their model alike.
+        Collective: none; ranks with the same changes raise the same error.
         """
         now = self._trained_now()
         if now != self._trained:
             names = now.keys() | self._trained.keys()
             changed = sorted(name for name in names if now.get(name) != self._trained.get(name))
-            found = ", ".join(changed[:_NAMED])
-            more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+            found = ", ".join(changed[:_NUM_NAMED])
+            more = f" and {len(changed) - _NUM_NAMED} more" if len(changed) > _NUM_NAMED else ""
             raise RuntimeError(
-                "with DeepSpeed the same parameters must be trained from deepspeed.initialize() on, got others frozen, "
-                f"unfrozen, added, removed or replaced since: {found}{more}; save a checkpoint, make a new engine, and "
-                "load the weights"
+                "under DeepSpeed the trainable parameters must not change after deepspeed.initialize(), got parameters "
+                f"frozen, unfrozen, added, removed or replaced: {found}{more}; save a checkpoint, create a new engine, "
+                "and load the weights"
             )
         if len(self._optimizer.param_groups) != self._num_groups:
             raise RuntimeError(
-                "with DeepSpeed the parameter groups must stay those of deepspeed.initialize(), "
-                f"{self._num_groups}, got {len(self._optimizer.param_groups)}; list all parameters before"
+                f"under DeepSpeed the optimizer must keep the {self._num_groups} parameter groups that it had in "
+                f"deepspeed.initialize(), got {len(self._optimizer.param_groups)}; create all groups before"
             )

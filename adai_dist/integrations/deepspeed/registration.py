@@ -1,4 +1,4 @@
-"""Makes the optimizers known to DeepSpeed, without importing it."""
+"""Registration of the optimizers with DeepSpeed, without importing it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from adai_dist.kernels.build import Extension, set_compiler
 
 
 def register() -> None:
-    """Make ``Adai``, ``AdaiW`` and ``AdaiV2`` known to DeepSpeed: in its JSON, and as client optimizers.
+    """Register ``Adai``, ``AdaiW`` and ``AdaiV2`` with DeepSpeed: for its configuration and as client optimizers.
 
-    ``import adai_dist`` has done it already, before or after DeepSpeed is imported, unless the environment has
-    ``ADAI_DIST_REGISTER=0``. It may be called again.
+    ``import adai_dist`` calls this, before or after DeepSpeed is imported, unless the environment has
+    ``ADAI_DIST_REGISTER=0``. Calling it again is a no-op.
 
     Collective: none.
     """
@@ -44,7 +44,7 @@ def _register_with(engine_module: ModuleType) -> None:
     if not wrap_once(engine_module.DeepSpeedEngine, "_configure_optimizer", wrap):
         return
     for name, cls in OPTIMIZERS.items():
-        setattr(torch.optim, name, cls)  # where DeepSpeed looks up names that it does not know
+        setattr(torch.optim, name, cls)  # DeepSpeed looks up unknown names there
     set_compiler(_compile_with_deepspeed)
 
 
