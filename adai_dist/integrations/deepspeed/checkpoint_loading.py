@@ -65,7 +65,7 @@ def _wrap_zero(wrapper: Any, optimizer: AdaptiveInertia) -> None:
         param_groups: list[list[Any]] = getattr(wrapper, lp_groups_name)
         names = [wrapper.param_names[param] for params in param_groups for param in params]
         checkpoint.check(names, optimizer)
-        _check_order(wrapper)
+        _check_offsets(wrapper)
         with _placeholders_in_empty_groups(wrapper, param_groups, checkpoint.step(names)):
             load(lp_groups_name, checkpoint_dir)
         for param_group in optimizer.param_groups:
@@ -78,7 +78,7 @@ def _wrap_zero(wrapper: Any, optimizer: AdaptiveInertia) -> None:
         _relink_after(wrapper, "reload_states")
 
 
-def _check_order(wrapper: Any) -> None:
+def _check_offsets(wrapper: Any) -> None:
     """Refuse ``round_robin_gradients``, under which DeepSpeed loads states to the offsets of other parameters."""
     if not getattr(wrapper, "round_robin_gradients", False):
         return

@@ -120,7 +120,7 @@ def _shards(source: Path) -> list[Path]:
         )
     for shard in shards:
         _check_states(shard)
-    _check_links(source, shards)
+    _check_offsets(source, shards)
     return shards
 
 
@@ -160,7 +160,7 @@ def _check_states(shard: Path) -> None:
             )
 
 
-def _check_links(source: Path, shards: list[Path]) -> None:
+def _check_offsets(source: Path, shards: list[Path]) -> None:
     """Check that DeepSpeed's offsets of the parameters follow the order in which they are flattened.
 
     Under round_robin_gradients with ZeRO 1 and 2 they do not, and a universal checkpoint would contain permuted

@@ -86,7 +86,7 @@ class ZeroWrapper:
         yield
 
     def collect_late_gradients(self) -> None:
-        """Under offload, collect gradients that DeepSpeed drops: of parameters unused in the last micro-batch."""
+        """Collect the gradients of parameters unused in the last micro-batch, which DeepSpeed drops under offload."""
 
     def clear_stale_gradients(self, part: int) -> None:
         """Zero the gradients of an earlier step of parameters that have none in this step."""
