@@ -1,4 +1,4 @@
-"""What `accelerate launch --config_file FILE` makes of a file: the environment that it gives to the ranks."""
+"""The environment that `accelerate launch --config_file FILE` sets for the ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FILES = {path.stem: path for path in sorted((ROOT / "configs/accelerate").glob("
 
 
 def environment_of(path: Path, *flags: str) -> dict[str, str]:
-    """The variables that accelerate adds, by its own parser; `flags` are those of the command line."""
+    """Return the variables that accelerate adds, using its own parser; `flags` are command-line options."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 

@@ -1,4 +1,4 @@
-"""Who made an Adai and trains another optimizer with DeepSpeed is told; Adam's values come in by no back door."""
+"""Warnings about an ignored Adai optimizer under DeepSpeed, and refusal of Adam's default betas and eps."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def config_with(optimizer: dict[str, Any] | None, **more: Any) -> dict[str, Any]
 
 
 def engine_beside(config: dict[str, Any], client: Callable[[Any], Any] | None, whose: str) -> tuple[str, list[str]]:
-    """What an engine trains, and what is said, where an AdaiV2 was made for the model, for another one, or is gone."""
+    """Return an engine's optimizer and the warnings, after an AdaiV2 was created for a model or deleted."""
     set_environment()
     import deepspeed
 
@@ -68,7 +68,7 @@ def adai(params: Any) -> Adai:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_an_engine_that_trains_another_optimizer_than_was_made_says_so_once(stage: int) -> None:
+def test_an_engine_warns_once_if_it_ignores_an_optimizer_of_its_model(stage: int) -> None:
     (name, first), (_, second) = run_ranks(engine_beside, 2, config_with(ADAMW, **zero(stage)), None, "mine")
     assert name == "AdamW"
     assert len(first) == 1
@@ -77,7 +77,7 @@ def test_an_engine_that_trains_another_optimizer_than_was_made_says_so_once(stag
     assert second == []
 
 
-def test_a_client_optimizer_of_another_kind_is_told_too() -> None:
+def test_it_also_warns_for_a_client_optimizer_of_another_class() -> None:
     untested = {"zero_allow_untested_optimizer": True}
     ((name, messages),) = run_ranks(engine_beside, 1, config_with(None, **zero(1), **untested), sgd, "mine")
     assert name == "SGD"
@@ -85,11 +85,11 @@ def test_a_client_optimizer_of_another_kind_is_told_too() -> None:
 
 
 @pytest.mark.parametrize("whose", ["other", "gone"])
-def test_optimizers_of_other_models_and_those_that_are_gone_are_none_of_its_business(whose: str) -> None:
+def test_it_does_not_warn_about_optimizers_of_other_models_or_deleted_ones(whose: str) -> None:
     assert run_ranks(engine_beside, 1, config_with(ADAMW), None, whose) == [("AdamW", [])]
 
 
-def test_a_client_optimizer_of_ours_trains_whatever_the_configuration_names() -> None:
+def test_a_client_adai_overrides_the_optimizer_of_the_configuration() -> None:
     assert run_ranks(engine_beside, 1, config_with(ADAMW), adai, "other") == [("Adai", [])]
 
 
@@ -125,7 +125,7 @@ class Squares(nn.Module):
 def trainer_run(
     folder: str, optimizer: dict[str, Any] | None, how: str, arguments: dict[str, Any]
 ) -> tuple[str, list[str]]:
-    """What the Trainer trains, and what is said, where it was given an optimizer in one way or another."""
+    """Return the optimizer that the Trainer uses, and the warnings, for one way of passing an optimizer."""
     set_environment()
     from transformers import Trainer, TrainingArguments
 
@@ -165,7 +165,7 @@ def trainer_run(
 
 @pytest.mark.parametrize("how", ["kept", "inline"])
 @pytest.mark.parametrize("named", [None, ADAMW], ids=["names none", "names another"])
-def test_the_trainer_says_that_it_drops_an_optimizer(how: str, named: dict[str, Any] | None, tmp_path: Any) -> None:
+def test_the_trainer_warns_that_it_ignores_an_optimizer(how: str, named: dict[str, Any] | None, tmp_path: Any) -> None:
     for rank, (name, messages) in enumerate(run_ranks(trainer_run, 1, str(tmp_path), named, how, {})):
         assert name == "AdamW"
         assert len(messages) == (rank == 0)
@@ -174,11 +174,11 @@ def test_the_trainer_says_that_it_drops_an_optimizer(how: str, named: dict[str, 
         assert "optimizer_cls_and_kwargs=(AdaiV2, {...})" in messages[0]
 
 
-def test_the_remedy_trains_it(tmp_path: Any) -> None:
+def test_the_suggested_remedy_trains_the_optimizer(tmp_path: Any) -> None:
     assert run_ranks(trainer_run, 1, str(tmp_path), None, "class", {}) == [("AdaiV2", [])]
 
 
-def test_the_trainer_says_that_the_configuration_makes_an_optimizer_of_its_own(tmp_path: Any) -> None:
+def test_the_trainer_warns_that_the_hyperparameters_are_those_of_the_configuration(tmp_path: Any) -> None:
     named = {"type": "Adai", "params": {"lr": "auto"}}
     ((name, messages),) = run_ranks(trainer_run, 1, str(tmp_path), named, "inline", {})
     assert name == "Adai"
@@ -186,7 +186,7 @@ def test_the_trainer_says_that_the_configuration_makes_an_optimizer_of_its_own(t
     assert "hyperparameters are those of the configuration" in messages[0]
 
 
-# Params in the JSON, arguments of the Trainer, and which of the params is refused.
+# Params of the JSON, arguments of the Trainer, and the param that is refused.
 AUTO: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
     ({"betas": "auto"}, {}, "betas"),
     ({"eps": "auto"}, {}, "eps"),
@@ -200,7 +200,7 @@ AUTO: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
 
 
 def processed(folder: str, name: str) -> list[str]:
-    """What becomes of the configurations: an error, or what DeepSpeed is going to see."""
+    """Return for each configuration the error, or the params that DeepSpeed would receive."""
     set_environment()
     from transformers import TrainingArguments
 
@@ -218,7 +218,7 @@ def processed(folder: str, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["AdaiV2", "adai", "AdamW"])
-def test_auto_does_not_become_what_adam_has(name: str, tmp_path: Any) -> None:
+def test_auto_is_never_replaced_with_a_default_of_adam(name: str, tmp_path: Any) -> None:
     (found,) = run_ranks(processed, 1, str(tmp_path), name)
     for (params, _, refused), said in zip(AUTO, found, strict=True):
         if refused is None or name == "AdamW":
