@@ -1,7 +1,7 @@
 """Each accelerate file trains in the environment that accelerate sets, and uses the documented memory.
 
-`accelerate launch` itself is tested in test_launched_by_accelerate.py. Without GPUs, training.py makes accelerate detect
-some.
+`accelerate launch` itself is tested in test_launched_by_accelerate.py. training.py makes accelerate detect GPUs on a
+machine without any.
 """
 
 from __future__ import annotations

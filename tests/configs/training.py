@@ -39,7 +39,7 @@ FIXED_BUFFER_BYTES = 10**8  # larger tensors are DeepSpeed's buckets, whose size
 
 
 class Model(nn.Module):
-    """Small Llama, almost all of whose parameters are in matrices of more than 100,000 elements, which ZeRO 3 shards."""
+    """Small Llama with almost all parameters in matrices of more than 100,000 elements, which ZeRO 3 shards."""
 
     def __init__(self) -> None:
         super().__init__()
