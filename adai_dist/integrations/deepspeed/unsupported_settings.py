@@ -34,7 +34,7 @@ def check_version() -> None:
     """Refuse a DeepSpeed older than the binding supports; :func:`check_signatures` checks newer ones.
 
     Raises:
-        RuntimeError: names both versions.
+        RuntimeError: the version is older than :data:`OLDEST_DEEPSPEED`.
     """
     if TorchVersion(deepspeed.__version__) < OLDEST_DEEPSPEED:
         raise RuntimeError(
@@ -47,7 +47,7 @@ def check_has_lr(engine: Any) -> None:
     """Refuse a configuration that names an optimizer without its learning rate.
 
     Raises:
-        UnsupportedSetting: names the key.
+        UnsupportedSetting: ``lr`` is missing.
     """
     params: dict[str, Any] = engine.optimizer_params() or {}
     if "lr" not in params:
@@ -62,7 +62,7 @@ def check_config(engine: Any) -> None:
     """Refuse unsupported settings of the configuration.
 
     Raises:
-        UnsupportedSetting: names the setting and what to use instead.
+        UnsupportedSetting: a setting is not supported; the message names an alternative.
 
     Collective: none; the same on all ranks.
     """
@@ -137,7 +137,7 @@ def check_no_max_grad_norm(optimizer: AdaptiveInertia) -> None:
     """Refuse ``max_grad_norm``, which would have no effect because DeepSpeed clips.
 
     Raises:
-        UnsupportedSetting: names the DeepSpeed setting to use instead.
+        UnsupportedSetting: ``max_grad_norm`` is set.
     """
     if optimizer.max_grad_norm is not None:
         raise UnsupportedSetting(
@@ -152,7 +152,7 @@ def check_no_coupled_decay(optimizer: AdaptiveInertia) -> None:
     Coupled decay needs the inner products of all gradients and parameters before the first sub-group is stepped.
 
     Raises:
-        UnsupportedSetting: names the weight decay and the alternatives.
+        UnsupportedSetting: a parameter group has coupled decay.
     """
     for param_group in optimizer.param_groups:
         if Hyper.from_param_group(param_group).coupled_decay:
@@ -171,7 +171,7 @@ def check_not_replaced(optimizer: Any, expected: type[AdaptiveInertia] | None = 
         expected: its required class, if known.
 
     Raises:
-        UnsupportedSetting: names the class that was found.
+        UnsupportedSetting: the optimizer has another class.
     """
     param_groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])
     has_own_keys = any(param_group.keys() >= IDENTIFYING_KEYS for param_group in param_groups)
@@ -192,7 +192,7 @@ def check_signatures(wrapper: Any, expected: dict[str, tuple[str, ...]]) -> None
         expected: parameter names by method name.
 
     Raises:
-        RuntimeError: names the DeepSpeed version and the method.
+        RuntimeError: a method is missing or has other parameters.
     """
     for name, parameters in expected.items():
         method: Callable[..., Any] | None = getattr(wrapper, name, None)

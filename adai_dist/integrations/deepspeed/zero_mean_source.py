@@ -155,7 +155,7 @@ class ZeroMeanSource(MeanSource):
         if squared_norms is None:
             self._sums = sums.added_up(self.process_groups)
             return
-        # All ranks have the norms already. Their entry of the sums checks that the ranks agree on the step counts.
+        # All ranks have the norms already, so their slot in the sums checks that the ranks agree on the step counts.
         sums = sums._replace(grad_squared=self._num_ranks * sums.quadratic.square()).added_up(self.process_groups)
         is_agreed = (sums.grad_squared - sums.quadratic.square()).abs() <= _AGREEMENT * sums.grad_squared
         carried = torch.where(is_agreed | ~squared_norms.sum().isfinite(), sums.carried, torch.nan)
@@ -196,7 +196,7 @@ class ZeroMeanSource(MeanSource):
         return total - backend.sums(not_counted, nothing_kept(not_counted)).sum() if not_counted else total
 
     def _store_swapped_sum(self, part: int) -> None:
-        """Store the sum of exp_avg_sq of a swapped part in memory, without its padding, which is arbitrary on disk."""
+        """Store the sum of exp_avg_sq of a swapped part that is in memory, without its padding, arbitrary on disk."""
         v = self.optimizer.state[self.flat_partitions[part]]["exp_avg_sq"]
         counted = [fragment.view_of(v) for fragment in self._counted[part]]
         backend = self.optimizer.backends.of([v])
@@ -265,7 +265,7 @@ class ZeroMeanSource(MeanSource):
         self._unread.clear()
 
     def after_loading(self) -> None:
-        """Adopt states that were loaded, before there are gradients. Collective: none."""
+        """Update the source after states were loaded and before gradients exist. Collective: none."""
         for flat in self.flat_partitions:
             state = self.optimizer.state.get(flat, {})
             if "step" in state:  # loaders share one tensor between the parts
