@@ -54,8 +54,7 @@ def run_program(name: str, arguments: Sequence[str], *, is_module: bool = False)
 
     Raises:
         NoProgramError: the program does not exist.
-        BaseException: any exception of the program. If it is not caught, Python prints the traceback of the program
-            alone.
+        BaseException: any exception of the program; if it is not caught, the traceback shows only the program's frames.
     """
     register()
     sys.argv[:] = ["-m" if is_module else name, *arguments]

@@ -37,16 +37,16 @@ def keys_without_effect(content: dict[str, Any], folder: Path) -> list[str]:
     """Return the nested keys whose values do not change the environment of the ranks."""
     path = folder / "config.yaml"
 
-    def told(changed: dict[str, Any]) -> dict[str, str]:
+    def variables_with(changed: dict[str, Any]) -> dict[str, str]:
         path.write_text(yaml.safe_dump(changed))
         return environment_of(path)
 
-    told_now = told(content)
+    unchanged = variables_with(content)
     return [
         key
         for section in SECTIONS
         for key, value in content.get(section, {}).items()
-        if told(content | {section: content[section] | {key: another(value)}}) == told_now
+        if variables_with(content | {section: content[section] | {key: another(value)}}) == unchanged
     ]
 
 
@@ -104,17 +104,17 @@ class Recording(dict[str, str]):
 def test_every_variable_of_fsdp_is_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
 
-    told = environment_of(FILES[name])
+    variables = environment_of(FILES[name])
     content = yaml.safe_load(FILES[name].read_text())
     of_keys: set[str] = set()
     for section in SECTIONS[:2]:
         for key, value in content.get(section, {}).items():
             changed = tmp_path / "changed.yaml"
             changed.write_text(yaml.safe_dump(content | {section: content[section] | {key: another(value)}}))
-            of_keys |= {variable for variable, _ in environment_of(changed).items() ^ told.items()}
+            of_keys |= {variable for variable, _ in environment_of(changed).items() ^ variables.items()}
     with monkeypatch.context() as patched:
         # Weights can be broadcast from rank 0 only on a GPU.
-        environment = Recording(dict(os.environ) | told | {"FSDP_SYNC_MODULE_STATES": "false"})
+        environment = Recording(dict(os.environ) | variables | {"FSDP_SYNC_MODULE_STATES": "false"})
         patched.setattr(os, "environ", environment)
         FullyShardedDataParallelPlugin()
         ParallelismConfig()

@@ -82,11 +82,11 @@ def test_every_key_of_the_optimizer_is_an_argument_of_its_class(path: Path) -> N
 
     import adai_dist
 
-    said = json.loads(path.read_text())["optimizer"]
-    kind = getattr(adai_dist, said["type"])
-    optimizer = kind([torch.zeros(1, requires_grad=True)], **said["params"])
-    assert {key: optimizer.defaults[key] for key in said["params"] if key != "betas"} == {
-        key: value for key, value in said["params"].items() if key != "betas"
+    section = json.loads(path.read_text())["optimizer"]
+    kind = getattr(adai_dist, section["type"])
+    optimizer = kind([torch.zeros(1, requires_grad=True)], **section["params"])
+    assert {key: optimizer.defaults[key] for key in section["params"] if key != "betas"} == {
+        key: value for key, value in section["params"].items() if key != "betas"
     }
     with pytest.raises(TypeError):
-        kind([torch.zeros(1, requires_grad=True)], **said["params"] | {"learning_rate": 1.0})
+        kind([torch.zeros(1, requires_grad=True)], **section["params"] | {"learning_rate": 1.0})

@@ -25,7 +25,7 @@ def precision(content: dict[str, Any]) -> str:
     return enabled
 
 
-def says(file: str) -> dict[str, str]:
+def cells_of(file: str) -> dict[str, str]:
     """Return clipping, precision and batch of a file as formatted in the table."""
     path = CONFIGS / file
     if path.suffix == ".json":
@@ -43,7 +43,7 @@ def says(file: str) -> dict[str, str]:
         chosen = content.get("precision", "auto").replace("auto", "fp32")
         return {"clipping": str(content.get("max_grad_norm") or "none"), "precision": chosen, "batch": str(batch)}
     if "deepspeed_config" in content:
-        return says(Path(content["deepspeed_config"]["deepspeed_config_file"]).relative_to("configs").as_posix())
+        return cells_of(Path(content["deepspeed_config"]["deepspeed_config_file"]).relative_to("configs").as_posix())
     return {"clipping": "script", "precision": content["mixed_precision"], "batch per rank": "script"}
 
 
@@ -54,7 +54,7 @@ def test_every_file_has_a_row_and_every_row_a_file() -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_clipping_precision_and_batch_match_the_file(file: str) -> None:
     cells = ROWS[file].cells
-    assert {name: cells[name] for name in says(file)} == says(file)
+    assert {name: cells[name] for name in cells_of(file)} == cells_of(file)
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if not file.startswith("recipes/")])

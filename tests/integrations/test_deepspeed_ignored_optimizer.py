@@ -36,7 +36,7 @@ def config_with(optimizer: dict[str, Any] | None, **more: Any) -> dict[str, Any]
 # -- deepspeed.initialize --------------------------------------------------------------------------------------------
 
 
-def engine_beside(config: dict[str, Any], client: Callable[[Any], Any] | None, whose: str) -> tuple[str, list[str]]:
+def engine_optimizer(config: dict[str, Any], client: Callable[[Any], Any] | None, whose: str) -> tuple[str, list[str]]:
     """Return an engine's optimizer and the warnings, after an AdaiV2 was created for a model or deleted."""
     set_environment()
     import deepspeed
@@ -69,7 +69,7 @@ def adai(params: Any) -> Adai:
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_an_engine_warns_once_if_it_ignores_an_optimizer_of_its_model(stage: int) -> None:
-    (name, first), (_, second) = run_ranks(engine_beside, 2, config_with(ADAMW, **zero(stage)), None, "mine")
+    (name, first), (_, second) = run_ranks(engine_optimizer, 2, config_with(ADAMW, **zero(stage)), None, "mine")
     assert name == "AdamW"
     assert len(first) == 1
     assert "AdamW and ignores the AdaiV2" in first[0]
@@ -79,18 +79,18 @@ def test_an_engine_warns_once_if_it_ignores_an_optimizer_of_its_model(stage: int
 
 def test_it_also_warns_for_a_client_optimizer_of_another_class() -> None:
     untested = {"zero_allow_untested_optimizer": True}
-    ((name, messages),) = run_ranks(engine_beside, 1, config_with(None, **zero(1), **untested), sgd, "mine")
+    ((name, messages),) = run_ranks(engine_optimizer, 1, config_with(None, **zero(1), **untested), sgd, "mine")
     assert name == "SGD"
     assert len(messages) == 1
 
 
 @pytest.mark.parametrize("whose", ["other", "gone"])
 def test_it_does_not_warn_about_optimizers_of_other_models_or_deleted_ones(whose: str) -> None:
-    assert run_ranks(engine_beside, 1, config_with(ADAMW), None, whose) == [("AdamW", [])]
+    assert run_ranks(engine_optimizer, 1, config_with(ADAMW), None, whose) == [("AdamW", [])]
 
 
 def test_a_client_adai_overrides_the_optimizer_of_the_configuration() -> None:
-    assert run_ranks(engine_beside, 1, config_with(ADAMW), adai, "other") == [("Adai", [])]
+    assert run_ranks(engine_optimizer, 1, config_with(ADAMW), adai, "other") == [("Adai", [])]
 
 
 @pytest.mark.parametrize("params", [None, {}, {"dampening": 0.0}, {"learning_rate": 1.0}])
@@ -104,7 +104,7 @@ def test_a_type_without_lr_is_refused_by_name(params: dict[str, Any] | None) -> 
 
 def refusal(config: dict[str, Any]) -> str:
     try:
-        engine_beside(config, None, "gone")
+        engine_optimizer(config, None, "gone")
     except (TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "not refused"
@@ -220,10 +220,10 @@ def processed(folder: str, name: str) -> list[str]:
 @pytest.mark.parametrize("name", ["AdaiV2", "adai", "AdamW"])
 def test_auto_is_never_replaced_with_a_default_of_adam(name: str, tmp_path: Any) -> None:
     (found,) = run_ranks(processed, 1, str(tmp_path), name)
-    for (params, _, refused), said in zip(AUTO, found, strict=True):
+    for (params, _, refused), result in zip(AUTO, found, strict=True):
         if refused is None or name == "AdamW":
-            assert "auto" not in said
-            assert all(f"'{key}'" in said for key in ("lr", *params))
+            assert "auto" not in result
+            assert all(f"'{key}'" in result for key in ("lr", *params))
         else:
-            assert said.startswith(f'UnsupportedSetting: optimizer.params.{refused} must not be "auto"')
-            assert f"leave {refused} out" in said
+            assert result.startswith(f'UnsupportedSetting: optimizer.params.{refused} must not be "auto"')
+            assert f"leave {refused} out" in result

@@ -109,7 +109,7 @@ def test_a_client_optimizer_is_bound_as_an_instance_of_a_subclass_and_as_a_calla
     assert [group["lr"] for group in groups] == [0.1]
 
 
-def adamw_beside() -> tuple[str, bool]:
+def adamw_engine() -> tuple[str, bool]:
     set_environment()
     import deepspeed
 
@@ -124,4 +124,4 @@ def adamw_beside() -> tuple[str, bool]:
 
 
 def test_engines_with_other_optimizers_are_left_alone() -> None:
-    assert run_ranks(adamw_beside, 1) == [("AdamW", False)]
+    assert run_ranks(adamw_engine, 1) == [("AdamW", False)]

@@ -63,9 +63,9 @@ WRITES: dict[str, Callable[[Any], None]] = {
 
 def walk(setup: CorruptedStates) -> tuple[list[str], int, list[str]]:
     """Return the errors of engine.step() up to the first one, the number of skipped steps, and the log messages."""
-    told: list[str] = []
+    messages: list[str] = []
     listener = logging.Handler()
-    listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    listener.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("adai_dist").addHandler(listener)
     setup_of_rank = replace(setup, bad_steps=() if setup.write else tuple(range(FIRST_BAD, NUM_STEPS)))
     engine = start(setup_of_rank, Prescribed(setup_of_rank))
@@ -84,7 +84,7 @@ def walk(setup: CorruptedStates) -> tuple[list[str], int, list[str]]:
     num_skipped = int(engine.basic_optimizer.num_skipped_steps)
     engine.destroy()
     logging.getLogger("adai_dist").removeHandler(listener)
-    return raised, num_skipped, told
+    return raised, num_skipped, messages
 
 
 GRADIENTS = {
@@ -115,11 +115,13 @@ FAMILY = Family(
 
 @pytest.mark.parametrize("name", FAMILY.setups)
 def test_all_ranks_raise_the_same_error_in_the_same_step(name: str) -> None:
-    (raised, num_skipped, told), (*other, told_by_other) = FAMILY.ranks(name)
+    (raised, num_skipped, messages), (*other, other_messages) = FAMILY.ranks(name)
     assert [raised, num_skipped] == other
-    assert ["step skipped on all ranks: " in line for line in told] == [True] * len(told), "no other log messages"
-    assert len(told) >= 2
-    assert not told_by_other
+    assert ["step skipped on all ranks: " in line for line in messages] == [True] * len(messages), (
+        "no other log messages"
+    )
+    assert len(messages) >= 2
+    assert not other_messages
     assert raised[:-1] == [""] * (FIRST_BAD + LIMIT - 1)
     assert num_skipped == LIMIT
     reason = GRADIENT if "gradients" in name else PARAMETER if "masters" in name else STATE

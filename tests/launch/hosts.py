@@ -115,9 +115,9 @@ class Host:
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
             out, err = process.communicate()
-            said = f"--- {self.name}: {' '.join(map(str, arguments))}\n{(out or '')[-6000:]}\n{(err or '')[-6000:]}"
+            report = f"--- {self.name}: {' '.join(map(str, arguments))}\n{(out or '')[-6000:]}\n{(err or '')[-6000:]}"
             if isinstance(error, subprocess.TimeoutExpired):
-                raise AssertionError(f"still running after {timeout} s\n{said}") from None
+                raise AssertionError(f"still running after {timeout} s\n{report}") from None
             raise
         return subprocess.CompletedProcess(list(map(str, arguments)), process.returncode, out, err)
 

@@ -33,16 +33,16 @@ WORDS = ["a b", "'q\"", "$HOME;x*", ""]
 PROGRAM = """
 import json, os, pathlib, signal, sys, time
 names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SLURM_RESTART_COUNT")
-told = {name: os.environ.get(name) for name in names}
-path = pathlib.Path(f"rank{told['RANK']}-{told['SLURM_RESTART_COUNT']}.json")
+report = {name: os.environ.get(name) for name in names}
+path = pathlib.Path(f"rank{report['RANK']}-{report['SLURM_RESTART_COUNT']}.json")
 def stop(number, frame):
-    path.write_text(json.dumps({**told, "words": sys.argv[2:], "signal": number}))
+    path.write_text(json.dumps({**report, "words": sys.argv[2:], "signal": number}))
     sys.exit(143)
 signal.signal(signal.SIGTERM, stop)
-path.write_text(json.dumps({**told, "words": sys.argv[2:], "signal": None}))
-if sys.argv[1] == "wait" and told["SLURM_RESTART_COUNT"] is None:
+path.write_text(json.dumps({**report, "words": sys.argv[2:], "signal": None}))
+if sys.argv[1] == "wait" and report["SLURM_RESTART_COUNT"] is None:
     time.sleep(60)
-while sys.argv[1] == "fail" and len(list(pathlib.Path().glob("rank*.json"))) < int(told["WORLD_SIZE"]):
+while sys.argv[1] == "fail" and len(list(pathlib.Path().glob("rank*.json"))) < int(report["WORLD_SIZE"]):
     time.sleep(0.05)
 sys.exit(3 if sys.argv[1] == "fail" else 0)
 """
@@ -68,7 +68,7 @@ def submit(cluster: Slurm, cwd: Path, *words: str | Path, **knobs: str) -> str:
     return cluster.submit(SCRIPT, *words, cwd=cwd, **knobs)
 
 
-def told(path: Path) -> dict[str, object]:
+def report_in(path: Path) -> dict[str, object]:
     return json.loads(path.read_text())
 
 
@@ -77,10 +77,10 @@ def test_the_unchanged_script_starts_a_rank_per_gpu_and_does_not_requeue_a_faile
 ) -> None:
     job = cluster.wait(submit(cluster, tmp_path, program, "fail", *WORDS, MAX_RESTARTS="0"), 60)
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), cluster.output()
-    said = [told(path) for path in sorted(tmp_path.glob("rank*.json"))]
-    assert sorted(int(str(one["RANK"])) for one in said) == list(range(16))
+    reports = [report_in(path) for path in sorted(tmp_path.glob("rank*.json"))]
+    assert sorted(int(str(one["RANK"])) for one in reports) == list(range(16))
     same = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "node1", "words": WORDS}
-    assert all(one.items() >= same.items() for one in said), said
+    assert all(one.items() >= same.items() for one in reports), reports
 
 
 def test_a_preempted_job_is_terminated_and_requeued(cluster: Slurm, program: Path, tmp_path: Path) -> None:
@@ -90,8 +90,8 @@ def test_a_preempted_job_is_terminated_and_requeued(cluster: Slurm, program: Pat
     job = cluster.wait(number, 60)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), cluster.output()
     assert cluster.job(urgent)["JobState"] == "COMPLETED"
-    assert [told(tmp_path / f"rank{rank}-None.json")["signal"] for rank in (0, 1)] == [signal.SIGTERM] * 2
-    assert [told(tmp_path / f"rank{rank}-1.json")["signal"] for rank in (0, 1)] == [None] * 2
+    assert [report_in(tmp_path / f"rank{rank}-None.json")["signal"] for rank in (0, 1)] == [signal.SIGTERM] * 2
+    assert [report_in(tmp_path / f"rank{rank}-1.json")["signal"] for rank in (0, 1)] == [None] * 2
 
 
 def test_a_run_that_reaches_its_time_limit_and_loses_a_node_ends_with_the_bits_of_one_node(

@@ -62,7 +62,7 @@ def to_universal(input_folder: Path, output_folder: Path, num_workers: int = 1) 
     """
     source, target = Path(input_folder).absolute(), Path(output_folder).absolute()
     if num_workers < 1:
-        raise ValueError(f"num_workers must be at least 1, got {num_workers}; 1 converts in this process alone")
+        raise ValueError(f"num_workers must be at least 1, got {num_workers}; 1 converts in this process")
     shards = _shards(source)
     _check_output(source, target)
     target.parent.mkdir(parents=True, exist_ok=True)

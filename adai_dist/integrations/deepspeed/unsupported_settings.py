@@ -68,17 +68,17 @@ def check_config(engine: Any) -> None:
     """
     offload = engine.zero_offload_optimizer()
     if engine.zenflow_config() is not None:
-        _refuse("zero_optimization.zenflow", "steps some columns with an Adam of its own", "remove it")
+        _refuse("zero_optimization.zenflow", "steps some columns with its own Adam", "remove it")
     if engine.super_offload():
         _refuse(
             "zero_optimization.offload_optimizer.super_offload",
-            "steps parameters with an Adam of its own during the backward pass",
+            "steps parameters with its own Adam during the backward pass",
             'use "offload_optimizer": {"device": "cpu"} without it',
         )
     if engine.zero_partial_offload() < 1.0:
         _refuse(
             f"zero_optimization.offload_optimizer.ratio = {engine.zero_partial_offload()!r}",
-            "steps the rest of the parameters with an AdamW of its own",
+            "steps the rest of the parameters with its own AdamW",
             "set it to 1.0",
         )
     if engine.zero_elastic_checkpoint():
