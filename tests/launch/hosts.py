@@ -49,7 +49,7 @@ for _ in range(1000):
 def missing() -> str | None:
     """Return why hosts cannot be created on this machine, or None."""
     if sys.platform != "linux" or os.geteuid() != 0:
-        return "hosts are made of Linux namespaces, which needs root; run the tests as root, in a container for example"
+        return "hosts need Linux namespaces and root; run the tests as root, for example in a container"
     for program, package in (("ip", "iproute2"), ("unshare", "util-linux"), ("nsenter", "util-linux")):
         if shutil.which(program) is None:
             return f"hosts need the program {program}; apt install {package}"

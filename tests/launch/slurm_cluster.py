@@ -58,12 +58,12 @@ def missing() -> str | None:
     if absent:
         return f"needs {', '.join(absent)}: apt install slurm-wlm munge"
     if os.geteuid() != 0:
-        return "a Slurm of one's own needs root: run the tests as root"
+        return "a private Slurm cluster needs root; run the tests as root"
     return None
 
 
 class Slurm:
-    """Running cluster."""
+    """Slurm cluster on emulated hosts."""
 
     def __init__(self, hosts: Sequence[Host], folder: Path, environment: Mapping[str, str]) -> None:
         self.hosts, self.folder = hosts, folder
