@@ -1,8 +1,8 @@
 """Adai, AdaiW and AdaiV2 (Adaptive Inertia, ICML 2022) for distributed training with PyTorch."""
 
 from adai_dist.integrations import lightning, zero_redundancy
-from adai_dist.integrations.after_import import import_hooks_are_on
 from adai_dist.integrations.deepspeed.registration import register
+from adai_dist.integrations.import_hooks import import_hooks_are_on
 from adai_dist.optimizer import Adai, AdaiV2, AdaiW, AdaptiveInertia, MeanSource, share_mean
 from adai_dist.sharding import GlobalMean, global_mean
 

@@ -1,22 +1,21 @@
 #!/usr/bin/env bash
-# Trains with DeepSpeed's launcher: run it on one machine, which reaches the nodes of the hostfile by ssh, without a
-# password.
+# Trains with DeepSpeed's launcher: run it on one machine with passwordless ssh to the nodes of the hostfile.
 #
 #     HOSTFILE=hostfile launch/deepspeed.sh adai-dist train --config configs/recipes/lm_tiny.yaml
 #     LAUNCHER=pdsh launch/deepspeed.sh train.py --lr 1
 #
-# The folder, the interpreter and the program have the same paths on all nodes.
+# The working directory, the interpreter and the program must have the same paths on all nodes.
 set -euo pipefail
 
 # Edit these two, or set them in the environment.
-HOSTFILE=${HOSTFILE:-hostfile}     # the nodes, and how many ranks each takes; see hostfile.example
-MASTER_ADDR=${MASTER_ADDR:-}       # address of the first node, as the others reach it; default: its name in HOSTFILE
+HOSTFILE=${HOSTFILE:-hostfile}     # nodes and their numbers of ranks; see hostfile.example
+MASTER_ADDR=${MASTER_ADDR:-}       # address of the first node, reachable from the others; default: its name in HOSTFILE
 
-MASTER_PORT=${MASTER_PORT:-29500}  # free on that node; another one for every job at the same time
-LAUNCHER=${LAUNCHER:-ssh}          # ssh: one connection per node, all end when one fails; pdsh: DeepSpeed's own way
-SSH_OPTIONS=${SSH_OPTIONS:-}       # further options of ssh, such as: -p 2222 -F FILE
-PYTHON=${PYTHON:-python3}          # the interpreter on every node
-# Variables that the nodes get, a regular expression; no secrets: others see them in the list of processes of a node.
+MASTER_PORT=${MASTER_PORT:-29500}  # free port on that node; a different one for each concurrent job
+LAUNCHER=${LAUNCHER:-ssh}          # ssh: a connection per node, all end when one fails; pdsh: DeepSpeed's default
+SSH_OPTIONS=${SSH_OPTIONS:-}       # additional ssh options, such as: -p 2222 -F FILE
+PYTHON=${PYTHON:-python3}          # interpreter, the same path on every node
+# Regular expression of the variables to pass to the nodes; no secrets, since process lists on a node show them.
 PASS=${PASS:-'(LD_LIBRARY_)?PATH|CUDA_HOME|HF_HOME|HF_HUB_OFFLINE|(ADAI|DS|GLOO|MKL|NCCL|OMP|PY|TORCH)[A-Z0-9_]*'}
 
 if (($# == 0)); then
@@ -51,7 +50,7 @@ program+=("$PYTHON" -u "$@")
 options=(--master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --no_python --no_local_rank)
 
 if [[ $LAUNCHER == pdsh ]]; then
-    # Words go through a shell, DeepSpeed, which quotes those with spaces, and pdsh, which replaces %h and the like.
+    # Each word passes through a shell, DeepSpeed (which quotes words with spaces) and pdsh (which expands %h).
     words=()
     for word in "${program[@]}"; do
         word=$(printf '%q' "$word")
@@ -64,15 +63,15 @@ if [[ $LAUNCHER == pdsh ]]; then
         "${options[@]}" "${words[@]}"
 fi
 
-# shellcheck disable=SC2016 # the node expands these, not this script
-# On a node: the program ends when its standard input does, that is when this script ends or the connection is lost.
+# shellcheck disable=SC2016 # expanded on the node, not in this script
+# On a node, the program ends with its standard input: when this script ends or the connection is lost.
 on_node='cd "$1" || exit; shift
 "$@" & program=$!
 { read -r _ || kill "$program"; } <&0 >/dev/null 2>&1 & reader=$!
 wait "$program" && code=0 || code=$?
 kill "$reader"; exit "$code"'
 read -ra ssh_options <<<"$SSH_OPTIONS"
-exec 3<> <(:) && wait "$!" # a pipe: the standard input of all nodes
+exec 3<> <(:) && wait "$!" # a pipe, the standard input on all nodes
 trap : INT TERM
 world=$(base64 -w0 <<<"{$world}" | tr '+/' '-_')
 for node in "${!hosts[@]}"; do

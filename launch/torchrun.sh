@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Trains with torchrun: the same command on every node, within a minute.
+# Trains with torchrun: run the same command on every node, within a minute.
 #
 #     launch/torchrun.sh adai-dist train --config configs/recipes/lm_tiny.yaml     one node
 #     NUM_NODES=2 MASTER_ADDR=node1 launch/torchrun.sh train.py --lr 1             two nodes
 set -euo pipefail
 
 # Edit these two, or set them in the environment.
-NUM_NODES=${NUM_NODES:-1}          # nodes of the job
-MASTER_ADDR=${MASTER_ADDR:-}       # name or address of one of the nodes, where all meet
+NUM_NODES=${NUM_NODES:-1}          # number of nodes
+MASTER_ADDR=${MASTER_ADDR:-}       # name or address of the node that hosts the rendezvous
 
-MASTER_PORT=${MASTER_PORT:-29500}  # free on that node; another one for every job at the same time
+MASTER_PORT=${MASTER_PORT:-29500}  # free port on that node; a different one for each concurrent job
 RANKS_PER_NODE=${RANKS_PER_NODE:-} # processes per node; default: the number of GPUs, else 1
-NODE_RANK=${NODE_RANK:-}           # where a node cannot see whether MASTER_ADDR is its own: 0 if it is, else 1, 2, ...
-MAX_RESTARTS=${MAX_RESTARTS:-0}    # times that all ranks are started again after a failure
+NODE_RANK=${NODE_RANK:-}           # if nodes cannot recognise MASTER_ADDR as their own: 0 on that node, else 1, 2, ...
+MAX_RESTARTS=${MAX_RESTARTS:-0}    # number of restarts of all ranks after a failure
 RUN_ID=${RUN_ID:-adai_dist}        # the same on all nodes of a job
 JOIN_TIMEOUT=${JOIN_TIMEOUT:-600}  # seconds to wait for the other nodes
-PYTHON=${PYTHON:-python3}          # the interpreter on every node
+PYTHON=${PYTHON:-python3}          # interpreter, the same path on every node
 
 if (($# == 0)); then
     echo "usage: [NUM_NODES=N MASTER_ADDR=HOST] ${0##*/} (SCRIPT | -m MODULE | adai-dist) [ARGUMENT ...]" >&2
@@ -35,7 +35,7 @@ else
     meeting=(--rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id="$RUN_ID"
         --rdzv-conf="join_timeout=$JOIN_TIMEOUT${NODE_RANK:+,is_host=$((NODE_RANK == 0))}")
 fi
-# Else torch 2.13 keeps one store over all restarts, where ranks may find the addresses of their forerunners.
+# By default, torch 2.13 shares one store across restarts, in which ranks may find addresses from before the restart.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "$PYTHON" -m torch.distributed.run --nnodes="$NUM_NODES" --nproc-per-node="$RANKS_PER_NODE" \
     --max-restarts="$MAX_RESTARTS" "${meeting[@]}" "$@"

@@ -29,13 +29,13 @@ NOT_CORE = ("adai_dist.cli", "adai_dist.recipes", "adai_dist.tools")
 COMPILER = ("torch._dynamo", "torch._inductor", "sympy")
 REGISTRATION = {
     "adai_dist.integrations",
-    "adai_dist.integrations.after_import",
-    "adai_dist.integrations.build_locks",
+    "adai_dist.integrations.import_hooks",
+    "adai_dist.integrations.torch_extension_lock",
     "adai_dist.integrations.deepspeed",
-    "adai_dist.integrations.deepspeed.dropped",
-    "adai_dist.integrations.deepspeed.names",
+    "adai_dist.integrations.deepspeed.ignored_optimizer",
+    "adai_dist.integrations.deepspeed.optimizer_names",
     "adai_dist.integrations.deepspeed.registration",
-    "adai_dist.integrations.deepspeed.trainer",
+    "adai_dist.integrations.deepspeed.transformers_trainer",
     "adai_dist.integrations.lightning",
     "adai_dist.integrations.zero_redundancy",
 }

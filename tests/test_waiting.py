@@ -129,7 +129,7 @@ def test_torchs_loader_names_the_file_that_it_waits_for_its_age_and_the_remedy(
     messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(messages) == 2, "after 0.3 and 0.6 s"
     assert all(f"for the file {lock}, which is 3 h old: " in message for message in messages)
-    assert all("or was killed while it did; if no process does, delete the file" in message for message in messages)
+    assert all("or was killed while compiling; if none is running, delete the file" in message for message in messages)
 
 
 def test_a_file_that_cannot_be_looked_at_or_goes_at_once_is_not_told(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from adai_dist.cli import bench, build, compare, run, soak, sweep, to_universal, train
 from adai_dist.cli.exit import EXIT_FAILURE, EXIT_INTERRUPTED, end_process, report_error
 from adai_dist.cli.parser import CommandParser
-from adai_dist.integrations.run import split_local_rank
+from adai_dist.integrations.script import split_local_rank
 
 __all__ = ["build_parser", "main"]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from adai_dist.cli.exit import report_error
 from adai_dist.cli.parser import Commands
-from adai_dist.integrations.run import NoProgramError, run_program
+from adai_dist.integrations.script import NoProgramError, run_program
 
 
 def register(commands: Commands) -> None:

@@ -1,1 +1,1 @@
-"""What connects the optimizers to engines of other projects. Nothing here is imported before the engine is."""
+"""Integrations with other training libraries, each activated when that library is imported."""

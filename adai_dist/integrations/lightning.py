@@ -1,7 +1,7 @@
-"""Lightning: clipping under mixed precision, which it refuses to optimizers that know how to unscale.
+"""Lightning: gradient clipping under mixed precision.
 
-It concludes from torch's mark of such optimizers that they unscale in every step, and would clip scaled gradients. But
-an optimizer of ours takes gradients that ``GradScaler.unscale_`` has unscaled as it finds them.
+Lightning refuses to clip for optimizers that torch marks as unscaling in every step, because it would clip scaled
+gradients. The optimizers of this package also accept gradients that ``GradScaler.unscale_`` has already unscaled.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from adai_dist.integrations.after_import import after_import, wrap_once
+from adai_dist.integrations.import_hooks import after_import, wrap_once
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 
 _MODULES = tuple(
@@ -18,13 +18,13 @@ _MODULES = tuple(
     for package in ("lightning.fabric", "lightning.pytorch", "lightning_fabric", "pytorch_lightning")
     for module in ("amp", "fsdp")
 )
-"""Each has the function under its name, and most have taken it from another one of them."""
+"""Modules that define or import the function; each needs its own replacement."""
 
 _FUNCTION = "_optimizer_handles_unscaling"
 
 
 def register() -> None:
-    """Have Lightning unscale the gradients before it clips them.
+    """Make Lightning unscale gradients before clipping them.
 
     Collective: none.
     """

@@ -1,4 +1,4 @@
-"""torch's ``ZeroRedundancyOptimizer``: every parameter is on one rank alone, which its tensor does not show."""
+"""torch's ``ZeroRedundancyOptimizer``, which steps each parameter on one rank without marking its tensor."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from adai_dist.integrations.after_import import after_import, wrap_once
+from adai_dist.integrations.import_hooks import after_import, wrap_once
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 
 
 def register() -> None:
-    """Have ``ZeroRedundancyOptimizer`` tell the optimizers in it over which ranks it spreads the parameters.
+    """Make ``ZeroRedundancyOptimizer`` configure the sharding of the optimizers that it creates.
 
     Collective: none.
     """

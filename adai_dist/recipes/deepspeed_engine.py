@@ -40,7 +40,7 @@ class DeepSpeedEngine(Engine):
         import deepspeed
 
         from adai_dist.integrations.deepspeed.registration import register
-        from adai_dist.integrations.deepspeed.support import UnsupportedSetting
+        from adai_dist.integrations.deepspeed.unsupported_settings import UnsupportedSetting
 
         register()  # also under ADAI_DIST_REGISTER=0
         launched = read_launcher(os.environ)

@@ -1,4 +1,4 @@
-"""What `accelerate launch --config_file FILE` makes of a file: the environment that it gives to the ranks."""
+"""The environment that `accelerate launch --config_file FILE` sets for the ranks."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ FILES = {path.stem: path for path in sorted((ROOT / "configs/accelerate").glob("
 
 
 def environment_of(path: Path, *flags: str) -> dict[str, str]:
-    """The variables that accelerate adds, by its own parser; `flags` are those of the command line."""
+    """Return the variables that accelerate adds, using its own parser; `flags` are command-line options."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     command = ["--config_file", str(path), "--main_process_port", "0", *flags, "train.py"]
-    args, defaults, says_precision = _validate_launch_command(launch_command_parser().parse_args(command))
+    args, defaults, has_precision = _validate_launch_command(launch_command_parser().parse_args(command))
     if args.use_deepspeed:  # as in launch_command
-        says = [*defaults.deepspeed_config, *(["mixed_precision"] if says_precision else [])]
-        args.deepspeed_fields_from_accelerate_config = ",".join(says)
+        fields = [*defaults.deepspeed_config, *(["mixed_precision"] if has_precision else [])]
+        args.deepspeed_fields_from_accelerate_config = ",".join(fields)
         _, variables = prepare_deepspeed_cmd_env(args)
     else:
         variables = prepare_multi_gpu_env(args)

@@ -17,7 +17,7 @@ class Row:
     tests: tuple[str, ...]
 
     def bytes_in_memory(self, when: str, num_ranks: int, num_shards: int) -> float:
-        """Bytes per parameter of one rank, on whatever device, when the model is smaller than the buffers for NVMe."""
+        """Return the bytes per parameter on one rank, on all devices, for a model smaller than the NVMe buffers."""
         total = 0.0
         for term in self.cells[f"bytes {when}"].split(" + "):
             amount, _, place = term.replace("2 GB", "20/n").partition(" ")

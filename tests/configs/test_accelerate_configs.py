@@ -1,4 +1,4 @@
-"""The files for `accelerate launch`: no key in them is unknown or without effect."""
+"""The files for `accelerate launch` contain no unknown or ineffective keys."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ files = pytest.mark.parametrize(
 
 
 def another(value: Any) -> Any:
-    """A value of the same kind."""
+    """Return a different value of the same type."""
     if isinstance(value, bool):
         return not value
     return value + 1 if isinstance(value, int) else f"not-{value}"
 
 
 def keys_without_effect(content: dict[str, Any], folder: Path) -> list[str]:
-    """The nested keys whose value does not change what the ranks are told."""
+    """Return the nested keys whose values do not change the environment of the ranks."""
     path = folder / "config.yaml"
 
-    def told(changed: dict[str, Any]) -> dict[str, str]:
+    def variables_with(changed: dict[str, Any]) -> dict[str, str]:
         path.write_text(yaml.safe_dump(changed))
         return environment_of(path)
 
-    told_now = told(content)
+    unchanged = variables_with(content)
     return [
         key
         for section in SECTIONS
         for key, value in content.get(section, {}).items()
-        if told(content | {section: content[section] | {key: another(value)}}) == told_now
+        if variables_with(content | {section: content[section] | {key: another(value)}}) == unchanged
     ]
 
 
@@ -55,7 +55,7 @@ def test_there_is_a_file_for_every_engine() -> None:
 
 
 @files
-def test_accelerate_reads_it_and_refuses_another_key(path: Path, tmp_path: Path) -> None:
+def test_accelerate_reads_each_file_and_refuses_an_unknown_key(path: Path, tmp_path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     content = yaml.safe_load(path.read_text())
@@ -69,27 +69,27 @@ def test_accelerate_reads_it_and_refuses_another_key(path: Path, tmp_path: Path)
 
 
 @files
-def test_every_nested_key_changes_what_the_ranks_are_told(path: Path, tmp_path: Path) -> None:
+def test_every_nested_key_changes_the_environment_of_the_ranks(path: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(path.read_text())
     assert keys_without_effect(content, tmp_path) == []
 
 
 @pytest.mark.parametrize("section", SECTIONS[:2])
-def test_a_misspelt_nested_key_is_found(section: str, tmp_path: Path) -> None:
+def test_a_misspelt_nested_key_is_detected(section: str, tmp_path: Path) -> None:
     content = yaml.safe_load(FILES["hsdp"].read_text())
     content[section]["fsdp_reshard_after_foward"] = True
     assert keys_without_effect(content, tmp_path) == ["fsdp_reshard_after_foward"]
 
 
 @pytest.mark.deepspeed
-def test_a_misspelt_key_for_deepspeed_is_found(tmp_path: Path) -> None:
+def test_a_misspelt_key_for_deepspeed_is_detected(tmp_path: Path) -> None:
     content = yaml.safe_load(FILES["deepspeed_zero3"].read_text())
     content["deepspeed_config"]["zero3_init"] = True
     assert keys_without_effect(content, tmp_path) == ["zero3_init"]
 
 
 class Recording(dict[str, str]):
-    """An environment that remembers what was asked for."""
+    """Environment that records the variables that are read."""
 
     def __init__(self, variables: dict[str, str]) -> None:
         super().__init__(variables)
@@ -101,22 +101,20 @@ class Recording(dict[str, str]):
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if "fsdp_config" in FILES[name].read_text()])
-def test_what_the_ranks_are_told_about_fsdp_is_asked_for(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_variable_of_fsdp_is_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
 
-    told = environment_of(FILES[name])
+    variables = environment_of(FILES[name])
     content = yaml.safe_load(FILES[name].read_text())
     of_keys: set[str] = set()
     for section in SECTIONS[:2]:
         for key, value in content.get(section, {}).items():
             changed = tmp_path / "changed.yaml"
             changed.write_text(yaml.safe_dump(content | {section: content[section] | {key: another(value)}}))
-            of_keys |= {variable for variable, _ in environment_of(changed).items() ^ told.items()}
+            of_keys |= {variable for variable, _ in environment_of(changed).items() ^ variables.items()}
     with monkeypatch.context() as patched:
-        # Weights can only be sent from rank 0 on a GPU.
-        environment = Recording(dict(os.environ) | told | {"FSDP_SYNC_MODULE_STATES": "false"})
+        # Weights can be broadcast from rank 0 only on a GPU.
+        environment = Recording(dict(os.environ) | variables | {"FSDP_SYNC_MODULE_STATES": "false"})
         patched.setattr(os, "environ", environment)
         FullyShardedDataParallelPlugin()
         ParallelismConfig()
@@ -125,7 +123,7 @@ def test_what_the_ranks_are_told_about_fsdp_is_asked_for(
 
 
 @files
-def test_two_lines_are_to_be_edited_and_the_head_says_what_the_file_does_not(path: Path) -> None:
+def test_two_lines_are_marked_to_edit_and_the_header_lists_the_settings_of_the_script(path: Path) -> None:
     text = path.read_text()
     assert text.count("# edit: ") == 2
     head = text.partition("\n\n")[0]
@@ -137,9 +135,9 @@ def test_two_lines_are_to_be_edited_and_the_head_says_what_the_file_does_not(pat
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_file_for_deepspeed_names_the_json_of_its_name(stage: str) -> None:
+def test_a_file_for_deepspeed_refers_to_the_json_of_the_same_name(stage: str) -> None:
     content = yaml.safe_load(FILES[f"deepspeed_{stage}"].read_text())
     config = content["deepspeed_config"]
     assert config["deepspeed_config_file"] == f"configs/deepspeed/{stage}.json"
     assert config["zero3_init_flag"] is ("zero3" in stage)
-    assert "mixed_precision" not in content, "accelerate refuses it beside a JSON"
+    assert "mixed_precision" not in content, "accelerate refuses it together with a JSON"

@@ -1,7 +1,7 @@
-"""Each file for accelerate trains, in the environment that accelerate makes of it, and takes the promised bytes.
+"""Each accelerate file trains in the environment that accelerate sets, and uses the documented memory.
 
-`accelerate launch` itself is in test_launched_by_accelerate.py. On the CPU, accelerate is told that there are GPUs
-(training.py).
+`accelerate launch` itself is tested in test_launched_by_accelerate.py. training.py makes accelerate detect GPUs on a
+machine without any.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytest.importorskip("transformers")
 pytestmark = pytest.mark.distributed
 
 IN_FLOAT32 = ("--mixed_precision", "no")
-# The weights can only be sent from rank 0 on a GPU; two machines are in test_launched_by_accelerate.py.
+# Weights can be broadcast from rank 0 only on a GPU; test_launched_by_accelerate.py has two machines.
 FLAGS = {
     "fsdp1": ("--fsdp_sync_module_states", "false"),
     "hsdp": ("--num_machines", "1", "--parallelism_config_dp_shard_size", "2"),
@@ -49,7 +49,7 @@ files = pytest.mark.parametrize(
 
 
 def train_with_each(environments: dict[str, dict[str, str]], folder: str) -> dict[str, dict[str, object]]:
-    """What a rank found with each file; where it cannot run here, nothing."""
+    """Return the results of a rank by file, without the files that cannot run on this machine."""
     set_environment()
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.chdir(folder)  # the path for NVMe is relative
@@ -93,7 +93,7 @@ def of(found: dict[str, dict[str, object]], name: str) -> dict[str, object]:
 
 
 @files
-def test_each_file_makes_its_engine_and_trains(found: dict[str, dict[str, object]], name: str) -> None:
+def test_each_file_creates_its_engine_and_trains(found: dict[str, dict[str, object]], name: str) -> None:
     result = of(found, name)
     stage = re.search(r"zero(\d)", name)
     if stage is not None:
@@ -107,24 +107,24 @@ def test_each_file_makes_its_engine_and_trains(found: dict[str, dict[str, object
     losses = result["losses"]
     assert isinstance(losses, list)
     assert losses[-1] < 0.6 * losses[0]
-    # Measured: 0.012 to 0.016 with bf16; the steps in float32 are held to 3e-6 below.
+    # Measured: 0.012 to 0.016 with bf16; the tolerance in float32, below, is 3e-6.
     assert isinstance(result["error"], float)
     assert result["error"] < 0.03
 
 
 @pytest.mark.parametrize("name", FLOAT32)
-def test_in_float32_the_steps_are_those_of_one_process(found: dict[str, dict[str, object]], name: str) -> None:
+def test_the_steps_in_float32_match_those_of_one_process(found: dict[str, dict[str, object]], name: str) -> None:
     error = of(found, f"{name} in float32")["error"]
     assert isinstance(error, float)
     assert error < 3e-6  # measured: at most 1.4e-6
 
 
 @files
-def test_the_bytes_are_those_of_the_table(found: dict[str, dict[str, object]], name: str) -> None:
+def test_the_memory_matches_the_table(found: dict[str, dict[str, object]], name: str) -> None:
     result = of(found, name)
     row = ROWS[f"accelerate/{name}.yaml"]
     for when in ("before the step", "in the step"):
         promised = row.bytes_in_memory(when, num_ranks=NUM_RANKS.get(name, 2), num_shards=2)
         seen = result[f"bytes_{when.replace(' the', '').replace(' ', '_')}"]
-        # Gradients of the last bucket and buffers of DeepSpeed that do not grow with the model: up to 0.29 here.
+        # The last bucket's gradients and DeepSpeed's buffers of fixed size are up to 0.29 here.
         assert -0.01 < seen - promised < 0.3, (when, seen, promised)

@@ -1,4 +1,4 @@
-"""DeepSpeed itself reads every key of its files. Each trains in tests/integrations/test_deepspeed_configs.py."""
+"""DeepSpeed reads every key of its files. The files train in tests/integrations/test_deepspeed_configs.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ files = pytest.mark.parametrize("path", FILES.values(), ids=FILES)
 
 
 class Recording(dict[str, Any]):
-    """A configuration that remembers which of its keys were looked up."""
+    """Configuration that records the keys that are read."""
 
     asked: set[str]
 
@@ -31,7 +31,7 @@ class Recording(dict[str, Any]):
 
 
 def unknown_keys(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The top-level keys that DeepSpeed never looks up: it ignores others without a word."""
+    """Return the top-level keys that DeepSpeed does not read, and so silently ignores."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("WORLD_SIZE", "2")
     from deepspeed.runtime.config import DeepSpeedConfig
@@ -44,12 +44,12 @@ def unknown_keys(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> se
 
 
 @files
-def test_deepspeed_looks_every_key_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_reads_every_key(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = json.loads(path.read_text())
     assert unknown_keys(content, monkeypatch) == set()
 
 
-def test_a_misspelt_key_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misspelt_key_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     content = json.loads(FILES["zero3"].read_text())
     content["gradient_cliping"] = content.pop("gradient_clipping")
     assert unknown_keys(content, monkeypatch) == {"gradient_cliping"}
@@ -77,16 +77,16 @@ def test_a_misspelt_nested_key_is_refused(
 
 
 @files
-def test_every_key_of_the_optimizer_is_one_of_its_arguments(path: Path) -> None:
+def test_every_key_of_the_optimizer_is_an_argument_of_its_class(path: Path) -> None:
     import torch
 
     import adai_dist
 
-    said = json.loads(path.read_text())["optimizer"]
-    kind = getattr(adai_dist, said["type"])
-    optimizer = kind([torch.zeros(1, requires_grad=True)], **said["params"])
-    assert {key: optimizer.defaults[key] for key in said["params"] if key != "betas"} == {
-        key: value for key, value in said["params"].items() if key != "betas"
+    section = json.loads(path.read_text())["optimizer"]
+    kind = getattr(adai_dist, section["type"])
+    optimizer = kind([torch.zeros(1, requires_grad=True)], **section["params"])
+    assert {key: optimizer.defaults[key] for key in section["params"] if key != "betas"} == {
+        key: value for key, value in section["params"].items() if key != "betas"
     }
     with pytest.raises(TypeError):
-        kind([torch.zeros(1, requires_grad=True)], **said["params"] | {"learning_rate": 1.0})
+        kind([torch.zeros(1, requires_grad=True)], **section["params"] | {"learning_rate": 1.0})

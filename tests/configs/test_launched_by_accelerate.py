@@ -1,7 +1,7 @@
-"""`accelerate launch --config_file FILE` for real, on two CPU processes: each of its ways to start ranks once.
+"""Real runs of `accelerate launch --config_file FILE` on two CPU processes, one per way of starting ranks.
 
-DDP, DeepSpeed, and two machines of one process each, here on one address. The other files go the same ways; what the
-ranks do with each of them is in test_accelerate_runs.py.
+The cases are DDP, DeepSpeed, and two machines of one process each, on one address. The other files start ranks in the
+same ways; test_accelerate_runs.py tests what the ranks do with each file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SCRIPT = ROOT / "tests/configs/training.py"
 
 
 def run_to_the_end(commands: Sequence[list[str]], timeout: float = 150) -> None:
-    """Starts all of them at once; none is left running."""
+    """Run all commands concurrently, and leave none running."""
     started = [
         subprocess.Popen(
             command,
@@ -64,7 +64,7 @@ def check(ranks: list[dict[str, Any]], engine: str) -> None:
     for rank in ranks:
         assert rank["engine"] == engine
         assert rank["error"] < 0.03  # as in test_accelerate_runs.py
-    assert ranks[0]["losses"] != ranks[1]["losses"], "the ranks saw different data"
+    assert ranks[0]["losses"] != ranks[1]["losses"], "the ranks had different data"
     assert ranks[0]["error"] == ranks[1]["error"]
 
 

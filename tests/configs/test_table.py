@@ -1,4 +1,4 @@
-"""What configs/README.md says of each file is what the file says."""
+"""The tables of configs/README.md match the files."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def precision(content: dict[str, Any]) -> str:
     return enabled
 
 
-def says(file: str) -> dict[str, str]:
-    """Clipping, precision and batch of a file, as the table would put them."""
+def cells_of(file: str) -> dict[str, str]:
+    """Return clipping, precision and batch of a file as formatted in the table."""
     path = CONFIGS / file
     if path.suffix == ".json":
         content = json.loads(path.read_text())
@@ -39,11 +39,11 @@ def says(file: str) -> dict[str, str]:
     content = yaml.safe_load(path.read_text())
     if file.startswith("recipes/"):
         batch = content["data"]["batch"]
-        # `auto` is fp32 unless a file of DeepSpeed says something else.
+        # `auto` is fp32 unless a DeepSpeed file overrides it.
         chosen = content.get("precision", "auto").replace("auto", "fp32")
         return {"clipping": str(content.get("max_grad_norm") or "none"), "precision": chosen, "batch": str(batch)}
     if "deepspeed_config" in content:
-        return says(Path(content["deepspeed_config"]["deepspeed_config_file"]).relative_to("configs").as_posix())
+        return cells_of(Path(content["deepspeed_config"]["deepspeed_config_file"]).relative_to("configs").as_posix())
     return {"clipping": "script", "precision": content["mixed_precision"], "batch per rank": "script"}
 
 
@@ -52,13 +52,13 @@ def test_every_file_has_a_row_and_every_row_a_file() -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_clipping_precision_and_batch_are_those_of_the_file(file: str) -> None:
+def test_clipping_precision_and_batch_match_the_file(file: str) -> None:
     cells = ROWS[file].cells
-    assert {name: cells[name] for name in says(file)} == says(file)
+    assert {name: cells[name] for name in cells_of(file)} == cells_of(file)
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if not file.startswith("recipes/")])
-def test_what_tested_it_names_it(file: str) -> None:
+def test_the_listed_tests_read_the_file(file: str) -> None:
     folder, _, name = file.partition("/")
     reads_all = (f'"configs/{folder}"', f'"configs" / "{folder}"', *["import FILES"] * (folder == "accelerate"))
     texts = [(ROOT / test).read_text() for test in ROWS[file].tests]

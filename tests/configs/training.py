@@ -1,9 +1,9 @@
-"""Trains a small Llama by the script in configs/README.md, in the environment that `accelerate launch` has made.
+"""Train a small Llama with the script of configs/README.md in the environment of `accelerate launch`.
 
-Without a GPU accelerate never switches FSDP on. `on_the_cpu` tells it that the ranks have GPUs and keeps the tensors on
-the CPU; everything else, from the plugin to the engine, is what accelerate makes of the file.
+Without a GPU accelerate never enables FSDP. `on_the_cpu` makes it detect GPUs and keeps the tensors on the CPU;
+everything else, from the plugin to the engine, is as accelerate creates it from the file.
 
-As a program, under a launcher: `training.py FOLDER` writes what it found into FOLDER, one file per rank.
+Run under a launcher, `training.py FOLDER` writes its results to FOLDER, one file per rank.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from adai_dist import AdaiV2
 from tests.recipe_runs import ROOT
 
 NUM_STEPS = 3
-ROWS_PER_RANK = 8  # in a step, as the files of DeepSpeed say
+ROWS_PER_RANK = 8  # per step, as in the DeepSpeed files
 NUM_TOKENS = 32
 OPTIMIZER: dict[str, Any] = {"lr": 4.0, "dampening": 0.0, "max_grad_norm": 1.0}
 NUM_LOOKS, SECONDS_BETWEEN_LOOKS = 10, 0.02
-FIXED_BUFFER_BYTES = 10**8  # larger ones are DeepSpeed's buckets, whose size does not depend on the model
+FIXED_BUFFER_BYTES = 10**8  # larger tensors are DeepSpeed's buckets, whose size is independent of the model
 
 
 class Model(nn.Module):
-    """Almost all of its parameters are in matrices of more than 100,000 elements, which ZeRO 3 shards."""
+    """Small Llama with almost all parameters in matrices of more than 100,000 elements, which ZeRO 3 shards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,23 +60,23 @@ class Model(nn.Module):
 
 @dataclass
 class Found:
-    """What one rank saw."""
+    """Results of one rank."""
 
     engine: str
-    """accelerate's name of it."""
+    """Distributed type according to accelerate."""
     plugin: dict[str, str]
-    """What accelerate has made of some settings."""
+    """Settings as interpreted by accelerate."""
     losses: list[float]
     error: float
-    """Distance from the parameters of the reference, over the distance travelled."""
+    """Distance from the reference parameters, relative to the distance travelled."""
     bytes_before_step: float
-    """Of all tensors that live after a backward pass, per parameter, ..."""
+    """Bytes per parameter of all live tensors after a backward pass."""
     bytes_in_step: float
-    """... and when the optimizer has been called for the last time."""
+    """Bytes per parameter of all live tensors in the last step of the optimizer."""
 
 
 def rows(num_ranks: int) -> Tensor:
-    """Sequences that count up."""
+    """Return sequences of consecutive numbers."""
     numbers = torch.Generator().manual_seed(1)
     first = torch.randint(0, NUM_TOKENS, (NUM_STEPS * num_ranks * ROWS_PER_RANK, 1), generator=numbers)
     return (first + torch.arange(8)) % NUM_TOKENS
@@ -92,7 +92,7 @@ def flat(model: nn.Module) -> Tensor:
 
 
 def whole(model: nn.Module) -> Tensor:
-    """All parameters, from any engine."""
+    """Return all parameters of a model under any engine, concatenated."""
     if hasattr(model, "optimizer"):  # DeepSpeed's
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -106,7 +106,7 @@ def whole(model: nn.Module) -> Tensor:
 
 
 def reference(num_ranks: int) -> tuple[Tensor, Tensor]:
-    """The parameters before and after the same steps in one process, in float64."""
+    """Return the parameters before and after the same steps in one process, in float64."""
     model = Model().double()
     start = flat(model)
     optimizer = AdaiV2(model.parameters(), **OPTIMIZER)
@@ -118,10 +118,10 @@ def reference(num_ranks: int) -> tuple[Tensor, Tensor]:
 
 
 def live_bytes() -> int:
-    """The bytes of all tensors that were made since `gc.freeze()` and that stay, each storage once.
+    """Return the bytes of all storages of tensors created since `gc.freeze()` that persist.
 
-    A thread of gloo keeps the tensor that it has reduced until the system lets it run again, after the ranks have gone
-    on. So tensors are counted until it must have run, and the smallest count is the one of what stays.
+    A thread of gloo holds a reduced tensor until it is scheduled again, so the tensors are counted several times, and
+    the smallest count is returned.
     """
     gc.collect()
     counts = [_bytes_of_tensors()]
@@ -144,7 +144,7 @@ def _bytes_of_tensors() -> int:
 
 @contextlib.contextmanager
 def environment(variables: dict[str, str]) -> Iterator[None]:
-    """accelerate's variables, and its singletons made anew."""
+    """Set accelerate's variables and reset its singletons."""
     from accelerate.state import AcceleratorState, GradientState
 
     def forget() -> None:
@@ -177,8 +177,8 @@ def on_the_cpu() -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         plugin = FullyShardedDataParallelPlugin()
         if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-            plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # memory is pinned for a GPU
-            Accelerator(fsdp_plugin=plugin)  # the state that later ones share
+            plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # pinned memory needs a GPU
+            Accelerator(fsdp_plugin=plugin)  # sets the state shared by later instances
 
 
 def settings(accelerator: Any, model: nn.Module) -> dict[str, str]:
@@ -236,7 +236,7 @@ def train(variables: dict[str, str], goal: tuple[Tensor, Tensor]) -> Found:
 
 
 def main(folder: Path) -> None:
-    """For `accelerate launch`, which has set the environment already."""
+    """Run under `accelerate launch`, which sets the environment."""
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
         import deepspeed
 

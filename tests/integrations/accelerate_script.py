@@ -1,7 +1,7 @@
-"""Trains a small model under Accelerate's DDP, started by torchrun: `accelerate_script.py FOLDER (save | resume)`.
+"""Train a small model with Accelerate's DDP under torchrun: `accelerate_script.py FOLDER (save | resume)`.
 
-`save` trains without interruption and saves on the way; `resume` goes on from there. Both leave the hash of their end
-and the losses of the second half behind, one file per rank.
+`save` trains without interruption and saves a checkpoint midway; `resume` continues from it. Both write the hash of the
+final state and the losses of the second half, one file per rank.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Prescribed problems under real DeepSpeed engines: whatever the configuration, the trajectory must be the oracle's.
+"""Prescribed problems on real DeepSpeed engines, whose trajectories must be the oracle's in every configuration.
 
-The loss is the product of the parameters with prescribed gradients. Each rank (and each micro-batch) contributes other
-elements of them, scaled by a power of two, so that their average is exact in every dtype and differs from each part.
+The loss is the product of the parameters with prescribed gradients. Each rank (and each micro-batch) contributes
+different elements, scaled by a power of two, so that the average is exact in every dtype and differs from each part.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.spawn import run_ranks
 
 @dataclass
 class Seen:
-    """What one rank saw on the way; tensors whole."""
+    """Record of one rank, with full tensors."""
 
     parameters: dict[str, Any] = field(default_factory=dict)
     states: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -36,16 +36,16 @@ class Seen:
     grad_norms: list[float] = field(default_factory=list)
     was_skipped: list[bool] = field(default_factory=list)
     unscaled_by: list[float] = field(default_factory=list)
-    """Loss scale of the gradients over the one that DeepSpeed divides by: 1/2 in a step in which it is doubled."""
+    """Loss scale of the gradients over DeepSpeed's divisor: 1/2 in a step in which the scale is doubled."""
     collectives: list[list[tuple[str, int]]] = field(default_factory=list)
     num_engine_skips: int = 0
-    """Skipped steps as the engine counts them, ..."""
+    """Number of skipped steps according to the engine."""
     num_skipped_steps: int = 0
-    """... and as the optimizer does."""
+    """Number of skipped steps according to the optimizer."""
 
 
 class Product(nn.Module):
-    """One parameter; its product with a gradient."""
+    """Module with one parameter that returns its product with a gradient."""
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Product(nn.Module):
 
 
 class MatrixProduct(nn.Module):
-    """The same through the matrix product of a linear layer, which autocast knows."""
+    """Variant of Product that uses a linear layer, whose matrix product autocast affects."""
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class MatrixProduct(nn.Module):
 
 
 class Prescribed(nn.Module):
-    """A model whose gradients are those of the problem."""
+    """Model whose gradients are those of the problem."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()
@@ -85,11 +85,11 @@ class Prescribed(nn.Module):
             self.blocks[spec.name.replace(".", "_")] = (MatrixProduct if start.dim() == 2 else Product)(start)
 
     def by_name(self) -> dict[str, nn.Parameter]:
-        """The parameters by the names of the problem."""
+        """Return the parameters by their names in the problem."""
         return {spec.name: self.blocks[spec.name.replace(".", "_")].weight for spec in self.problem.specs()}
 
     def forward(self, step: int, part: int, num_parts: int) -> Tensor:
-        """The loss of one of `num_parts` parts of a step's batch."""
+        """Return the loss of one of `num_parts` parts of a step's batch."""
         total = torch.zeros(())
         for spec in self.problem.specs():
             gradient = self.problem.gradient(spec, step)
@@ -110,28 +110,28 @@ class Prescribed(nn.Module):
 
 
 def set_environment() -> None:
-    """What DeepSpeed's launcher would set."""
+    """Return the variables that DeepSpeed's launcher sets."""
     os.environ.update(launched(dist.get_rank(), dist.get_world_size(), "29500"))
 
 
 def launched(rank: int, world_size: int, port: str) -> dict[str, str]:
-    """The environment that DeepSpeed's launcher gives to a process on the CPU."""
+    """Set the environment that DeepSpeed's launcher gives to a process on the CPU."""
     return {
         **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
         **dict.fromkeys(("WORLD_SIZE", "LOCAL_SIZE"), str(world_size)),
         **{"CROSS_RANK": "0", "CROSS_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
         "DS_ACCELERATOR": "cpu",
-        "TORCHDYNAMO_DISABLE": "1",  # a torch.compile decorator in DeepSpeed would import the compiler, for seconds
+        "TORCHDYNAMO_DISABLE": "1",  # a torch.compile decorator in DeepSpeed would import the compiler for seconds
     }
 
 
 def start(setup: Setup, model: Prescribed) -> Any:
-    """A DeepSpeed engine. Collective: all ranks."""
+    """Create a DeepSpeed engine. Collective: all ranks."""
     set_environment()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    if setup.dtype == torch.float16:  # the accelerator of the CPU would refuse, though all operations are there
+    if setup.dtype == torch.float16:  # the CPU accelerator would refuse, although all operations are supported
         type(get_accelerator()).is_fp16_supported = lambda self: True
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -160,7 +160,7 @@ def start(setup: Setup, model: Prescribed) -> Any:
 
 
 def backward(engine: Any, setup: Setup, step: int) -> None:
-    """Forward and backward of all micro-batches, up to the step that counts. Collective: all ranks."""
+    """Run forward and backward of all micro-batches of a step. Collective: all ranks."""
     num_parts = WORLD_SIZE * setup.num_micro_batches
     for micro_batch in range(setup.num_micro_batches):
         loss = engine(step, dist.get_rank() * setup.num_micro_batches + micro_batch, num_parts)
@@ -188,7 +188,7 @@ def walk(setup: Setup) -> Seen:
 
 
 def note_step(engine: Any, seen: Seen) -> None:
-    """What the optimizer says about the step that was just taken."""
+    """Record what the optimizer reports about the last step."""
     basic = engine.basic_optimizer
     skips = (engine.skipped_steps, int(getattr(basic, "num_skipped_steps", 0)))
     seen.was_skipped.append(skips != (seen.num_engine_skips, seen.num_skipped_steps))
@@ -198,11 +198,11 @@ def note_step(engine: Any, seen: Seen) -> None:
 
 
 def gather(engine: Any, parameters: Mapping[str, nn.Parameter], seen: Seen, has_linked_masters: bool = True) -> None:
-    """Whole master weights and states. Collective: all ranks, also the safe_get functions of DeepSpeed."""
+    """Record full master weights and states. Collective: all ranks, as DeepSpeed's safe_get functions."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     masters = unpartitioned(engine)
-    # DeepSpeed itself links the states of the first group only, whatever the optimizer.
+    # For any optimizer, DeepSpeed links only the states of the first group.
     state_names = STATE_NAMES if isinstance(engine.basic_optimizer, AdaptiveInertia) else ()
     for name, parameter in parameters.items():
         if not has_linked_masters:
@@ -218,7 +218,7 @@ def gather(engine: Any, parameters: Mapping[str, nn.Parameter], seen: Seen, has_
 
 
 def unpartitioned(engine: Any) -> dict[nn.Parameter, Tensor] | None:
-    """The master weight of each parameter where every rank has it whole; None under ZeRO."""
+    """Return the full master weight of each parameter, or None under ZeRO."""
     if engine.optimizer is engine.basic_optimizer:
         return {parameter: parameter for parameter in engine.module.parameters()}
     if hasattr(engine.optimizer, "fp32_groups"):
@@ -227,15 +227,15 @@ def unpartitioned(engine: Any) -> dict[nn.Parameter, Tensor] | None:
     return None
 
 
-# -- many setups in one start of the processes -------------------------------------------------------------------------
+# -- several setups per start of the processes -------------------------------------------------------------------------
 
 
 def walk_all(setups: dict[str, Setup], walk_one: Callable[[Setup], Any]) -> dict[str, Any]:
-    """Walk through one setup after the other; what fails on any rank comes back as a traceback."""
+    """Walk through the setups in order, with a traceback in place of each result that failed."""
     set_environment()
     import deepspeed  # noqa: F401
 
-    gc.freeze()  # DeepSpeed collects garbage for every engine: in half the time without what imports have left
+    gc.freeze()  # DeepSpeed collects garbage for every engine, in half the time without the imported objects
     return {name: _walk_or_traceback(setup, walk_one) for name, setup in setups.items()}
 
 
@@ -249,7 +249,7 @@ def _walk_or_traceback(setup: Setup, walk_one: Callable[[Setup], Any]) -> Any:
 
 
 class Family:
-    """Setups that share processes: started at the first look at one of them, and reported one by one."""
+    """Setups that share processes, which run when the first result is requested."""
 
     def __init__(
         self, setups: dict[str, Setup], walk_one: Callable[[Setup], Any] = walk, world_size: int = WORLD_SIZE
@@ -262,10 +262,10 @@ class Family:
         try:
             return run_ranks(*self._work)
         except AssertionError as error:
-            return error  # of all of them: start them once, not once per test
+            return error  # hold the failure of the start, so that it is not repeated by each test
 
     def ranks(self, name: str) -> list[Any]:
-        """What each rank saw of one setup.
+        """Return the record of each rank for one setup.
 
         Raises:
             AssertionError: a rank failed.

@@ -1,4 +1,4 @@
-"""Models that DeepSpeed itself cuts up, experts and tensor-parallel layers, with the gradients that they really had."""
+"""Models that DeepSpeed itself shards (experts, tensor-parallel layers), with their recorded gradients."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.integrations.deepspeed_engines import Seen, gather, note_step, set_environment, unpartitioned
+from tests.integrations.deepspeed_oracle_check import state_error
 from tests.integrations.deepspeed_setups import STATE_NAMES, Setup
-from tests.integrations.deepspeed_verdict import state_error
 from tests.oracle import Array, Oracle, OracleGroup
 from tests.problems import to_numpy
 
 
 @dataclass
 class Captured:
-    """What one rank holds, by names that are the same on two ranks where they hold the same."""
+    """Tensors of one rank, by names that two ranks share exactly for replicas."""
 
     starts: dict[str, Array]
     group_indices: dict[str, int]
@@ -29,7 +29,7 @@ class Captured:
 
 
 def walk_experts(setup: Setup, ep_size: int) -> Captured:
-    """A mixture of two experts, on two ranks one each (`ep_size` 2) or both on both (1). Collective: all ranks."""
+    """Train two experts, one per rank (`ep_size` 2) or both on both ranks (1). Collective: all ranks."""
     set_environment()
     import deepspeed
     from deepspeed.moe.layer import MoE
@@ -65,7 +65,7 @@ def walk_experts(setup: Setup, ep_size: int) -> Captured:
 
 
 def walk_tensor_parallel(setup: Setup) -> Captured:
-    """A small Llama that DeepSpeed has cut over two ranks. Collective: all ranks."""
+    """Train a small Llama that DeepSpeed shards over two ranks. Collective: all ranks."""
     set_environment()
     import deepspeed
     from deepspeed.runtime.utils import is_model_parallel_parameter
@@ -149,12 +149,12 @@ def _full(engine: Any, parameter: nn.Parameter, what: str) -> Tensor:
     return safe_get_full_grad(parameter) if what == "grad" else safe_get_full_fp32_param(parameter)
 
 
-# Where inertia is 1 - 1e-3, float32 resolves 1 minus it to 6e-5; it cancels in the parameters, not in exp_avg.
+# For an inertia of 1 - 1e-3, float32 resolves its complement to 6e-5, which cancels in the parameters, not in exp_avg.
 STATE_TOLERANCE = 6e-5
 
 
 def check_captured(ranks: list[Captured], setup: Setup, tolerance: float = 1e-5) -> float:
-    """Assert that all ranks together have followed the oracle; the largest error."""
+    """Assert that all ranks together followed the oracle, and return the largest error."""
     starts = {name: start for rank in ranks for name, start in rank.starts.items()}
     indices = {name: index for rank in ranks for name, index in rank.group_indices.items()}
     groups = [
@@ -166,7 +166,7 @@ def check_captured(ranks: list[Captured], setup: Setup, tolerance: float = 1e-5)
     for step in range(setup.problem.steps):
         gradients = {name: gradient for rank in ranks for name, gradient in rank.gradients[step].items()}
         expected = oracle.step(gradients)
-        assert expected.grad_norm > (setup.problem.max_grad_norm or 0.0), "the bound does not bite"
+        assert expected.grad_norm > (setup.problem.max_grad_norm or 0.0), "the bound has no effect"
         for rank in ranks:
             errors[f"mean of step {step}"] = abs(rank.seen.means[step] / expected.mean - 1)
             errors[f"norm of step {step}"] = abs(rank.seen.grad_norms[step] / expected.grad_norm - 1)

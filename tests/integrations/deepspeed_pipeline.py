@@ -1,4 +1,4 @@
-"""A pipeline of prescribed products over two stages, with one layer tied between the first and the last."""
+"""Two-stage pipeline of prescribed products, with a layer tied between the first and the last stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.problems import Problem, Spec
 
 NUM_STAGES = 2
 TIED = "first.matrix"
-# Both stages have parameters of every group: DeepSpeed adds up the norms of all stages group by group.
+# Both stages have parameters of every group, because DeepSpeed adds up the norms of all stages by group.
 LAYERS = (
     "second.matrix",
     "third.matrix",
@@ -28,9 +28,9 @@ LAYERS = (
 
 
 class PipedProduct(nn.Module):
-    """Adds the product of its parameter and a gradient to the loss so far.
+    """Layer that adds the product of its parameter and a gradient to the loss.
 
-    What passes through the pipeline is a tensor of three: the loss so far, the step, the part of the batch.
+    The pipeline passes a tensor of three elements: the loss so far, the step, and the part of the batch.
     """
 
     def __init__(self, problem: Problem, spec: Spec, num_parts: int) -> None:
@@ -61,7 +61,7 @@ def loss_of(outputs: Tensor, label: Tensor) -> Tensor:
 
 
 def walk_pipeline(setup: Setup, layers_between: tuple[str, ...] = LAYERS) -> Seen:
-    """Take all steps; the parameters in the result are those of this rank's stage. Collective: all ranks."""
+    """Take all steps, and return a record with the parameters of this rank's stage. Collective: all ranks."""
     set_environment()
     import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -106,7 +106,7 @@ def batches(step: int, data_parallel_rank: int, setup: Setup) -> Iterator[tuple[
 
 
 def local_groups(problem: Problem, parameters: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """The parameter groups, each with those parameters that this stage has."""
+    """Return the parameter groups, each with its parameters in this stage."""
     groups = []
     for index, (_, specs) in enumerate(problem.groups):
         params = [parameters[spec.name] for spec in specs if spec.name in parameters]

@@ -1,4 +1,4 @@
-"""Stop and go under real DeepSpeed engines: what a run is at a step, and how another one goes on from there."""
+"""Interrupted and resumed runs on real DeepSpeed engines, and snapshots to compare them."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ T = TypeVar("T")
 
 @dataclass
 class Snapshot:
-    """All that the next step depends on; tensors whole."""
+    """State of a run on which the next step depends, with full tensors."""
 
     parameters: dict[str, Any]
-    """In float32, as ZeRO keeps them."""
+    """Float32 master weights."""
     states: dict[str, dict[str, Any]]
     model: dict[str, Any]
-    """What the model computes with."""
+    """Weights of the model in its own dtype."""
     parts: list[dict[str, Any]]
-    """The states as this rank has them, with their step."""
+    """Optimizer states of this rank, with their steps."""
     hyper: list[dict[str, Any]]
-    """Of the parameter groups."""
+    """Hyperparameters of the parameter groups."""
 
 
 class Run:
-    """An engine and its model. Collective: every method, all ranks."""
+    """Engine with its model. Collective: every method, all ranks."""
 
     def __init__(self, setup: Setup) -> None:
         self.model = Prescribed(setup)
@@ -71,14 +71,14 @@ class Run:
         )
 
     def snapshot_of_model(self) -> dict[str, Any]:
-        """What the model computes with."""
+        """Return the weights of the model in its own dtype."""
         from deepspeed import zero
 
         with zero.GatheredParameters(list(self.model.parameters())):
             return {name: to_numpy(parameter) for name, parameter in self.model.by_name().items()}
 
     def hyper(self) -> list[dict[str, Any]]:
-        """Hyperparameters of the parameter groups."""
+        """Return the hyperparameters of the parameter groups."""
         param_groups = self.engine.basic_optimizer.param_groups
         return [{name: param_group[name] for name in HYPER_NAMES} for param_group in param_groups]
 
@@ -87,7 +87,7 @@ class Run:
 
 
 def uninterrupted(setup: Setup) -> Snapshot:
-    """Collective: all ranks."""
+    """Run all steps, and return the final snapshot. Collective: all ranks."""
     run = Run(setup)
     run.take_steps(range(NUM_STEPS))
     snapshot = run.snapshot()
@@ -96,7 +96,7 @@ def uninterrupted(setup: Setup) -> Snapshot:
 
 
 def saved(setup: Setup, folder: Path) -> Snapshot:
-    """Half of the steps, and a checkpoint. Collective: all ranks."""
+    """Run half of the steps, save a checkpoint, and return the snapshot. Collective: all ranks."""
     run = Run(setup)
     run.take_steps(range(SAVED_AT))
     snapshot = run.snapshot()
@@ -106,7 +106,7 @@ def saved(setup: Setup, folder: Path) -> Snapshot:
 
 
 def resumed(setup: Setup, folder: Path) -> tuple[Snapshot, Snapshot]:
-    """A new engine after loading, and after the other half of the steps. Collective: all ranks."""
+    """Return snapshots of a new engine after loading and after the remaining steps. Collective: all ranks."""
     run = Run(other_start(setup))
     run.load(folder)
     loaded = run.snapshot()
@@ -117,33 +117,33 @@ def resumed(setup: Setup, folder: Path) -> tuple[Snapshot, Snapshot]:
 
 
 def model_names(setup: Setup) -> dict[str, str]:
-    """How the model calls the parameters of the problem."""
+    """Return the model's names of the parameters, by their names in the problem."""
     model = Prescribed(setup)
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {name: names[parameter] for name, parameter in model.by_name().items()}
 
 
 def other_start(setup: Setup) -> Setup:
-    """The same gradients, with hyperparameters that only loading puts right."""
+    """Return a setup with the same gradients and wrong hyperparameters, which loading must restore."""
     groups = tuple((hyper | {"lr": 7.0, "weight_decay": 0.5}, specs) for hyper, specs in setup.problem.groups)
     return replace(setup, problem=replace(setup.problem, groups=groups))
 
 
 def universal(setup: Setup) -> Setup:
-    """The same, loading universal checkpoints."""
+    """Return the setup with loading of universal checkpoints enabled."""
     return replace(setup, config={**setup.config, "checkpoint": {"load_universal": True}})
 
 
 class Failed(str):
-    """A traceback in place of a result."""
+    """Traceback in place of a result."""
 
 
 def attempt_all(function: Callable[..., T], cases: Mapping[str, tuple[Any, ...]]) -> dict[str, T | Failed]:
-    """One case after the other in the same processes."""
+    """Run all cases in order in the same processes."""
     import deepspeed  # noqa: F401
 
     gc.collect()
-    gc.freeze()  # DeepSpeed collects garbage at every start, for most of a second with all these modules
+    gc.freeze()  # DeepSpeed's garbage collection at every start takes most of a second with these modules
     outcomes: dict[str, T | Failed] = {}
     for name, arguments in cases.items():
         try:
@@ -155,7 +155,7 @@ def attempt_all(function: Callable[..., T], cases: Mapping[str, tuple[Any, ...]]
 
 
 def of_all_ranks(ranks: list[dict[str, T | Failed]], name: str) -> list[T]:
-    """The results of one case.
+    """Return the results of one case on all ranks.
 
     Raises:
         AssertionError: a rank failed.
@@ -167,11 +167,11 @@ def of_all_ranks(ranks: list[dict[str, T | Failed]], name: str) -> list[T]:
     return [outcome for outcome in outcomes if not isinstance(outcome, Failed)]
 
 
-# -- judging -----------------------------------------------------------------------------------------------------------
+# -- comparison --------------------------------------------------------------------------------------------------------
 
 
 def assert_same(one: Snapshot, other: Snapshot) -> None:
-    """To the bit."""
+    """Assert that two snapshots are bitwise equal."""
     assert len(one.parts) == len(other.parts)
     for part, other_part in zip(one.parts, other.parts, strict=True):
         assert part.keys() == other_part.keys()
@@ -187,7 +187,7 @@ def assert_same(one: Snapshot, other: Snapshot) -> None:
 
 
 def distance(one: Snapshot, other: Snapshot, problem: Problem) -> float:
-    """Of the worst parameter, relative to the way from the start to `other`; states relative to their norm."""
+    """Return the largest error of a parameter (relative to its distance travelled) or state (relative to its norm)."""
     errors: list[float] = []
     for spec in problem.specs():
         expected, first = other.parameters[spec.name], to_numpy(problem.initial(spec))
@@ -203,7 +203,7 @@ def relative(value: Any, expected: Any, size: Any) -> float:
 
 
 def on_first_rank(action: Callable[[], Any]) -> None:
-    """Run something on rank 0 while the others wait. Collective: all ranks."""
+    """Run an action on rank 0 while the other ranks wait. Collective: all ranks."""
     try:
         if dist.get_rank() == 0:
             action()

@@ -1,4 +1,4 @@
-"""What the tests of DeepSpeed run: prescribed problems, and the configurations that they run under."""
+"""Prescribed problems and the DeepSpeed configurations under which the tests run them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.problems import Problem, Spec
 WORLD_SIZE = 2
 STATE_NAMES = ("exp_avg", "exp_avg_sq", "beta1_prod")
 
-# Numbers of elements that no number of ranks divides; different lr, decay and betas in each group.
+# Numbers of elements not divisible by any number of ranks; each group has its own lr, decay and betas.
 PROBLEM = Problem(
     groups=(
         (
@@ -40,8 +40,8 @@ PROBLEM = Problem(
     steps=12,
     dtype=torch.float32,
 )
-CLIPPED = replace(PROBLEM, max_grad_norm=35.0)  # below the norm of about half of the steps
-# Ten times the decay: through the gradient, it then moves the mean by several percent.
+CLIPPED = replace(PROBLEM, max_grad_norm=35.0)  # below the norm in about half of the steps
+# Ten times the decay, which through the gradient changes the mean by several percent.
 COUPLED = replace(
     CLIPPED,
     groups=tuple(
@@ -49,7 +49,7 @@ COUPLED = replace(
         for hyper, specs in PROBLEM.groups
     ),
 )
-# A parameter that is not used in every third step, and a whole group that is not in every fourth.
+# One parameter is unused in every third step, and a whole group in every fourth.
 UNUSED = replace(
     CLIPPED,
     groups=(
@@ -59,28 +59,28 @@ UNUSED = replace(
     ),
 )
 BF16 = {"bf16": {"enabled": True}}
-FP32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}}  # with bf16 and stage 1, makes it BF16_Optimizer
+FP32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}}  # selects BF16_Optimizer with bf16 and stage 1
 CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
 def zero(stage: int, **options: Any) -> dict[str, Any]:
-    """The part of a DeepSpeed configuration that is about ZeRO."""
+    """Return the ZeRO section of a DeepSpeed configuration."""
     return {"zero_optimization": {"stage": stage, **options}}
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A problem, and the DeepSpeed configuration that it runs under."""
+    """Problem together with a DeepSpeed configuration."""
 
     config: Mapping[str, Any]
     problem: Problem = PROBLEM
     optimizer: str = "AdaiV2"
-    """"type" of the JSON; "naive" and "torch.AdamW" are made here and handed in."""
+    """Type in the configuration; "naive" and "torch.AdamW" are created by the test as client optimizers."""
     num_micro_batches: int = 1
     used_only_in: Mapping[str, int] = field(default_factory=dict)
-    """Parameters that a single micro-batch of each step uses, and which."""
+    """Parameters that only one micro-batch of each step uses, with its index."""
     bad_steps: tuple[int, ...] = ()
-    """Steps in which rank 1 alone has an inf among its gradients."""
+    """Steps in which only rank 1 has an inf gradient."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,7 +91,7 @@ class Setup:
 
     @property
     def has_linked_masters(self) -> bool:
-        """Whether the safe_get functions of DeepSpeed are right: they are not under round_robin_gradients alone."""
+        """Whether DeepSpeed's safe_get functions are correct; they are wrong under round_robin_gradients."""
         options = self.config.get("zero_optimization", {})
         return options.get("parameter_alignment", False) or not options.get("round_robin_gradients", False)
 
@@ -101,5 +101,5 @@ class Setup:
 
     @property
     def rounded(self) -> Problem:
-        """The problem with starts and gradients that the dtype of the model represents exactly."""
+        """The problem with initial values and gradients that the model's dtype represents exactly."""
         return replace(self.problem, dtype=self.dtype)

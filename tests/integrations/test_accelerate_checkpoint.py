@@ -1,4 +1,4 @@
-"""save_state and load_state of accelerate, in real processes."""
+"""Checkpoints with accelerate's save_state and load_state in real processes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).parent / "accelerate_script.py"
 
 
-def test_a_state_of_accelerate_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """With bfloat16 parameters, whose dtype torch would cast the states to."""
+def test_a_resumed_run_of_accelerate_is_bitwise_equal(tmp_path: Path) -> None:
+    """Use bfloat16 parameters, to whose dtype torch would cast the states."""
     for what in ("save", "resume"):
         command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", str(SCRIPT), str(tmp_path), what]
         ended = run_command(command, timeout=120)
@@ -28,4 +28,4 @@ def test_a_state_of_accelerate_goes_on_bit_for_bit(tmp_path: Path) -> None:
     for rank in "01":
         assert ends["save", rank][1:] == ends["resume", rank][1:]
         assert len(ends["save", rank]) == 5
-    assert ends["save", "0"][1:] != ends["save", "1"][1:], "the ranks saw different data"
+    assert ends["save", "0"][1:] != ends["save", "1"][1:], "the ranks had different data"

@@ -1,4 +1,4 @@
-"""accelerate and the Trainer of transformers, with DeepSpeed beneath them."""
+"""accelerate and the transformers Trainer with DeepSpeed as backend."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def model() -> nn.Module:
 
 
 def train(config: dict[str, Any], make_optimizer: Any) -> tuple[str, np.ndarray]:
-    """The class of the optimizer beneath everything, and the weights after a few steps on one row of each batch."""
+    """Return the class of the innermost optimizer and the weights after a few steps on one row of each batch."""
     accelerator = accelerator_with(config)
     net = model()
     net, optimizer = accelerator.prepare(net, make_optimizer(net.parameters()))
@@ -100,7 +100,7 @@ def test_a_client_optimizer_is_exact() -> None:
     check(run_ranks(train, 2, zero(3), client), "Adai")
 
 
-def test_a_client_optimizer_is_exact_under_offload_where_accelerate_is_told_to_leave_it() -> None:
+def test_a_client_optimizer_is_exact_under_offload_if_accelerate_may_not_replace_it() -> None:
     config = zero(2, offload_optimizer={"device": "cpu"}) | {"zero_force_ds_cpu_optimizer": False}
     check(run_ranks(train, 2, config, client), "Adai")
 
@@ -133,7 +133,7 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 class Squares(nn.Module):
-    """Returns its loss, as models of transformers do."""
+    """Model that returns its loss, as transformers models do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Squares(nn.Module):
 
 
 def trainer_run(folder: str, params: dict[str, Any], arguments: dict[str, Any]) -> tuple[str, dict[str, Any], int]:
-    """Class and hyperparameters of the optimizer that the Trainer has stepped, and its number of steps."""
+    """Return the class, hyperparameters and number of steps of the optimizer that the Trainer used."""
     set_environment()
     from transformers import Trainer, TrainingArguments
 
@@ -192,7 +192,7 @@ ADAM_FIELDS = {"adam_beta1": 0.1, "adam_beta2": 0.99, "adam_epsilon": 1e-3}
         pytest.param({"betas": [0.1, 0.99], "eps": 1e-3}, ADAM_FIELDS, id="the same in both"),
     ],
 )
-def test_the_trainer_takes_betas_and_eps_of_adai(
+def test_the_trainer_accepts_betas_and_eps_of_adai(
     params: dict[str, Any], arguments: dict[str, Any], tmp_path: Any
 ) -> None:
     for name, hyper, num_steps in run_ranks(trainer_run, 2, str(tmp_path), params, arguments):

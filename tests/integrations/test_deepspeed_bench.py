@@ -1,4 +1,4 @@
-"""The benchmark measures DeepSpeed's Adam beside ours where DeepSpeed is installed."""
+"""The benchmark also measures DeepSpeed's Adam if DeepSpeed is installed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_benchmark_measures_deepspeeds_adam_with_and_without_clipping(tmp_pa
     assert finished.returncode == 0, finished.stderr
     report = json.loads(results.read_text())
     rows = {row["case"]: row for row in report["rows"] if row["package"] == "deepspeed"}
-    # Parameter and gradient are of 2 bytes; exp_avg and exp_avg_sq, read and written, of 4.
+    # Parameter and gradient have 2 bytes; exp_avg and exp_avg_sq, read and written, have 4.
     counted = {name: row["bytes_per_parameter"] for name, row in rows.items()}
     assert counted == {"DeepSpeed CPUAdam": 3 * 2 + 4 * 4, "DeepSpeed CPUAdam, clipped": 6 * 2 + 4 * 4}
     assert not [line for line in report["missing"] if "DeepSpeed" in line]

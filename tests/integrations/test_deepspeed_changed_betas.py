@@ -1,4 +1,4 @@
-"""A schedule changes beta2 of one group: BF16_Optimizer, which knows the norm of all together, must tell them apart."""
+"""A schedule that changes beta2 of one group, under BF16_Optimizer, which has only the total norm of all groups."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHANGED_AT, GROUP, BETAS = 5, 1, (0.1, 0.7)
 
 
 def walk(folder: str, resumes: bool) -> Seen:
-    """All steps of the problem; where it resumes, another engine goes on right before the change."""
+    """Take all steps of the problem, optionally resuming on another engine just before the change."""
     run, seen = Run(SETUP), Seen()
     for step in range(SETUP.problem.steps):
         if step == CHANGED_AT:
@@ -38,7 +38,7 @@ def walk(folder: str, resumes: bool) -> Seen:
 
 
 @pytest.mark.parametrize("resumes", [False, True], ids=["in one go", "resumed"])
-def test_the_mean_is_that_of_all_groups_after_one_has_got_another_beta2(tmp_path: Path, resumes: bool) -> None:
+def test_the_mean_covers_all_groups_after_beta2_of_one_changes(tmp_path: Path, resumes: bool) -> None:
     problem = SETUP.rounded
     changed, unchanged = problem.oracle(), problem.oracle()
     means: list[float] = []

@@ -1,4 +1,4 @@
-"""A DeepSpeed checkpoint, loaded by as many ranks as have saved it: the run goes on as if it had not stopped."""
+"""DeepSpeed checkpoints, loaded on the number of ranks that saved them: the run continues with the same bits."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ SETUPS = {
     "stage-3-many-sub-groups": Setup(zero(3, sub_group_size=50) | BF16),
     "stage-3-offload": Setup(zero(3, offload_param={"device": "cpu"}, **CPU_OFFLOAD)),
 }
-# DeepSpeed's script knows no checkpoint of its BF16_Optimizer, whatever the optimizer ("is not a zero checkpoint").
+# DeepSpeed's script supports no checkpoint of BF16_Optimizer, with any optimizer ("is not a zero checkpoint").
 CONVERTIBLE = [name for name, setup in SETUPS.items() if setup.stage > 0 and name != "bf16-optimizer"]
 OTHERS = ("stage-0", "stage-0-bf16", "stage-1", "stage-2-offload", "bf16-optimizer", "stage-3")
 
@@ -61,7 +61,7 @@ OTHERS = ("stage-0", "stage-0-bf16", "stage-1", "stage-2-offload", "bf16-optimiz
 def stop_and_go(
     setup: Setup, folder: Path, is_convertible: bool
 ) -> tuple[Snapshot, Snapshot, Snapshot, Snapshot, dict[str, Any]]:
-    """Uninterrupted, saved, loaded, resumed; and the weights that DeepSpeed's zero_to_fp32 makes of the checkpoint."""
+    """Return the snapshots uninterrupted, saved, loaded and resumed, and the weights that zero_to_fp32 extracts."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     whole = uninterrupted(setup)
@@ -81,7 +81,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", SETUPS)
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name: str, outcomes: list[dict[str, Any]]) -> None:
+def test_a_resumed_run_is_bitwise_equal_to_the_uninterrupted_one(name: str, outcomes: list[dict[str, Any]]) -> None:
     for whole, half, loaded, second_half, _ in of_all_ranks(outcomes, name):
         assert_same(loaded, half)
         assert_same(second_half, whole)
@@ -98,16 +98,16 @@ def test_zero_to_fp32_finds_the_master_weights(name: str, outcomes: list[dict[st
 
 @dataclass
 class Refusal:
-    """What became of a run that was to load the checkpoint of AdamW."""
+    """Outcome of loading a checkpoint of AdamW."""
 
     message: str
     is_unchanged: bool
     weights: dict[str, Any]
-    """Of AdamW's run."""
+    """Weights of AdamW's run."""
     weights_alone: dict[str, Any]
-    """Of a new run that has loaded nothing else."""
+    """Weights of a new run that loaded only the weights."""
     steps: set[float]
-    """Of its states after one step."""
+    """Step counts of that run after one step."""
 
 
 def refuse_adamw(setup: Setup, folder: Path) -> Refusal:
@@ -146,19 +146,19 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_the_checkpoint_of_another_optimizer_is_refused_on_all_ranks(name: str, refusals: list[dict[str, Any]]) -> None:
     for refusal in of_all_ranks(refusals, name):
         assert "must hold beta1_prod" in refusal.message
-        assert "it was saved by another optimizer" in refusal.message
+        assert "of another optimizer" in refusal.message
         assert refusal.is_unchanged
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_its_weights_alone_can_be_loaded(name: str, refusals: list[dict[str, Any]]) -> None:
+def test_its_weights_can_be_loaded_without_its_states(name: str, refusals: list[dict[str, Any]]) -> None:
     for refusal in of_all_ranks(refusals, name):
         for key, expected in refusal.weights.items():
             np.testing.assert_array_equal(refusal.weights_alone[key], expected, err_msg=key)
         assert refusal.steps == {1.0}
 
 
-# -- NVMe, which here is a folder --------------------------------------------------------------------------------------
+# -- NVMe, emulated by a folder ----------------------------------------------------------------------------------------
 
 PIPELINED = {"buffer_count": 15, "pipeline_read": True, "pipeline_write": True}
 ON_NVME: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
@@ -175,15 +175,15 @@ def on_nvme(name: str, folder: Path) -> Setup:
     return Setup(zero(3, offload_optimizer=nvme, sub_group_size=sub_group_size) | AIO | extra, LARGE)
 
 
-@pytest.mark.slow  # DeepSpeed compiles its I/O operator at the first use, for minutes
+@pytest.mark.slow  # DeepSpeed compiles its I/O operator at the first use, which takes minutes
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ON_NVME)
 @pytest.mark.deepspeed("AsyncIO")
-def test_a_run_with_states_on_nvme_resumes_to_the_bit(name: str, tmp_path: Path) -> None:
+def test_a_resumed_run_with_states_on_nvme_is_bitwise_equal(name: str, tmp_path: Path) -> None:
     reason = run_ranks(can_load_the_operator, 1, timeout=1500.0)[0]
     if reason:
         pytest.skip(reason)
-    # Each in processes of its own: DeepSpeed names the files after parameters that it numbers through all engines.
+    # New processes for each, since DeepSpeed names the files by numbering the parameters of all engines of a process.
     (whole, _) = run_ranks(uninterrupted, 2, on_nvme(name, tmp_path / "uninterrupted"))
     (half, _) = run_ranks(saved, 2, on_nvme(name, tmp_path / "saved"), tmp_path / "checkpoint")
     for loaded, second_half in run_ranks(resumed, 2, on_nvme(name, tmp_path / "resumed"), tmp_path / "checkpoint"):
@@ -199,7 +199,7 @@ def test_a_run_with_states_on_nvme_resumes_to_the_bit(name: str, tmp_path: Path)
 
 
 def refused_on_nvme(setup: Setup, folder: Path) -> list[str]:
-    """Loading into the second engine of a process, and what was saved without this package."""
+    """Return the errors of loading into the second engine of a process and without this package's file."""
     run = Run(setup)
     run.take_steps(range(1))
     run.save(folder)
@@ -220,11 +220,11 @@ def refused_on_nvme(setup: Setup, folder: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.deepspeed("AsyncIO")
-def test_files_on_nvme_that_do_not_fit_are_refused_on_all_ranks(tmp_path: Path) -> None:
+def test_checkpoints_with_missing_files_on_nvme_are_refused_on_all_ranks(tmp_path: Path) -> None:
     reason = run_ranks(can_load_the_operator, 1, timeout=1500.0)[0]
     if reason:
         pytest.skip(reason)
     setup = on_nvme("one-sub-group", tmp_path / "nvme")
     for other_engine, without_package in run_ranks(refused_on_nvme, 2, setup, tmp_path / "checkpoint"):
-        assert "load in a new process" in other_engine
-        assert "it was saved without adai_dist" in without_package
+        assert "load into the first engine of a new process" in other_engine
+        assert "saved without adai_dist" in without_package

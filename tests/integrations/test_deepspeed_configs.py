@@ -1,4 +1,4 @@
-"""The shipped DeepSpeed configurations: valid as they stand, and each trains by itself, without a recipe."""
+"""The shipped DeepSpeed configurations: each is valid unchanged, and trains without a recipe."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STEPS = 4
 
 
 def train_with_each(folder: str) -> dict[str, dict[str, Any]]:
-    """What DeepSpeed makes of each file, and the losses of a few steps."""
+    """Return DeepSpeed's view of each file and the losses of a few steps."""
     set_environment()
     os.chdir(folder)  # the path for NVMe is relative
     import deepspeed
@@ -92,12 +92,12 @@ def test_deepspeed_reads_each_file_and_trains_with_it(results: dict[str, dict[st
     assert (result["clipping"], result["batch"]) == (1.0, (16, 1))
     assert all(math.isfinite(loss) for loss in result["losses"])
     assert result["losses"][-1] < 0.5 * result["losses"][0]
-    # The stages differ in the order of a few additions only; the parameters are rounded to bf16.
+    # The stages differ only in the order of a few additions, with parameters rounded to bf16.
     assert result["losses"] == pytest.approx(results["zero1"]["losses"], rel=1e-3)
 
 
 @pytest.mark.parametrize("path", CONFIGS.values(), ids=CONFIGS)
-def test_nothing_that_changes_the_result_is_left_to_a_default(path: Path) -> None:
+def test_every_setting_that_changes_the_result_is_explicit(path: Path) -> None:
     content = json.loads(path.read_text())
     assert "gradient_clipping" in content, "its default has been 1.0 since DeepSpeed 0.19.3, and 0 before"
     assert content["bf16"] == {"enabled": True}
@@ -107,8 +107,8 @@ def test_nothing_that_changes_the_result_is_left_to_a_default(path: Path) -> Non
 
 
 @pytest.mark.parametrize("path", CONFIGS.values(), ids=CONFIGS)
-def test_the_recipe_of_make_train_takes_each_file_as_it_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepspeed_engine, "_check_with_deepspeed", lambda *_: None)  # DeepSpeed's own check is above
+def test_the_recipe_of_make_train_accepts_each_file_unchanged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed_engine, "_check_with_deepspeed", lambda *_: None)  # DeepSpeed itself is tested above
     settings = ["engine=deepspeed", f"deepspeed.config={path}"]
     recipe = load_recipe(ROOT / "configs" / "recipes" / "lm_tiny.yaml", settings)
     read = deepspeed_engine.read_settings(recipe, World(0, 2, torch.device("cpu")))

@@ -1,4 +1,4 @@
-"""The examples with DeepSpeed in the documentation run."""
+"""The DeepSpeed examples of the documentation run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mean under ZeRO stays that of the stored second moments, however many steps are taken."""
+"""The mean under ZeRO remains that of the stored second moments over any number of steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOOKS = 20
 
 
 def worst_error(stage: int, beta2: float, num_steps: int) -> float:
-    """The largest relative difference seen, at so many looks. Collective: all ranks."""
+    """Return the largest relative difference between mean and states in LOOKS comparisons. Collective: all ranks."""
     set_environment()
     import deepspeed
 
@@ -61,5 +61,5 @@ def test_the_mean_is_that_of_the_stored_moments(stage: int, beta2: float) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("beta2", [0.999, 0.99999])
-def test_so_it_is_after_a_hundred_thousand_steps(beta2: float) -> None:
+def test_the_mean_does_not_drift_in_a_hundred_thousand_steps(beta2: float) -> None:
     assert max(errors(1, beta2, 100_000)) < 1e-6

@@ -1,4 +1,4 @@
-"""Experts and tensor parallelism: ranks hold different parameters, and the mean is over all of them, each once."""
+"""Experts and tensor parallelism, where the mean must count every parameter of every rank once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.integrations.deepspeed_setups import BF16, COUPLED, CPU_OFFLOAD, FP32
 
 pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
-# The hyperparameters alone count here, and at these learning rates nothing diverges.
+# Only the hyperparameters are used; at these learning rates nothing diverges.
 SLOW = replace(
     COUPLED,
     groups=tuple((hyper | {"lr": 0.1 * hyper["lr"]}, specs) for hyper, specs in COUPLED.groups),

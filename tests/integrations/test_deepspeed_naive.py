@@ -1,20 +1,20 @@
-"""How far off the mean of one call of step() is under ZeRO, so that the parity tests are known to bite."""
+"""The error of a mean per call of step() under ZeRO, which shows that the parity tests detect it."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.integrations.deepspeed_engines import Family
+from tests.integrations.deepspeed_oracle_check import parameter_error, whole_error
 from tests.integrations.deepspeed_setups import Setup, zero
-from tests.integrations.deepspeed_verdict import parameter_error, whole_error
 
 pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 NAIVE = Family({f"stage-{stage}": Setup(zero(stage), optimizer="naive") for stage in (0, 1, 2, 3)})
 
 
-def test_where_one_call_sees_everything_it_is_exact() -> None:
-    """So that the class and the harness are known to be right."""
+def test_the_naive_mean_is_exact_if_one_call_steps_everything() -> None:
+    """Validate the naive class and the harness."""
     for seen in NAIVE.ranks("stage-0"):
         assert parameter_error(seen, NAIVE.setups["stage-0"]) < 1e-5
 

@@ -1,4 +1,4 @@
-"""A gradient that is not finite, on one rank alone or through the loss scale: no rank steps."""
+"""Non-finite gradients, on a single rank or through the loss scale: all ranks skip the step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.integrations.deepspeed_engines import Family
+from tests.integrations.deepspeed_oracle_check import check
 from tests.integrations.deepspeed_setups import (
     BF16,
     CLIPPED,
@@ -17,12 +18,11 @@ from tests.integrations.deepspeed_setups import (
     Setup,
     zero,
 )
-from tests.integrations.deepspeed_verdict import check
 
 pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 BAD_STEPS = (0, 3, 4)
-UNCHECKED = {"bf16": {"enabled": True, "check_grad_overflow": False}}  # DeepSpeed itself would go on
+UNCHECKED = {"bf16": {"enabled": True, "check_grad_overflow": False}}  # DeepSpeed alone would continue
 
 INF = Family(
     {
@@ -47,7 +47,7 @@ INF = Family(
             "stage-3-offload": Setup(zero(3, **CPU_OFFLOAD), CLIPPED),
         }.items()
     }
-    # What a bad step has accumulated must not reach the next one.
+    # The gradients accumulated in a bad step must not enter the next one.
     | {
         f"stage-{stage}-accumulation{suffix}": Setup(
             zero(stage, **options) | BF16, CLIPPED, num_micro_batches=2, bad_steps=BAD_STEPS
@@ -57,7 +57,7 @@ INF = Family(
     }
 )
 
-# Starts so high that the first steps overflow, and doubles it again every three good ones.
+# The initial scale makes the first steps overflow; it doubles after every three good steps.
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 14, "loss_scale_window": 3, "hysteresis": 1}}
 NEVER_DOUBLED = {"fp16": FP16["fp16"] | {"loss_scale_window": 1000}}
 LONG, LONG_CLIPPED, LONG_COUPLED = (replace(problem, steps=24) for problem in (PROBLEM, CLIPPED, COUPLED))

@@ -1,4 +1,4 @@
-"""Offload of the states to NVMe, which here is a folder: parts of 1 MiB and more leave memory between steps."""
+"""Offload of states to NVMe, emulated by a folder; parts of at least 1 MiB leave memory between steps."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from tests.integrations.deepspeed_engines import Family, Prescribed, Seen, backward, set_environment, start, walk
+from tests.integrations.deepspeed_oracle_check import check
 from tests.integrations.deepspeed_setups import BF16, PROBLEM, Setup, zero
-from tests.integrations.deepspeed_verdict import check
 from tests.problems import Problem, Spec
 from tests.spawn import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed("AsyncIO")]
 
-# Two parameters of more than 2 MiB, each a sub-group of its own, so that half of each is large enough for a file.
+# Two parameters of more than 2 MiB, each its own sub-group, so that half of each is large enough to be swapped.
 LARGE = replace(
     PROBLEM,
     groups=(
@@ -41,7 +41,7 @@ CASES: dict[str, tuple[Problem, dict[str, Any], dict[str, Any], int]] = {
 
 
 def can_load_the_operator() -> str:
-    """Why the operator cannot be had; empty where it can."""
+    """Return the reason why the operator is unavailable, or an empty string."""
     set_environment()
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -83,7 +83,7 @@ def test_states_on_nvme_follow_the_oracle(family: Family, name: str) -> None:
 
 
 def refusals_of_coupled_decay(setup: Setup) -> list[str]:
-    """At the start; and in a step, where coupled decay is switched on in between."""
+    """Return the errors in `initialize` and in a step after which coupled decay was enabled."""
     messages: list[str] = []
     coupled = replace(setup, problem=setup.problem.with_all(decoupled=False))
     try:
@@ -101,7 +101,7 @@ def refusals_of_coupled_decay(setup: Setup) -> list[str]:
     return messages
 
 
-def test_coupled_decay_is_refused_because_parameters_are_on_disk(setups: dict[str, Setup]) -> None:
+def test_coupled_decay_is_refused_while_parameters_are_on_disk(setups: dict[str, Setup]) -> None:
     for messages in run_ranks(refusals_of_coupled_decay, 2, setups["fp32"]):
         assert len(messages) == 2
         for message in messages:

@@ -1,4 +1,4 @@
-"""engine.offload_states and reload_states between two steps: DeepSpeed moves Adai's states as it moves Adam's."""
+"""engine.offload_states and reload_states between two steps move Adai's states as they do Adam's."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ OTHERS = [name for name in SETUPS if name not in STAGE_3]
 
 @dataclass
 class Outcome:
-    """Of a run whose states were away between two steps, and of one whose were not."""
+    """Snapshots of a run with offloaded states and of an uninterrupted one."""
 
     uninterrupted: Snapshot
     resumed: Snapshot
     offloaded: set[str]
-    """What DeepSpeed says is away, before reload_states; nothing must be after it."""
+    """Kinds of state that DeepSpeed reports as offloaded before reload_states."""
     reloaded: set[str]
     refused: str
-    """The error where optimizer states were among what was to be moved."""
+    """Error of offloading optimizer states, if any."""
 
 
 def away_and_back(setup: Setup) -> Outcome:
@@ -74,7 +74,7 @@ def outcomes() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", SETUPS)
-def test_the_run_goes_on_as_if_nothing_had_been_moved(name: str, outcomes: list[dict[str, Any]]) -> None:
+def test_the_run_continues_with_the_same_bits(name: str, outcomes: list[dict[str, Any]]) -> None:
     for outcome in of_all_ranks(outcomes, name):
         assert_same(outcome.resumed, outcome.uninterrupted)
         assert outcome.offloaded
@@ -82,14 +82,14 @@ def test_the_run_goes_on_as_if_nothing_had_been_moved(name: str, outcomes: list[
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_stages_1_and_2_move_the_states(name: str, outcomes: list[dict[str, Any]]) -> None:
+def test_stages_1_and_2_offload_the_states(name: str, outcomes: list[dict[str, Any]]) -> None:
     for outcome in of_all_ranks(outcomes, name):
         assert not outcome.refused
         assert {"optim_states", "hp_params"} <= outcome.offloaded
 
 
 @pytest.mark.parametrize("name", STAGE_3)
-def test_stage_3_moves_the_states_of_deepspeeds_adam_alone(name: str, outcomes: list[dict[str, Any]]) -> None:
+def test_stage_3_offloads_only_states_of_deepspeeds_adam(name: str, outcomes: list[dict[str, Any]]) -> None:
     for outcome in of_all_ranks(outcomes, name):
         assert "Offloading is supported only for DeepSpeed FusedAdam" in outcome.refused
         assert outcome.offloaded == {"lp_params", "lp_grads", "contiguous_grad_buffer"}

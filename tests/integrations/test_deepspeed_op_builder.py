@@ -1,4 +1,4 @@
-"""The kernels as operators of DeepSpeed: its builders compile them, and `ds_report` lists them."""
+"""The kernels as DeepSpeed operators, compiled by its builders and listed by `ds_report`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.recipe_runs import run_command
 
 pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
-# Counts how often it is loaded: an operator that is registered twice is an error.
+# Counts the loads: registering an operator twice is an error.
 SOURCE = """
 #include <cstdio>
 static const int loaded = [] {
@@ -59,7 +59,7 @@ print(json.dumps({
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_deepspeed_compiles_what_is_not_there_yet_and_each_library_is_loaded_once(tmp_path: Path) -> None:
+def test_deepspeed_compiles_missing_operators_and_loads_each_library_once(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / f"{name}.cpp").write_text(SOURCE.replace("@PATH@", str(tmp_path / name)))
     program = tmp_path / "program.py"
@@ -78,18 +78,18 @@ def test_deepspeed_compiles_what_is_not_there_yet_and_each_library_is_loaded_onc
 
 
 def report(**environment: str) -> tuple[dict[str, str], dict[str, str]]:
-    """What `ds_report` says of our operators: whether they are compatible, and why they are not."""
+    """Return the lines of `ds_report` about the operators of this package: compatibility, and reasons against it."""
     command = [sys.executable, "-m", "adai_dist", "run", "-m", "deepspeed.env_report"]
     finished = run_command(command, **environment)
     assert finished.returncode == 0, finished.stderr
     text = re.sub(r"\x1b\[\d+m", "", finished.stdout)
-    assert "deepspeed install path" in text, "the report goes on to its end"
+    assert "deepspeed install path" in text, "the report is complete"
     compatible = re.findall(r"^(cpu_adai|fused_adai) \.+ \[NO\] \.+ \[(\w+)\]", text, re.MULTILINE)
     return dict(compatible), dict(re.findall(r"\[WARNING\] +(cpu_adai|fused_adai): (.*)", text))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_ds_report_lists_the_operators_and_says_what_is_missing(tmp_path: Path) -> None:
+def test_ds_report_lists_the_operators_and_names_what_is_missing(tmp_path: Path) -> None:
     has_compiler = shutil.which("c++") is not None
     compatible, reasons = report()
     assert compatible == {"cpu_adai": "OKAY" if has_compiler else "NO", "fused_adai": "NO"}

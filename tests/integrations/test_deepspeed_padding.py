@@ -1,4 +1,4 @@
-"""What DeepSpeed allocates and does not initialise, such as the padding of gradients, reaches no mean and no state."""
+"""Uninitialised memory of DeepSpeed, such as the padding of gradients, affects neither mean nor states."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from tests.integrations.deepspeed_engines import Family, Seen, walk
+from tests.integrations.deepspeed_oracle_check import check_all_ranks
 from tests.integrations.deepspeed_setups import BF16, CLIPPED, CPU_OFFLOAD, Setup, zero
-from tests.integrations.deepspeed_verdict import judge
 
 pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 
 def walk_in_nan(setup: Setup) -> Seen:
-    """Every tensor that nobody initialises is full of NaN."""
+    """Walk through a setup with uninitialised tensors filled with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(1).isnan()
     try:
@@ -33,5 +33,5 @@ FAMILY = Family(
 
 
 @pytest.mark.parametrize("name", FAMILY.setups)
-def test_what_is_not_initialised_is_not_looked_at(name: str) -> None:
-    judge(FAMILY, name)
+def test_uninitialised_memory_is_not_read(name: str) -> None:
+    check_all_ranks(FAMILY, name)

@@ -1,4 +1,4 @@
-"""PipelineEngine: each rank has the layers of its stage only, and a tied layer is in two of them."""
+"""PipelineEngine, where each rank has only the layers of its stage and two stages share a tied layer."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from tests.integrations.deepspeed_engines import Family, Seen
+from tests.integrations.deepspeed_oracle_check import check
 from tests.integrations.deepspeed_pipeline import LAYERS, walk_pipeline
 from tests.integrations.deepspeed_setups import BF16, CLIPPED, COUPLED, FP32_GRADIENTS, Setup, zero
-from tests.integrations.deepspeed_verdict import check
 from tests.spawn import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 SETUPS = {
-    "stage-0": Setup(zero(0), num_micro_batches=2),  # DeepSpeed's own clipping counts the tied layer twice there
+    "stage-0": Setup(zero(0), num_micro_batches=2),  # DeepSpeed's own clipping counts the tied layer twice
     "stage-0-bf16": Setup(zero(0) | BF16, num_micro_batches=2),
     "stage-1": Setup(zero(1), CLIPPED, num_micro_batches=2),
     "stage-1-coupled": Setup(zero(1), COUPLED, num_micro_batches=2),
@@ -47,7 +47,9 @@ def test_a_pipeline_with_a_tied_layer_follows_the_oracle(name: str, world_size: 
     assert len(whole.parameters) == len(list(setup.problem.specs()))
 
 
-UNEVEN_LAYERS = tuple(sorted(LAYERS))  # the first stage has nothing of the third group, the last nothing of the second
+UNEVEN_LAYERS = tuple(
+    sorted(LAYERS)
+)  # the first stage has no parameter of the third group, the last none of the second
 
 
 def error_of_uneven_stages() -> str:
@@ -57,7 +59,7 @@ def error_of_uneven_stages() -> str:
 
 
 def test_stages_must_have_the_same_groups() -> None:
-    """DeepSpeed adds up their norms by the number of the group, whatever group that is."""
+    """Match the groups, since DeepSpeed adds up their norms by index."""
     first, last = run_ranks(error_of_uneven_stages, 2)
     print(first)
     assert first == last

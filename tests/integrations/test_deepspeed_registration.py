@@ -1,4 +1,4 @@
-"""`import adai_dist` makes the names known to DeepSpeed, whichever of the two is imported first."""
+"""`import adai_dist` registers the optimizers with DeepSpeed in either order of the two imports."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def test_the_order_of_the_imports_does_not_matter(order: str) -> None:
 
 
 class Mine(AdaiW):
-    """A subclass of a user."""
+    """Subclass defined by a user."""
 
 
 def class_and_groups(optimizer: Any, name: str | None) -> tuple[str, bool, list[dict[str, Any]]]:
-    """Of the optimizer that DeepSpeed has built or taken, under a configuration without any flag for it."""
+    """Return class, binding and hyperparameters of the optimizer of an engine configured without special flags."""
     set_environment()
     import deepspeed
 
@@ -75,11 +75,11 @@ def class_and_groups(optimizer: Any, name: str | None) -> tuple[str, bool, list[
     )
     engine.backward(engine(torch.ones(1, 3)).sum())
     engine.step()
-    from adai_dist.integrations.deepspeed.zero_mean import ZeroMean
+    from adai_dist.integrations.deepspeed.zero_mean_source import ZeroMeanSource
 
     basic = engine.basic_optimizer
     groups = [{key: value for key, value in group.items() if key != "params"} for group in basic.param_groups]
-    return type(basic).__name__, isinstance(basic.mean_source, ZeroMean), groups
+    return type(basic).__name__, isinstance(basic.mean_source, ZeroMeanSource), groups
 
 
 class DefaultLR(Mine):
@@ -92,7 +92,9 @@ def callable_client(params: Any) -> AdaptiveInertia:
 
 
 @pytest.mark.parametrize("cls", [Adai, AdaiW, AdaiV2])
-def test_both_spellings_in_the_json_and_its_hyperparameters(cls: type[AdaptiveInertia]) -> None:
+def test_the_json_selects_the_optimizer_by_either_spelling_and_sets_its_hyperparameters(
+    cls: type[AdaptiveInertia],
+) -> None:
     for spelling in (cls.__name__, cls.__name__.lower()):
         ((name, is_bound, (group,)),) = run_ranks(class_and_groups, 1, None, spelling)
         assert (name, is_bound) == (cls.__name__, True)
@@ -101,13 +103,13 @@ def test_both_spellings_in_the_json_and_its_hyperparameters(cls: type[AdaptiveIn
 
 
 @pytest.mark.parametrize(("client", "name"), [(DefaultLR, "DefaultLR"), (callable_client, "AdaiV2")])
-def test_a_client_optimizer_is_bound_be_it_an_instance_of_a_subclass_or_a_callable(client: Any, name: str) -> None:
+def test_a_client_optimizer_is_bound_as_an_instance_of_a_subclass_and_as_a_callable(client: Any, name: str) -> None:
     ((found, is_bound, groups),) = run_ranks(class_and_groups, 1, client, None)
     assert (found, is_bound) == (name, True)
     assert [group["lr"] for group in groups] == [0.1]
 
 
-def adamw_beside() -> tuple[str, bool]:
+def adamw_engine() -> tuple[str, bool]:
     set_environment()
     import deepspeed
 
@@ -122,4 +124,4 @@ def adamw_beside() -> tuple[str, bool]:
 
 
 def test_engines_with_other_optimizers_are_left_alone() -> None:
-    assert run_ranks(adamw_beside, 1) == [("AdamW", False)]
+    assert run_ranks(adamw_engine, 1) == [("AdamW", False)]

@@ -1,6 +1,6 @@
-"""Whatever happens between two steps of an engine, in any order: each mean is the oracle's, or the step is refused.
+"""Random sequences of events between the steps of an engine: each mean is the oracle's, or the step is refused.
 
-The sequences are drawn from seeds, the same ones in every run.
+The seeds of the sequences are fixed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from tests.integrations import deepspeed_engines
 from tests.integrations.deepspeed_engines import Family, Prescribed, note_step, start
+from tests.integrations.deepspeed_oracle_check import gradients_under_zero
 from tests.integrations.deepspeed_setups import CLIPPED, WORLD_SIZE, Setup, zero
-from tests.integrations.deepspeed_verdict import gradients_under_zero
 from tests.oracle import Oracle
 from tests.problems import relative_error
 
@@ -42,7 +42,7 @@ class Sequence(Setup):
 
 
 class Events:
-    """What may happen to an engine. Collective: all ranks call alike."""
+    """Events that act on an engine. Collective: all ranks must make the same calls."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
@@ -52,7 +52,7 @@ class Events:
         self.number = 0
 
     def happen(self, event: str) -> str | None:
-        """An error that the event must end in, if any."""
+        """Run an event, and return the error that it must raise, if any."""
         self.number += 1
         return getattr(self, event.replace(" ", "_"))()
 
@@ -92,7 +92,7 @@ class Events:
         self.saved = [{key: value.clone() for key, value in s.items()} for s in self.optimizer.state.values()]
 
     def load(self) -> None:
-        """Into the tensors that are there, or as states of their own."""
+        """Copy the saved states into the existing tensors, or replace them."""
         if self.saved and len(self.saved) == len(self.optimizer.state):
             for state, saved in zip(self.optimizer.state.values(), self.saved, strict=True):
                 if self.number % 2:
@@ -115,7 +115,7 @@ class Events:
         self.optimizer.refresh()
 
     def copy(self) -> None:
-        """Replaced by equal tensors."""
+        """Replace the states with equal tensors."""
         for state in self.optimizer.state.values():
             state["exp_avg_sq"] = state["exp_avg_sq"].clone()
 
@@ -160,7 +160,7 @@ FAMILY = Family(
 
 
 class OracleEvents:
-    """The same of the oracle."""
+    """Events that act on the oracle."""
 
     def __init__(self, setup: Sequence) -> None:
         self.problem = setup.rounded
@@ -200,15 +200,15 @@ class OracleEvents:
 
 
 @pytest.mark.parametrize("name", FAMILY.setups)
-def test_each_mean_is_the_oracles_and_what_cannot_be_is_refused(name: str) -> None:
+def test_each_mean_is_the_oracles_or_the_step_is_refused(name: str) -> None:
     setup = FAMILY.setups[name]
     assert isinstance(setup, Sequence)
     expected = OracleEvents(setup)
     for event in setup.events():
         expected.happen(event)
     refused = {
-        "freeze": "with DeepSpeed the same parameters must be trained from deepspeed.initialize() on",
-        "add group": "an engine steps this optimizer part by part",
+        "freeze": "under DeepSpeed the trainable parameters must not change after deepspeed.initialize()",
+        "add group": "DeepSpeed must clip and configure an optimizer that it steps part by part",
     }
     messages = [refused[event] for event in setup.events() if event in refused]
     for seen in FAMILY.ranks(name):
@@ -218,6 +218,6 @@ def test_each_mean_is_the_oracles_and_what_cannot_be_is_refused(name: str) -> No
         assert seen.num_skipped_steps == 0
 
 
-def test_the_sequences_have_everything_in_them() -> None:
+def test_the_sequences_contain_every_event() -> None:
     drawn = [event for seed in range(NUM_SEQUENCES) for event in Sequence(CONFIGS["stage-1"], seed=seed).events()]
     assert set(drawn) == set(EVENTS)

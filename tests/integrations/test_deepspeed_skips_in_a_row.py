@@ -1,4 +1,4 @@
-"""max_consecutive_skips under DeepSpeed's engines: all ranks end in the same engine.step(), and say why."""
+"""max_consecutive_skips under DeepSpeed: all ranks raise the same error in the same engine.step()."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ FP16 = {"fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window":
 
 
 @dataclass(frozen=True)
-class Spoilt(Setup):
-    """What rank 1 does to its states before the first bad step; an infinite gradient in all bad steps if nothing."""
+class CorruptedStates(Setup):
+    """Setup in which rank 1 corrupts its states before the first bad step, or has infinite gradients in all of them."""
 
     write: str = ""
 
@@ -49,7 +49,7 @@ def second_moments(engine: Any) -> None:
 
 
 def masters(engine: Any) -> None:
-    for flat in engine.basic_optimizer.mean_source.flats:
+    for flat in engine.basic_optimizer.mean_source.flat_partitions:
         flat.data.fill_(math.inf)
 
 
@@ -61,11 +61,11 @@ WRITES: dict[str, Callable[[Any], None]] = {
 }
 
 
-def walk(setup: Spoilt) -> tuple[list[str], int, list[str]]:
-    """What engine.step() raised, step by step, up to the first error; the skipped steps; what was logged."""
-    told: list[str] = []
+def walk(setup: CorruptedStates) -> tuple[list[str], int, list[str]]:
+    """Return the errors of engine.step() up to the first one, the number of skipped steps, and the log messages."""
+    messages: list[str] = []
     listener = logging.Handler()
-    listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    listener.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("adai_dist").addHandler(listener)
     setup_of_rank = replace(setup, bad_steps=() if setup.write else tuple(range(FIRST_BAD, NUM_STEPS)))
     engine = start(setup_of_rank, Prescribed(setup_of_rank))
@@ -84,7 +84,7 @@ def walk(setup: Spoilt) -> tuple[list[str], int, list[str]]:
     num_skipped = int(engine.basic_optimizer.num_skipped_steps)
     engine.destroy()
     logging.getLogger("adai_dist").removeHandler(listener)
-    return raised, num_skipped, told
+    return raised, num_skipped, messages
 
 
 GRADIENTS = {
@@ -100,24 +100,28 @@ GRADIENTS = {
 }
 STATES = {name: GRADIENTS[name] for name in ("stage-1", "stage-2-offload", "bf16-optimizer", "stage-3")}
 FAMILY = Family(
-    {f"{name} gradients": Spoilt(config, CLIPPED) for name, config in GRADIENTS.items()}
+    {f"{name} gradients": CorruptedStates(config, CLIPPED) for name, config in GRADIENTS.items()}
     | {
-        f"{name} {write}": Spoilt(config, CLIPPED, write=write)
+        f"{name} {write}": CorruptedStates(config, CLIPPED, write=write)
         for name, config in STATES.items()
         for write in ("in place", "replaced", "exp_avg_sq")
     }
-    | {f"{name} masters": Spoilt(GRADIENTS[name], COUPLED, write="masters") for name in ("stage-1", "stage-3")},
+    | {
+        f"{name} masters": CorruptedStates(GRADIENTS[name], COUPLED, write="masters") for name in ("stage-1", "stage-3")
+    },
     walk,
 )
 
 
 @pytest.mark.parametrize("name", FAMILY.setups)
-def test_all_ranks_end_in_the_same_step_and_say_why(name: str) -> None:
-    (raised, num_skipped, told), (*other, told_by_other) = FAMILY.ranks(name)
+def test_all_ranks_raise_the_same_error_in_the_same_step(name: str) -> None:
+    (raised, num_skipped, messages), (*other, other_messages) = FAMILY.ranks(name)
     assert [raised, num_skipped] == other
-    assert ["step skipped on all ranks: " in line for line in told] == [True] * len(told), "nothing else to be told"
-    assert len(told) >= 2
-    assert not told_by_other
+    assert ["step skipped on all ranks: " in line for line in messages] == [True] * len(messages), (
+        "no other log messages"
+    )
+    assert len(messages) >= 2
+    assert not other_messages
     assert raised[:-1] == [""] * (FIRST_BAD + LIMIT - 1)
     assert num_skipped == LIMIT
     reason = GRADIENT if "gradients" in name else PARAMETER if "masters" in name else STATE

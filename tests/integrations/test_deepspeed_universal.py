@@ -1,4 +1,4 @@
-"""Universal checkpoints: another number of ranks and another ZeRO stage take over, and lose nothing of Adai's state."""
+"""Universal checkpoints keep all of Adai's states across numbers of ranks and ZeRO stages."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ from tests.spawn import run_ranks
 pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 
-# A group with fewer elements than there are ranks: most of them hold its padding alone.
+# A group with fewer elements than ranks, most of which hold only its padding.
 ONE_MORE = ({"lr": 0.7, "betas": (0.3, 0.9), "decoupled": True}, (Spec("fourth.one", (1,)),))
 WITH_TINY_GROUP = replace(CLIPPED, groups=(*PROBLEM.groups, ONE_MORE), steps=NUM_STEPS)
 LONG = replace(CLIPPED, steps=NUM_STEPS)
 ROUND_ROBIN = zero(2, round_robin_gradients=True)
 
 SETUPS = {
-    # DeepSpeed's converter cannot read what its BF16_Optimizer saves of a tiny group.
+    # DeepSpeed's converter cannot read a tiny group saved by BF16_Optimizer.
     name: Setup(config, LONG if name == "bf16-optimizer" else WITH_TINY_GROUP)
     for name, config in {
         "stage-1": zero(1),
@@ -101,7 +101,7 @@ PLAIN_TARGETS = {
 
 
 def convert_plainly(source: Path, target: Path) -> None:
-    """DeepSpeed's own tool, with its own defaults."""
+    """Convert with DeepSpeed's own tool and its defaults."""
     from deepspeed.checkpoint import ds_to_universal
 
     options = argparse.Namespace(
@@ -117,7 +117,7 @@ def convert_plainly(source: Path, target: Path) -> None:
 
 
 def save_and_convert(setup: Setup, folder: Path) -> tuple[Snapshot, Snapshot]:
-    """The uninterrupted run, and the one that was saved; on disk its universal checkpoint, ours and DeepSpeed's."""
+    """Return the uninterrupted and the saved run, and convert the checkpoint with this package and with DeepSpeed."""
     from adai_dist.integrations.deepspeed.universal import to_universal
 
     whole, half = uninterrupted(setup), saved(setup, folder)
@@ -164,7 +164,7 @@ def results(folder: Path, sources: list[dict[str, Any]]) -> dict[int, list[dict[
 
 
 @pytest.mark.parametrize(("num_ranks", "source", "target"), CASES)
-def test_everything_arrives(
+def test_all_states_and_hyperparameters_are_loaded(
     num_ranks: int, source: str, target: str, sources: list[dict[str, Any]], results: dict[int, list[dict[str, Any]]]
 ) -> None:
     _, half = of_all_ranks(sources, source)[0]
@@ -180,7 +180,7 @@ def test_everything_arrives(
 
 
 @pytest.mark.parametrize(("num_ranks", "source", "target"), CASES)
-def test_the_run_goes_on_as_if_nothing_had_changed(
+def test_the_continued_run_matches_the_uninterrupted_one(
     num_ranks: int, source: str, target: str, sources: list[dict[str, Any]], results: dict[int, list[dict[str, Any]]]
 ) -> None:
     whole, half = of_all_ranks(sources, source)[0]
@@ -192,11 +192,11 @@ def test_the_run_goes_on_as_if_nothing_had_changed(
     assert {float(part["step"]) for second in second_halves for part in second.parts} == {NUM_STEPS}
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 def refusal(setup: Setup, folder: Path) -> tuple[str, bool]:
-    """The error, and whether the optimizer is as it was."""
+    """Return the error of loading, and whether the optimizer is unchanged."""
     run = Run(other_start(universal(setup)))
     message = ""
     try:
@@ -220,7 +220,9 @@ def refusals(folder: Path, sources: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 @pytest.mark.parametrize("target", PLAIN_TARGETS)
-def test_what_the_plain_converter_made_is_refused_with_the_remedy(target: str, refusals: list[dict[str, Any]]) -> None:
+def test_the_output_of_the_plain_converter_is_refused_with_a_remedy(
+    target: str, refusals: list[dict[str, Any]]
+) -> None:
     for message, is_unchanged in of_all_ranks(refusals, f"plain {target}"):
         assert "must hold beta1_prod.pt" in message
         assert "adai-dist to-universal" in message
@@ -230,11 +232,11 @@ def test_what_the_plain_converter_made_is_refused_with_the_remedy(target: str, r
 @pytest.mark.parametrize("target", ["stage-2", "stage-3"])
 def test_another_number_of_param_groups_is_refused(target: str, refusals: list[dict[str, Any]]) -> None:
     for message, is_unchanged in of_all_ranks(refusals, f"groups {target}"):
-        assert "must have the param groups of the checkpoint, 4, but it has 3" in message
+        assert "must have 4 parameter groups, as the checkpoint has, got 3" in message
         assert is_unchanged
 
 
-def test_mixed_up_links_are_refused(
+def test_round_robin_gradients_are_refused_in_loading_and_in_conversion(
     folder: Path, sources: list[dict[str, Any]], refusals: list[dict[str, Any]]
 ) -> None:
     del sources
@@ -306,11 +308,11 @@ def refused_conversions(folder: Path) -> dict[str, str]:
             to_universal(source, target)
         except (ValueError, OSError) as error:
             messages[name] = str(error)
-        assert [sorted(place.iterdir()) for place in (folder, good)] == before, "something was left behind"
+        assert [sorted(place.iterdir()) for place in (folder, good)] == before, "files were left behind"
     return messages
 
 
-def test_conversions_that_cannot_be_right_are_refused(folder: Path, sources: list[dict[str, Any]]) -> None:
+def test_impossible_conversions_are_refused(folder: Path, sources: list[dict[str, Any]]) -> None:
     del sources
     (messages,) = run_ranks(refused_conversions, 1, folder)
     assert "were on NVMe" in messages["on NVMe"]
@@ -330,12 +332,12 @@ def test_conversions_that_cannot_be_right_are_refused(folder: Path, sources: lis
     assert f"got {str(folder / 'empty')!r}, which is empty; name the folder of one checkpoint" in messages["empty"]
     for name in ("output within", "output deep within", "output within by a link"):
         assert messages[name].startswith("the output must be outside of the input, got "), name
-    assert f"but {str(folder / 'full' / 'something')!r} is a file; " in messages["output below a file"]
-    assert "states [0, 1, 2] have none" in messages["another optimizer"]
+    assert f"below {str(folder / 'full' / 'something')!r}, which is a file; " in messages["output below a file"]
+    assert "states [0, 1, 2] without it" in messages["another optimizer"]
     assert "saved after the first step" in messages["before the first step"]
 
 
-def test_a_number_of_processes_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_a_number_of_processes_below_one_is_refused(tmp_path: Path) -> None:
     from adai_dist.integrations.deepspeed.universal import to_universal
 
     for number in (0, -2):
@@ -343,19 +345,19 @@ def test_a_number_of_processes_that_cannot_be_is_refused(tmp_path: Path) -> None
             to_universal(tmp_path, tmp_path / "result", num_workers=number)
 
 
-def test_the_plain_converter_does_drop_beta1_prod(folder: Path, sources: list[dict[str, Any]]) -> None:
+def test_the_plain_converter_drops_beta1_prod(folder: Path, sources: list[dict[str, Any]]) -> None:
     del sources
     for name in SOURCES:
         converted, plain = (
             {p.name for p in f.rglob("*.pt")} for f in (folder / name / "universal", folder / name / "plain")
         )
         assert "beta1_prod.pt" in converted
-        # Once it does not, to_universal runs it once only, and this test can go.
+        # When this fails, to_universal converts in one pass, and the second pass and this test can be deleted.
         assert "beta1_prod.pt" not in plain
         assert (folder / name / "latest_universal").read_text() == "universal"
 
 
-def test_several_processes_make_the_same(folder: Path, sources: list[dict[str, Any]]) -> None:
+def test_several_processes_produce_the_same_checkpoint(folder: Path, sources: list[dict[str, Any]]) -> None:
     del sources
     source, one, several = folder / "stage-2" / "global_step4", folder / "stage-2" / "universal", folder / "several"
     program = (

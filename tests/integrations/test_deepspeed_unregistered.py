@@ -1,4 +1,4 @@
-"""`ADAI_DIST_REGISTER=0`: the import sets no hooks, and what needs them is refused instead of being wrong."""
+"""`ADAI_DIST_REGISTER=0`: the import sets no hooks, and steps that depend on them are refused."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ torch.distributed.destroy_process_group()
 
 
 def output(program: str, value: str) -> str:
-    """The last line that the program prints with this value of the variable, or that of its traceback."""
+    """Return the last line of the program's output, or of its traceback, for a value of the variable."""
     environment = os.environ | launched(0, 1, "0") | {"ADAI_DIST_REGISTER": value, "ADAI_DIST_KERNELS": "off"}
     command = [sys.executable, "-c", program]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
@@ -76,11 +76,11 @@ def output(program: str, value: str) -> str:
         ("no", "ValueError: ADAI_DIST_REGISTER must be one of 0, 1, got 'no'"),
     ],
 )
-def test_the_variable_says_whether_the_import_sets_hooks(value: str, printed: str) -> None:
+def test_the_variable_controls_whether_the_import_sets_hooks(value: str, printed: str) -> None:
     assert output(HOOKS, value) == printed
 
 
-def test_register_sets_the_hooks_of_deepspeed_all_the_same() -> None:
+def test_register_sets_the_hooks_of_deepspeed_regardless_of_the_variable() -> None:
     assert output(HOOKS.replace("import adai_dist", "import adai_dist\nadai_dist.register()"), "0") == "['_Finder']"
 
 
@@ -93,7 +93,7 @@ def test_register_sets_the_hooks_of_deepspeed_all_the_same() -> None:
         ("0", "optimizer.optim.configure_sharding(num_replicas=1)", "stepped True"),
     ],
 )
-def test_zero_redundancy_without_its_hook_must_be_told(value: str, configure: str, printed: str) -> None:
+def test_zero_redundancy_without_its_hook_must_be_configured(value: str, configure: str, printed: str) -> None:
     assert output(ZERO_REDUNDANCY.format(configure=configure), value).startswith(printed)
 
 
@@ -106,10 +106,10 @@ def test_zero_without_its_hooks_is_refused(stage: int) -> None:
 
 
 @pytest.mark.deepspeed
-def test_deepspeed_without_zero_has_nothing_to_be_told_in_float32() -> None:
+def test_deepspeed_without_zero_in_float32_needs_no_hooks() -> None:
     assert output(DEEPSPEED.format(register="", stage=0), "0") == "stepped True"
 
 
 @pytest.mark.deepspeed
-def test_deepspeed_works_once_registered_by_hand() -> None:
+def test_deepspeed_works_after_an_explicit_registration() -> None:
     assert output(DEEPSPEED.format(register="adai_dist.register()", stage=2), "0") == "stepped True"

@@ -1,4 +1,4 @@
-"""Lightning's Trainer and Fabric: clipping under mixed precision, manual optimization, the same lr as with AdamW."""
+"""Lightning's Trainer and Fabric: clipping under mixed precision, manual optimization, lr schedules as with AdamW."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:The `srun` command is available"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),  # by Lightning's use of torch
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),  # caused by Lightning's use of torch
 ]
 
 NUM_STEPS, OVERFLOW, SCALE = 6, 2, 2.0**10
@@ -58,7 +58,7 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
-    """Halves the lr after every step."""
+    """Module whose schedule halves the lr after every step."""
 
     def __init__(self, make_optimizer: Callable[[Any], Any], *, overflows: bool = False) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
 
 
 def precision(name: str, cls: Any = MixedPrecision) -> Any:
-    """Lightning makes scalers for accelerators; the CPU's has to be handed in."""
+    """Create the precision plugin with a scaler for the CPU, since Lightning creates scalers only for accelerators."""
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE) if name == "16-mixed" else None
     return cls(name, "cpu", scaler)
 
@@ -118,7 +118,7 @@ def plain_loop(dtype: torch.dtype, max_norm: float | None, skipped: int | None =
 
 
 def check(model: nn.Module, expected: list[Tensor]) -> None:
-    """To the last bit: the scale is a power of two."""
+    """Compare bitwise, as the scale is a power of two."""
     for param, twin in zip(model.parameters(), expected, strict=True):
         assert torch.equal(param.detach(), twin)
 
@@ -159,7 +159,7 @@ def test_after_an_overflow_lr_and_scale_are_those_of_adamw(max_norm: float | Non
 
 
 class Manual(Module):
-    """Clips with the optimizer's own method, through the proxy that Lightning hands out."""
+    """Module that clips with the optimizer's own method, through Lightning's proxy."""
 
     def __init__(self) -> None:
         super().__init__(adaiv2)
@@ -215,7 +215,7 @@ def test_fabric_clips_under_mixed_precision(name: str) -> None:
     check(inner, expected)
 
 
-def test_settings_through_fabric_arrive() -> None:
+def test_settings_through_fabric_take_effect() -> None:
     fabric = Fabric(accelerator="cpu", devices=1, plugins=[LightningEnvironment()])
     inner = net()
     optimizer = adaiv2(inner.parameters())
@@ -227,7 +227,7 @@ def test_settings_through_fabric_arrive() -> None:
     assert proxy.grad_norm > MAX_NORM
 
 
-def test_others_are_refused_as_ever() -> None:
+def test_lightning_still_refuses_other_optimizers() -> None:
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
         fit(Module(fused), plugins=[precision("16-mixed")], gradient_clip_val=MAX_NORM)
 

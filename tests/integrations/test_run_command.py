@@ -1,4 +1,4 @@
-"""`adai-dist run`: programs run as under plain Python, and DeepSpeed knows our optimizers there, in every launcher."""
+"""`adai-dist run`: programs run as under plain Python, with the optimizers registered, under every launcher."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from adai_dist.integrations.run import split_local_rank
+from adai_dist.integrations.script import split_local_rank
 from tests.recipe_runs import DEEPSPEED, LAUNCHERS, MPIRUN, cli_environment, free_port, launch_module, run_command
 
 FACTS = """
@@ -100,13 +100,13 @@ def python(folder: Path, *arguments: str) -> tuple[int, str, str]:
     ],
     ids=" ".join,
 )
-def test_a_program_sees_and_prints_and_ends_as_under_plain_python(folder: Path, arguments: list[str]) -> None:
+def test_a_program_behaves_as_under_plain_python(folder: Path, arguments: list[str]) -> None:
     expected = python(folder, *arguments)
     assert expected[0] != 0
     assert python(folder, "-m", "adai_dist", "run", *arguments) == expected
 
 
-def test_the_installed_command_runs_a_module_from_the_working_directory_without_frames_of_ours(folder: Path) -> None:
+def test_the_installed_command_runs_a_module_from_the_working_directory_and_hides_its_own_frames(folder: Path) -> None:
     start = "import sys; from adai_dist.cli import main; sys.path[0] = '/nowhere'; sys.exit(main())"
     code, out, err = python(folder, "-c", start, "run", "-m", "package.module", "fail")
     assert code == 1
@@ -116,7 +116,7 @@ def test_the_installed_command_runs_a_module_from_the_working_directory_without_
     assert "runpy" not in err
 
 
-def test_what_a_launcher_says_to_the_module_is_told_from_the_users_words() -> None:
+def test_the_arguments_of_a_launcher_are_split_from_those_of_the_user() -> None:
     assert split_local_rank(["--local_rank=1", "run", "a"]) == (["--local_rank=1"], ["run", "a"])
     assert split_local_rank(["--local-rank=1", "train"]) == (["--local-rank=1"], ["train"])
     assert split_local_rank(["run", "a", "--local_rank=1"]) == ([], ["run", "a", "--local_rank=1"])
@@ -124,7 +124,7 @@ def test_what_a_launcher_says_to_the_module_is_told_from_the_users_words() -> No
 
 
 def trained(folder: Path, launcher: list[str], own: list[str]) -> list[Any]:
-    """Runs the training with a launcher's command, and returns what it wrote."""
+    """Run the training with a launcher's command, and return its output."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
     output = folder / "output.json"
     arguments = [*own, str(folder / "config.json"), str(output)]
@@ -137,14 +137,14 @@ def trained(folder: Path, launcher: list[str], own: list[str]) -> list[Any]:
 @pytest.mark.deepspeed
 @pytest.mark.distributed
 @pytest.mark.parametrize("launcher", ["import", *LAUNCHERS])
-def test_a_script_that_knows_nothing_of_us_trains_with_adai_from_every_launcher(tmp_path: Path, launcher: str) -> None:
+def test_a_script_without_the_import_trains_with_adai_under_every_launcher(tmp_path: Path, launcher: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(TRAINING)
     command = [*launch_module(launcher, 2), "adai_dist", "run", str(script)] if launcher != "import" else []
-    if launcher == "import":  # here it does know: the way without the command
+    if launcher == "import":  # imports adai_dist, and so needs no `run`
         script.write_text("import adai_dist\n" + TRAINING)
         command = [*DEEPSPEED, "--num_gpus", "2", "--master_port", str(free_port()), str(script)]
-    if launcher == "mpirun":  # as DeepSpeed's users start it: without MASTER_ADDR and MASTER_PORT
+    if launcher == "mpirun":  # without MASTER_ADDR and MASTER_PORT, as users of DeepSpeed start it
         command = [*MPIRUN, "-np", "2", sys.executable, "-m", "adai_dist", "run", str(script)]
     argv, optimizer, num_ranks, losses = trained(tmp_path, command, OWN_ARGUMENTS)
     from_launcher = ["--local_rank=0"] if launcher in ("deepspeed", "import") else []

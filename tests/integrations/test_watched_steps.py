@@ -1,4 +1,4 @@
-"""A step that a GradScaler skips is visible where accelerate and the Trainer look: step() is not called."""
+"""Steps skipped by a GradScaler do not call step(), where accelerate and the Trainer detect them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def batches() -> Tensor:
 
 
 def accelerator_with_a_scaler() -> Any:
-    """accelerate makes scalers for accelerators only; on the CPU one is put in its place."""
+    """Create an Accelerator with a scaler for the CPU, since accelerate creates scalers only for accelerators."""
     set_environment()
     accelerator = accelerate.Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
@@ -56,13 +56,16 @@ def accelerator_with_a_scaler() -> Any:
 
 
 def train(make_optimizer: Callable[[Any], Any], clips: bool) -> tuple[list[tuple[bool, float, float]], list[Tensor]]:
-    """What accelerate says after each step (skipped? lr, scale), and the weights. One rank alone has an overflow."""
+    """Return skipped, lr and scale after each step, and the weights; only one rank has an overflow."""
     accelerator = accelerator_with_a_scaler()
     model = net()
     inner = make_optimizer(model.parameters())
-    scheduler = StepLR(inner, dist.get_world_size(), 0.5)  # accelerate takes as many steps of it
+    scheduler = StepLR(inner, dist.get_world_size(), 0.5)  # accelerate steps the scheduler world_size times
     model, optimizer, scheduler = accelerator.prepare(model, inner, scheduler)
-    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # so that it unscales before it clips
+    accelerator.native_amp, accelerator.state._mixed_precision = (
+        True,
+        "fp16",
+    )  # makes accelerate unscale before clipping
     seen: list[tuple[bool, float, float]] = []
     for step, batch in enumerate(batches()):
         is_bad = step == OVERFLOW and accelerator.process_index == dist.get_world_size() - 1
@@ -79,7 +82,7 @@ def train(make_optimizer: Callable[[Any], Any], clips: bool) -> tuple[list[tuple
 
 
 def without_overflow(world_size: int, clips: bool) -> list[Tensor]:
-    """A plain loop over the steps that count."""
+    """Train in a plain loop without the skipped step."""
     model = net()
     optimizer = adaiv2(model.parameters())
     lr = 1.0
@@ -109,11 +112,11 @@ def test_accelerate_sees_a_skipped_step_as_it_does_with_adamw(world_size: int, c
             torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
 
 
-# -- layouts that accelerate does not make on a CPU ------------------------------------------------------------------
+# -- layouts that accelerate does not support on a CPU ---------------------------------------------------------------
 
 
 def scaled_steps(optimizers: list[AdaiV2], backward: Callable[[int], Tensor], scaler: Any) -> list[bool]:
-    """Steps through accelerate's optimizers with one scaler; which of them accelerate says were skipped."""
+    """Step accelerate's optimizers with one scaler, and return which steps accelerate reports as skipped."""
     wrapped = [
         accelerate.optimizer.AcceleratedOptimizer(one, device_placement=False, scaler=scaler) for one in optimizers
     ]
@@ -154,14 +157,14 @@ def fsdp1() -> tuple[list[bool], int]:
 
 
 @pytest.mark.parametrize("layout", [fsdp2, fsdp1], ids=lambda layout: layout.__name__)
-def test_sharded_ranks_leave_a_step_out_together(layout: Callable[[], tuple[list[bool], int]]) -> None:
+def test_sharded_ranks_skip_a_step_together(layout: Callable[[], tuple[list[bool], int]]) -> None:
     for skipped, num_skipped in run_ranks(layout, 2):
         assert skipped == [step == OVERFLOW for step in range(4)]
-        assert num_skipped == 0  # the scaler left it out
+        assert num_skipped == 0  # the scaler skipped the step
 
 
 def stages() -> tuple[list[bool], int]:
-    """Ranks with parameters of their own, as pipelines have: the scaler of one rank alone sees the overflow."""
+    """Train ranks with different parameters, as in pipelines, where only one scaler sees the overflow."""
     accelerator_with_a_scaler()
     model = net()
     optimizer = adaiv2(model.parameters())
@@ -180,7 +183,7 @@ def experts() -> tuple[list[bool], int]:
 
 
 def parts_with_one_mean() -> tuple[list[bool], int]:
-    """The scaler would unscale the gradients of one part when those of the other are in the mean already."""
+    """Train two optimizers with one mean, in which a scaler must not unscale gradients after the mean was computed."""
     accelerator_with_a_scaler()
     model = net()
     optimizers = [adaiv2(layer.parameters()) for layer in (model[0], model[2])]  # type: ignore[index]
@@ -200,7 +203,7 @@ def parts_with_one_mean() -> tuple[list[bool], int]:
         for one in (*wrapped, whole):
             one.zero_grad()
         scaler.scale(loss(step)).backward()
-        for one in wrapped:  # accelerate updates the scaler after each, which is another trouble
+        for one in wrapped:  # without accelerate's own update of the scaler after each optimizer
             one.optimizer.step = one._optimizer_patched_step_method
             scaler.step(one.optimizer)
         scaler.update()
@@ -213,7 +216,7 @@ def parts_with_one_mean() -> tuple[list[bool], int]:
 
 
 @pytest.mark.parametrize("layout", [stages, experts, parts_with_one_mean], ids=lambda layout: layout.__name__)
-def test_no_rank_and_no_part_leaves_out_a_step_of_its_own(layout: Callable[[], tuple[list[bool], int]]) -> None:
+def test_no_rank_and_no_part_skips_a_step_alone(layout: Callable[[], tuple[list[bool], int]]) -> None:
     for skipped, num_skipped in run_ranks(layout, 2):
         assert skipped == [False] * 4
         assert num_skipped == 1
@@ -242,7 +245,7 @@ def test_several_layouts_are_refused_as_without_accelerate() -> None:
         assert message.startswith("torch.amp.GradScaler finds non-finite gradients on all ranks only where")
 
 
-# -- others that watch, and nobody ----------------------------------------------------------------------------------
+# -- replacements of step() -----------------------------------------------------------------------------------------
 
 
 def scale_and_step(optimizer: Any, param: nn.Parameter, scaler: Any, *, is_bad: bool = False) -> None:
@@ -254,7 +257,7 @@ def scale_and_step(optimizer: Any, param: nn.Parameter, scaler: Any, *, is_bad: 
 
 @pytest.fixture
 def unscalings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Optimizers whose gradients a scaler unscaled in a pass of its own."""
+    """Record the optimizers whose gradients a scaler unscaled in a separate pass."""
     seen: list[Any] = []
     original = torch.amp.GradScaler.unscale_
 
@@ -266,8 +269,8 @@ def unscalings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
-def test_where_nobody_watches_gradients_are_read_once(unscalings: list[Any]) -> None:
-    """A scheduler of torch also puts a function in the place of step(), and accelerate leaves one there."""
+def test_gradients_are_read_once_if_step_is_not_observed(unscalings: list[Any]) -> None:
+    """Include the replacements of step() by torch's schedulers and by accelerate, which do not observe it."""
     param = nn.Parameter(torch.ones(3))
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
     optimizer = adaiv2([param])
@@ -292,7 +295,7 @@ def counting(optimizer: Any, calls: list[int]) -> Any:
 
 
 @pytest.mark.parametrize("with_scheduler", [False, True])
-def test_any_function_in_the_place_of_step_is_called_where_the_step_takes_place(
+def test_a_function_that_replaces_step_is_called_only_for_steps_that_are_taken(
     with_scheduler: bool, unscalings: list[Any]
 ) -> None:
     param = nn.Parameter(torch.ones(3))
@@ -322,7 +325,7 @@ class Proxy:
 
 
 @pytest.mark.parametrize("place", ["method", "method below a scheduler", "proxy"])
-def test_a_bound_method_that_counts_and_one_on_a_proxy_are_seen_too(place: str) -> None:
+def test_replacements_by_bound_methods_and_on_proxies_are_detected(place: str) -> None:
     param = nn.Parameter(torch.ones(3))
     optimizer = adaiv2([param])
     calls: list[int] = []
@@ -351,7 +354,7 @@ class Regression(nn.Module):
 
 
 def train_with_the_trainer(make_optimizer: Callable[[Any], Any] | None, folder: Path) -> list[float]:
-    """The learning rate after each step; without an optimizer, the Trainer makes it."""
+    """Return the learning rate after each step; without an optimizer, the Trainer creates one."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     set_environment()
@@ -386,7 +389,7 @@ def train_with_the_trainer(make_optimizer: Callable[[Any], Any] | None, folder: 
     return lrs
 
 
-def test_the_schedule_of_the_trainer_waits_as_with_adamw(tmp_path: Path) -> None:
+def test_the_schedule_of_the_trainer_skips_steps_as_with_adamw(tmp_path: Path) -> None:
     (ours,), (theirs,), (made,) = (
         run_ranks(train_with_the_trainer, 1, make, tmp_path) for make in (adaiv2, adamw, None)
     )

@@ -1,4 +1,4 @@
-"""What the tests of launchers share."""
+"""Shared fixtures of the launcher tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.launch.training import launch, outcome, train_words
 
 @pytest.fixture(scope="session")
 def all_hosts() -> Iterator[list[Host]]:
-    """Two hosts for the whole session."""
+    """Provide two hosts for the session."""
     why = missing()
     if why:
         pytest.skip(why)
@@ -24,7 +24,7 @@ def all_hosts() -> Iterator[list[Host]]:
 
 @pytest.fixture
 def two_hosts(all_hosts: list[Host]) -> Iterator[list[Host]]:
-    """The two hosts, connected, and with nothing running on them after the test."""
+    """Provide the two hosts, and reconnect them and kill their processes after the test."""
     yield all_hosts
     for host in all_hosts:
         host.kill_everything()
@@ -33,7 +33,7 @@ def two_hosts(all_hosts: list[Host]) -> Iterator[list[Host]]:
 
 @pytest.fixture
 def ssh_config(two_hosts: list[Host], tmp_path: Path) -> Path:
-    """An sshd runs on both hosts, for which `ssh -F FILE` has the keys."""
+    """Start sshd on both hosts, and return the FILE for `ssh -F FILE`."""
     why = ssh.missing()
     if why:
         pytest.skip(why)
@@ -42,7 +42,7 @@ def ssh_config(two_hosts: list[Host], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hostfile(two_hosts: list[Host], tmp_path: Path) -> Path:
-    """One rank on each host."""
+    """Write a hostfile with one rank per host."""
     path = tmp_path / "hostfile"
     path.write_text("# the nodes\n" + "".join(f"{host.name} slots=1\n" for host in two_hosts))
     return path
@@ -50,7 +50,7 @@ def hostfile(two_hosts: list[Host], tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def one_node(all_hosts: list[Host], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """What comes out of the cut-down recipe on one host, with two ranks."""
+    """Return the outcome of the reduced recipe on one host with two ranks."""
     folder = tmp_path_factory.mktemp("one_node")
     launch(all_hosts[0], "torchrun.sh", train_words(folder, "one"), RANKS_PER_NODE=2)
     return outcome(folder / "one")

@@ -1,8 +1,8 @@
-"""Hosts with names and addresses of their own on this one machine: network, UTS and mount namespaces around a bridge.
+"""Emulated hosts with their own names and addresses: network, UTS and mount namespaces connected by a bridge.
 
-They share files, users and processes with the machine, and reach each other and nothing else. The namespaces have no
-names in the system, so that runs do not meet, and are gone with their last process. Every one of them has a keeper,
-which kills all processes within it when the test is over, also one that was killed itself.
+They share files, users and processes with the machine, and can only reach each other. The namespaces are unnamed, so
+that concurrent sessions do not conflict, and disappear with their last process. Each has a keeper process, which kills
+all processes in it when the test ends or is killed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 
 SUBNET = "10.213.77"
 NAMESPACES = ["--net", "--uts", "--mount"]
-_KILL_SECONDS = 20.0  # for all processes of a host to be gone once they are killed
+_KILL_SECONDS = 20.0  # time for all processes of a host to disappear after SIGKILL
 
-# The keeper says that it is there, and waits for its standard input to end, which ends with the process of the tests.
+# The keeper reports that it is ready, and waits for the end of its standard input, which ends with the test process.
 _KEEPER = """
 import os, sys, time
 sys.stdout.write("\\n"), sys.stdout.flush()
@@ -47,9 +47,9 @@ for _ in range(1000):
 
 @functools.cache
 def missing() -> str | None:
-    """Why hosts cannot be made here; None if they can."""
+    """Return why hosts cannot be created on this machine, or None."""
     if sys.platform != "linux" or os.geteuid() != 0:
-        return "hosts are made of Linux namespaces, which needs root; run the tests as root, in a container for example"
+        return "hosts need Linux namespaces and root; run the tests as root, for example in a container"
     for program, package in (("ip", "iproute2"), ("unshare", "util-linux"), ("nsenter", "util-linux")):
         if shutil.which(program) is None:
             return f"hosts need the program {program}; apt install {package}"
@@ -61,7 +61,7 @@ def missing() -> str | None:
 
 
 class Host:
-    """A host, and how to start something on it."""
+    """Emulated host, with methods to start commands on it."""
 
     def __init__(self, name: str, address: str, known_hosts: Path) -> None:
         self.name, self.address = name, address
@@ -73,7 +73,7 @@ class Host:
             start_new_session=True,
         )
         assert self._keeper.stdout is not None
-        assert self._keeper.stdout.read(1) == b"\n", f"host {name} was not made"
+        assert self._keeper.stdout.read(1) == b"\n", f"host {name} could not be created"
         setup = f"hostname {name}; ip link set lo up; mount --bind {known_hosts} /etc/hosts"
         try:
             subprocess.run(self.command(["sh", "-ec", setup]), check=True)
@@ -83,31 +83,31 @@ class Host:
 
     @property
     def pid(self) -> int:
-        """Of its keeper, whose namespaces are the host."""
+        """Process id of the keeper, whose namespaces are the host."""
         return self._keeper.pid
 
     def command(self, arguments: Sequence[str | Path], cwd: str | Path | None = None) -> list[str]:
-        """The command that runs a command on this host, in the same folder; it becomes that command: same pid."""
+        """Return a command that executes another on this host, with the same working directory and process id."""
         enter = ["nsenter", f"--target={self.pid}", *NAMESPACES, "--", "env", f"--chdir={cwd or os.getcwd()}"]
         return [*enter, *map(str, arguments)]
 
     def popen(
         self, arguments: Sequence[str | Path], env: Mapping[str, str] | None = None, **options: Any
     ) -> subprocess.Popen[Any]:
-        """Starts a command on this host, in a session of its own; options as for Popen."""
+        """Start a command on this host in a new session, with options of Popen."""
         command = self.command(arguments, options.pop("cwd", None))
         process = subprocess.Popen(command, env=None if env is None else dict(env), start_new_session=True, **options)
         self._started.append(process)
         elsewhere = os.readlink("/proc/self/ns/net")
-        with contextlib.suppress(OSError):  # it has ended already
+        with contextlib.suppress(OSError):  # the process has ended
             while os.readlink(f"/proc/{process.pid}/ns/net") == elsewhere:
-                time.sleep(0.0005)  # until it is on the host: the keeper kills what it finds there
+                time.sleep(0.0005)  # until it is on the host, where the keeper can find and kill it
         return process
 
     def run(
         self, arguments: Sequence[str | Path], timeout: float = 60, env: Mapping[str, str] | None = None, **options: Any
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a command on this host to its end; kills it, and what it has started in its session, after `timeout`."""
+        """Run a command on this host to completion; kill its session after `timeout` seconds."""
         taken = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = self.popen(arguments, env, **{**taken, **options})
         try:
@@ -115,24 +115,24 @@ class Host:
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
             out, err = process.communicate()
-            said = f"--- {self.name}: {' '.join(map(str, arguments))}\n{(out or '')[-6000:]}\n{(err or '')[-6000:]}"
+            report = f"--- {self.name}: {' '.join(map(str, arguments))}\n{(out or '')[-6000:]}\n{(err or '')[-6000:]}"
             if isinstance(error, subprocess.TimeoutExpired):
-                raise AssertionError(f"still running after {timeout} s\n{said}") from None
+                raise AssertionError(f"still running after {timeout} s\n{report}") from None
             raise
         return subprocess.CompletedProcess(list(map(str, arguments)), process.returncode, out, err)
 
     def processes(self) -> list[int]:
-        """What runs on this host, without its keeper and without zombies."""
+        """Return the ids of the processes on this host, without its keeper and zombies."""
         mine = os.readlink(f"/proc/{self.pid}/ns/net")
         found: list[int] = []
         for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # gone meanwhile; of a zombie there is no link
+            with contextlib.suppress(OSError):  # the process has ended, or is a zombie, which has no link
                 if os.readlink(folder / "ns/net") == mine and int(folder.name) != self.pid:
                     found.append(int(folder.name))
         return found
 
     def kill_everything(self) -> None:
-        """Kills all that runs on this host at once, as if it had lost its power."""
+        """Kill all processes on this host, as in a power failure."""
         deadline = time.monotonic() + _KILL_SECONDS
         for process in self._started:
             process.kill()
@@ -147,7 +147,7 @@ class Host:
         self._started.clear()
 
     def cut_off(self) -> None:
-        """Pulls the cable out: what is sent is lost, and nobody is told."""
+        """Disconnect the host: packets are lost without errors."""
         self._switch("down")
 
     def reconnect(self) -> None:
@@ -182,7 +182,7 @@ class Host:
 
 @contextlib.contextmanager
 def hosts(num: int = 2) -> Generator[list[Host], None, None]:
-    """Makes hosts node1, node2, ... on one network; all that runs on them is killed at the end."""
+    """Create hosts node1, node2, ... on one network, and kill their processes at the end."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         names = {f"node{k}": f"{SUBNET}.{k}" for k in range(1, num + 1)}

@@ -1,4 +1,4 @@
-"""Measures what the one collective of a step costs: an all-reduce of 8 float64 numbers. Run it with any launcher.
+"""Measure the latency of the step's collective, an all-reduce of 8 float64 numbers. Runs under any launcher.
 
 launch/torchrun.sh tests/launch/latency.py
 """
@@ -22,12 +22,12 @@ def main() -> None:
     dist.init_process_group("nccl" if on_cuda else "gloo")
     sums = torch.zeros(NUM_BYTES // 8, dtype=torch.float64, device=device)
     seconds: list[float] = []
-    for _ in range(1 + NUM_ROUNDS):  # the first connects
+    for _ in range(1 + NUM_ROUNDS):  # the first call connects the ranks
         dist.barrier()
         start = time.perf_counter()
         for _ in range(NUM_CALLS):
             dist.all_reduce(sums)
-            float(sums[0])  # waits for the device
+            float(sums[0])  # synchronises with the device
         seconds.append((time.perf_counter() - start) / NUM_CALLS)
     if dist.get_rank() == 0:
         best, middle = min(seconds[1:]), sorted(seconds[1:])[NUM_ROUNDS // 2]

@@ -1,4 +1,4 @@
-"""A small run that lasts long enough to be interrupted in its middle, and what it comes to when nothing happens."""
+"""A small run, long enough to be interrupted, and the uninterrupted run to compare with."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NUM_RANKS = 2
 
 
 def recipe_of(folders: pytest.TempPathFactory) -> Path:
-    """The recipe, the same file all through a session; its runs go to the folder `runs` beside it."""
+    """Return the recipe, the same file for the session; its runs are in the folder `runs` next to it."""
     return _recipe_below(folders.getbasetemp())
 
 
 def whole_run(folders: pytest.TempPathFactory) -> Path:
-    """The run on one node, uninterrupted, once in a session."""
+    """Return the uninterrupted run on one node, which is made once per session."""
     return _whole_run_of(recipe_of(folders))
 
 
@@ -48,21 +48,21 @@ def _whole_run_of(recipe: Path) -> Path:
     return recipe.parent / "runs" / "whole"
 
 
-def wait_until(holds: Callable[[], bool], seconds: float, words: Callable[[], str]) -> None:
-    """Waits until something holds; `words` says what is known, for the message."""
+def wait_until(holds: Callable[[], bool], seconds: float, output: Callable[[], str]) -> None:
+    """Wait until a condition holds; `output` is called for the error message."""
     deadline = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, f"not within {seconds} s:\n{words()}"
+        assert time.monotonic() < deadline, f"not within {seconds} s:\n{output()}"
         time.sleep(0.02)
 
 
 def newest_checkpoint(run: Path) -> int:
-    """The number of steps it was written after; 0 without one."""
+    """Return the step of the newest checkpoint, or 0 without one."""
     return max((int(path.name[5:13]) for path in run.glob("checkpoints/step_*")), default=0)
 
 
 def ranks_on(host: Host) -> list[int]:
-    """Processes of the training program, without their launchers."""
+    """Return the ids of the training processes on a host, without their launchers."""
     found: list[int] = []
     for pid in host.processes():
         with contextlib.suppress(OSError):
@@ -77,15 +77,15 @@ def ranks_on(host: Host) -> list[int]:
 
 
 def has_pending(pid: int, number: int) -> bool:
-    """Whether a signal waits for a stopped process to go on."""
+    """Return whether a signal is pending for a stopped process."""
     lines = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
     return bool(int(lines["ShdPnd"], 16) >> (number - 1) & 1)
 
 
 def assert_same_run(run: Path, whole: Path) -> None:
-    """Every loss that was logged is that of the uninterrupted run, to the last bit, and the final one is there."""
+    """Assert that all logged losses, including the final one, are bitwise those of the uninterrupted run."""
     for key in ("loss", "val_loss", "grad_norm"):
         assert losses(run, key) == losses(whole, key), key
     assert STEPS in losses(whole, "val_loss")
     steps, expected = ([line["step"] for line in read_lines(of / "metrics.jsonl")] for of in (run, whole))
-    assert steps == expected, "a step is missing, or there twice"
+    assert steps == expected, "a step is missing or repeated"

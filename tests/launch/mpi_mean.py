@@ -1,7 +1,7 @@
-"""A program for mpirun: trains a sharded model a few steps, and shows every rank's mean to all through MPI.
+"""A program for mpirun that trains a sharded model for a few steps and gathers every rank's mean through MPI.
 
-mpi_mean.py fsdp2         adai_dist's own all-reduce takes the mean
-mpi_mean.py deepspeed     ZeRO 2, which finds its ranks by asking MPI; knows Adai by `python -m adai_dist run`
+mpi_mean.py fsdp2         the mean from adai_dist's own all-reduce
+mpi_mean.py deepspeed     ZeRO 2, with ranks from MPI and Adai registered by `python -m adai_dist run`
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tests.problems import Problem, Spec
 
-# Numbers of elements that two ranks cannot divide.
+# Numbers of elements not divisible by two ranks.
 PROBLEM = Problem(
     groups=(({"lr": 0.4, "dampening": 0.0}, (Spec("matrix", (13, 7)), Spec("vector", (5,), scale=3.0))),),
     steps=8,
@@ -28,7 +28,7 @@ PROBLEM = Problem(
 
 
 class Prescribed(nn.Module):
-    """A model whose gradients, averaged over ranks, are those of the problem; each rank has other elements of them."""
+    """Model whose gradients, averaged over ranks, are those of the problem; each rank has different elements."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def train_fsdp2() -> list[float]:
 def train_deepspeed() -> list[float]:
     import deepspeed
 
-    assert "RANK" not in os.environ, "DeepSpeed shall ask MPI"
+    assert "RANK" not in os.environ, "DeepSpeed must query MPI"
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0,

@@ -1,4 +1,4 @@
-"""A Slurm of one's own: slurmctld on the first host, slurmd on every host, munged for both, all below one folder."""
+"""A private Slurm cluster in one folder: slurmctld on the first host, slurmd on every host, and munged for both."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.launch.hosts import Host
 from tests.launch.long_run import wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
-SBIN = ":/usr/sbin:/sbin"  # where Debian has the daemons
-NODE_DOWN_SECONDS = 5  # after which a node that does not answer is given up; a site's default is 300
+SBIN = ":/usr/sbin:/sbin"  # location of the daemons in Debian
+NODE_DOWN_SECONDS = 5  # until an unresponsive node is set down; Slurm's default is 300
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
 
 _CONFIG = """
@@ -53,17 +53,17 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 
 
 def missing() -> str | None:
-    """Why there can be no Slurm here, for pytest.skip."""
+    """Return why Slurm cannot run on this machine, or None."""
     absent = [name for name in PROGRAMS if shutil.which(name, path=os.environ["PATH"] + SBIN) is None]
     if absent:
         return f"needs {', '.join(absent)}: apt install slurm-wlm munge"
     if os.geteuid() != 0:
-        return "a Slurm of one's own needs root: run the tests as root"
+        return "a private Slurm cluster needs root; run the tests as root"
     return None
 
 
 class Slurm:
-    """A running cluster."""
+    """Slurm cluster on emulated hosts."""
 
     def __init__(self, hosts: Sequence[Host], folder: Path, environment: Mapping[str, str]) -> None:
         self.hosts, self.folder = hosts, folder
@@ -77,20 +77,20 @@ class Slurm:
         munged = ["munged", "--foreground", "--force", f"--socket={here}/munge.socket", f"--key-file={here}/munge.key"]
         munged += [f"--pid-file={here}/munged.pid", f"--log-file={here}/munged.log", f"--seed-file={here}/munged.seed"]
         self._start(self.hosts[0], [*munged, "--num-threads=2"])
-        wait_until((self.folder / "munge.socket").exists, 10, self.words)
+        wait_until((self.folder / "munge.socket").exists, 10, self.output)
         self._start(self.hosts[0], ["slurmctld", "-D"])
         for host in self.hosts:
             self.start_node(host)
         self.wait_for_nodes()
 
     def start_node(self, host: Host) -> None:
-        """Starts the daemon of a node."""
+        """Start the daemon of a node."""
         self._start(host, ["slurmd", "-D", "-N", host.name])
 
     def wait_for_nodes(self, seconds: float = 30) -> None:
-        """Waits until all nodes can run jobs."""
+        """Wait until all nodes can run jobs."""
         all_idle = {(host.name, "idle") for host in self.hosts}
-        wait_until(lambda: self._node_states() == all_idle, seconds, self.words)
+        wait_until(lambda: self._node_states() == all_idle, seconds, self.output)
 
     def stop(self) -> None:
         for host in self.hosts:
@@ -100,29 +100,29 @@ class Slurm:
             daemon.wait(10)
 
     def submit(self, *words: str | Path, cwd: Path, **environment: str) -> str:
-        """`sbatch WORDS`; returns the job's number."""
+        """Submit a job with `sbatch WORDS`, and return its number."""
         return self.ask("sbatch", "--parsable", *words, cwd=cwd, **environment).strip()
 
     def ask(self, *command: str | Path, cwd: Path | None = None, **environment: str) -> str:
-        """Runs a command of Slurm on the first host and returns what it prints."""
+        """Run a Slurm command on the first host, and return its output."""
         argv = self.hosts[0].command(command, cwd)
         env = {**self.environment, **environment}
         done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, f"{command}: {done.stderr}\n{self.words()}"
+        assert done.returncode == 0, f"{command}: {done.stderr}\n{self.output()}"
         return done.stdout
 
     def job(self, number: str) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """Return the fields of `scontrol show job`."""
         words = self.ask("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, number: str, seconds: float) -> dict[str, str]:
-        """Waits until a job has ended, with or without requeues."""
-        wait_until(lambda: self.job(number)["JobState"] in _ENDED, seconds, self.words)
+        """Wait until a job has ended, with or without requeues."""
+        wait_until(lambda: self.job(number)["JobState"] in _ENDED, seconds, self.output)
         return self.job(number)
 
-    def words(self) -> str:
-        """What the daemons and jobs have said, for messages."""
+    def output(self) -> str:
+        """Return the logs of daemons and jobs, for error messages."""
         logs = [*self.folder.glob("*.log"), *self.folder.rglob("slurm-*.out")]
         return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in logs)
 
@@ -138,7 +138,7 @@ class Slurm:
         names = ",".join(host.name for host in self.hosts)
         lines.append(f"PartitionName=all Nodes={names} Default=YES GraceTime=60 PriorityTier=1\n")
         lines.append(f"PartitionName=urgent Nodes={names} PriorityTier=2\n")
-        for k in range(8):  # files suffice, where Slurm does not keep jobs from devices
+        for k in range(8):  # regular files suffice, as Slurm does not constrain devices here
             (self.folder / f"gpu{k}").touch()
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-7]\n")
         (self.folder / "slurm.conf").write_text("".join(lines))
@@ -160,7 +160,7 @@ class Slurm:
 
 @contextlib.contextmanager
 def slurm(hosts: Sequence[Host], folder: Path, environment: Mapping[str, str]) -> Generator[Slurm, None, None]:
-    """A cluster of these hosts, stopped at the end; whatever runs on them is killed."""
+    """Run a cluster on these hosts; at the end, stop it and kill all processes on them."""
     cluster = Slurm(hosts, folder, environment)
     try:
         cluster.start()

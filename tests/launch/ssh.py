@@ -1,4 +1,4 @@
-"""An sshd on each of the hosts, with keys of its own: nobody's ~/.ssh is read or changed."""
+"""An sshd on each host with its own keys, independent of any ~/.ssh."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ BatchMode yes
 
 
 def missing() -> str | None:
-    """Why there is no sshd; None if there is."""
+    """Return why sshd cannot run on this machine, or None."""
     if _sshd() is None or shutil.which("ssh") is None:
         return "needs ssh and sshd; apt install openssh-client openssh-server"
     return None
 
 
 def start_sshd(hosts: list[Host], folder: Path) -> Path:
-    """Starts sshd on all hosts, and returns the configuration with which ssh reaches them: `ssh -F FILE node1`."""
+    """Start sshd on all hosts, and return a configuration file for `ssh -F FILE node1`."""
     folder.mkdir()
-    Path("/run/sshd").mkdir(exist_ok=True)  # an empty folder, as Debian's service makes it
+    Path("/run/sshd").mkdir(exist_ok=True)  # an empty folder, which Debian's service creates
     for name in ("host_key", "user_key"):
         make = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "tests", "-f", str(folder / name)]
         subprocess.run(make, check=True)

@@ -1,4 +1,4 @@
-"""launch/accelerate.sh on two hosts: the same command on both, but for NODE_RANK."""
+"""launch/accelerate.sh on two hosts, with the same command on both except for NODE_RANK."""
 
 from __future__ import annotations
 

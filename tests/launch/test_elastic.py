@@ -1,4 +1,4 @@
-"""torchrun on two hosts starts all ranks again when one is lost, and the run comes to the same end."""
+"""torchrun on two hosts restarts all ranks when one is lost, and the run ends with the same bits."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ def test_a_run_in_which_a_rank_is_killed_ends_with_the_bits_of_one_node(
     recipe = recipe_of(tmp_path_factory)
     run = recipe.parent / "runs" / "restarted"
     with TwoTorchruns(two_hosts, words_of(recipe, run.name), tmp_path, MAX_RESTARTS="1") as started:
-        wait_until(lambda: newest_checkpoint(run) > 0, 60, started.words)
+        wait_until(lambda: newest_checkpoint(run) > 0, 60, started.output)
         survivor, victim = (ranks_on(host)[0] for host in two_hosts)
         os.kill(victim, signal.SIGKILL)
-        assert started.wait(90) == [0, 0], started.words()
-    assert not Path(f"/proc/{survivor}").exists(), "the rank on the other host was to be started again, too"
+        assert started.wait(90) == [0, 0], started.output()
+    assert not Path(f"/proc/{survivor}").exists(), "the rank on the other host must be restarted as well"
     assert_same_run(run, whole_run(tmp_path_factory))
 
 
-def test_a_run_of_which_one_node_is_told_to_stop_ends_on_both_and_goes_on_to_the_bits_of_one_node(
+def test_a_run_terminated_on_one_node_ends_on_both_and_resumes_to_the_bits_of_one_node(
     two_hosts: list[Host], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     recipe = recipe_of(tmp_path_factory)
-    run = recipe.parent / "runs" / "told to stop"
+    run = recipe.parent / "runs" / "terminated"
     words = [
         *words_of(recipe, run.name),
         "run.checkpoint_every=0",
-    ]  # no checkpoint but the one that the signal asks for
+    ]  # only the checkpoint requested by the signal
     with TwoTorchruns(two_hosts, words, tmp_path) as started:
-        wait_until(lambda: (run / "metrics.jsonl").exists() and bool(losses(run)), 90, started.words)
+        wait_until(lambda: (run / "metrics.jsonl").exists() and bool(losses(run)), 90, started.output)
         started.terminate_on(two_hosts[1])
-        assert 0 not in started.wait(60), started.words()
+        assert 0 not in started.wait(60), started.output()
     assert 0 < newest_checkpoint(run) < STEPS
 
     with TwoTorchruns(two_hosts, words, tmp_path) as started:
-        assert started.wait(90) == [0, 0], started.words()
+        assert started.wait(90) == [0, 0], started.output()
     assert_same_run(run, whole_run(tmp_path_factory))

@@ -1,4 +1,4 @@
-"""The hosts that the tests of launchers run on are what they say."""
+"""The emulated hosts of the launcher tests behave as hosts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=1) as con
 """
 
 
-def test_hosts_have_names_and_addresses_and_reach_each_other_until_one_is_cut_off(two_hosts: list[Host]) -> None:
+def test_hosts_have_names_and_addresses_and_reach_each_other_until_one_is_disconnected(two_hosts: list[Host]) -> None:
     first, second = two_hosts
     assert [host.run(["hostname"]).stdout.split() for host in two_hosts] == [["node1"], ["node2"]]
     listen(second)
@@ -46,7 +46,7 @@ def test_hosts_have_names_and_addresses_and_reach_each_other_until_one_is_cut_of
     assert "refused" in ask(first, "node2").stderr
 
 
-def test_hosts_reach_nothing_else_and_run_commands_in_the_same_folder(
+def test_hosts_reach_nothing_else_and_run_commands_in_the_working_directory(
     two_hosts: list[Host], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -62,7 +62,7 @@ def test_hosts_reach_nothing_else_and_run_commands_in_the_same_folder(
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left_of_hosts_whose_test_was_killed(how: signal.Signals) -> None:
+def test_hosts_of_a_killed_test_disappear(how: signal.Signals) -> None:
     if missing():
         pytest.skip(missing() or "")
     program = (
@@ -84,7 +84,7 @@ def test_nothing_is_left_of_hosts_whose_test_was_killed(how: signal.Signals) -> 
     wait_until_gone(pids)
 
 
-def test_hosts_of_two_sessions_do_not_meet() -> None:
+def test_hosts_of_two_sessions_are_isolated() -> None:
     if missing():
         pytest.skip(missing() or "")
     with hosts(3) as ours, hosts(3) as others:
@@ -109,7 +109,7 @@ def ask(host: Host, address: str, port: int = 4000) -> subprocess.CompletedProce
 def wait_until_gone(pids: list[int], seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
     while any(is_running(pid) for pid in pids):
-        assert time.monotonic() < deadline, f"{pids} still run"
+        assert time.monotonic() < deadline, f"{pids} are still running"
         time.sleep(0.02)
 
 
@@ -118,4 +118,4 @@ def is_running(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return False
-    return state != "Z"  # whose parent, a killed test, has left it to somebody who does not collect it
+    return state != "Z"  # zombie of a killed test, adopted by a process that does not reap it

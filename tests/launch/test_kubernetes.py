@@ -1,4 +1,4 @@
-"""launch/k8s.yaml fits the schemas of Kubernetes and itself, and its command trains on two hosts as its pods would."""
+"""launch/k8s.yaml is valid and consistent, and the command of its pods trains on two hosts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_every_key_is_in_the_schema_of_kubernetes(kind: str, version: str) -> No
         validate(document, version, strict=True)
 
 
-def test_the_volume_that_the_readme_makes_is_the_one_that_the_job_mounts(job: dict[str, Any]) -> None:
+def test_the_job_mounts_the_volume_that_the_readme_creates(job: dict[str, Any]) -> None:
     validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate").validate
     (text,) = re.findall(
         r"<<'END'\n(apiVersion: v1\nkind: PersistentVolumeClaim.*?)\nEND", README.read_text(), re.DOTALL
@@ -67,16 +67,16 @@ def test_the_volume_that_the_readme_makes_is_the_one_that_the_job_mounts(job: di
     validate(claim, VERSIONS[-1], strict=True)
     (volume,) = [volume for volume in pod(job)["volumes"] if "persistentVolumeClaim" in volume]
     assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
-    assert claim["spec"]["accessModes"] == ["ReadWriteMany"], "pods on several nodes write"
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"], "pods on several nodes write to it"
     (mount,) = [mount for mount in container(job)["volumeMounts"] if mount["name"] == volume["name"]]
     assert f"run.out={mount['mountPath']}" in container(job)["args"]
 
 
-def test_pods_are_found_through_the_service(service: dict[str, Any], job: dict[str, Any]) -> None:
+def test_pods_reach_each_other_through_the_service(service: dict[str, Any], job: dict[str, Any]) -> None:
     assert service["spec"]["clusterIP"] == "None"
     assert service["spec"]["publishNotReadyAddresses"] is True
     assert pod(job)["subdomain"] == service["metadata"]["name"]
-    # The label that the controller of jobs gives to pods.
+    # The label that the job controller sets on pods.
     assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
     assert job["spec"]["completionMode"] == "Indexed"
     assert variables(job)["MASTER_ADDR"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
@@ -92,7 +92,7 @@ def test_the_number_of_nodes_is_the_same_everywhere(job: dict[str, Any]) -> None
     assert [rule["topologyKey"] for rule in spread] == ["kubernetes.io/hostname"]
 
 
-def test_every_knob_that_is_set_is_one_that_something_reads(job: dict[str, Any]) -> None:
+def test_every_variable_that_is_set_is_read(job: dict[str, Any]) -> None:
     script = (ROOT / "launch/torchrun.sh").read_text()
     read_by_torch = Path(torch.distributed.__file__).with_name("launcher").joinpath("api.py").read_text()
     words = " ".join(container(job)["args"])
@@ -102,14 +102,14 @@ def test_every_knob_that_is_set_is_one_that_something_reads(job: dict[str, Any])
         assert is_knob or f"$({name})" in words or name in read_by_torch, name
 
 
-def test_ranks_may_write_their_checkpoint_before_the_pod_is_killed(job: dict[str, Any]) -> None:
+def test_ranks_can_write_a_checkpoint_before_the_pod_is_killed(job: dict[str, Any]) -> None:
     assert pod(job)["terminationGracePeriodSeconds"] > int(variables(job)["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
     assert "--resume" in container(job)["args"]
     ignore, fail = job["spec"]["podFailurePolicy"]["rules"]
     assert (ignore["action"], ignore["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
     assert (fail["action"], fail["onExitCodes"]["containerName"]) == ("FailJob", container(job)["name"])
-    assert pod(job)["restartPolicy"] == "Never", "what podFailurePolicy needs"
-    assert "backoffLimit" not in job["spec"], "it would count all pods together, however many there are"
+    assert pod(job)["restartPolicy"] == "Never", "required by podFailurePolicy"
+    assert "backoffLimit" not in job["spec"], "it would count the failures of all pods together"
 
 
 @pytest.mark.distributed
@@ -130,7 +130,7 @@ def test_the_command_of_its_pods_trains_on_two_hosts_as_on_one(
 
 
 def command(job: dict[str, Any], folder: Path) -> list[str]:
-    """The command of a pod as Kubernetes would start it; the run is cut down, and goes to a folder of the test."""
+    """Return the command of a pod, with a reduced run in a folder of the test."""
     only = container(job)
     words = [word.replace("$(RUN_NAME)", RUN_NAME) for word in [*only["command"], *only["args"]]]
     words[words.index("run.out=/runs")] = f"run.out={folder}"
@@ -138,7 +138,7 @@ def command(job: dict[str, Any], folder: Path) -> list[str]:
 
 
 def given_to_pod(index: int) -> dict[str, str]:
-    """What the file leaves to Kubernetes, the pod's index, and what differs here: there are no GPUs."""
+    """Return the variables set by Kubernetes (the pod's index), and those that differ without GPUs."""
     here = environment(RANKS_PER_NODE=1, NODE_RANK=index, JOB_COMPLETION_INDEX=index, RUN_NAME=RUN_NAME)
-    assert here.pop("PYTHONPATH")  # the command works in the folder of the image
+    assert here.pop("PYTHONPATH")  # must be unnecessary in the working directory of the image
     return here

@@ -1,4 +1,4 @@
-"""launch/mpirun.sh on two hosts with sshd: torch's ranks from Open MPI's, and DeepSpeed that asks MPI by itself."""
+"""launch/mpirun.sh on two hosts with sshd, with torch's variables from Open MPI and with DeepSpeed querying MPI."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.distributed, needs_mpi]
 
 
 def mpi(hostfile: Path, ssh_config: Path) -> dict[str, str | Path | int]:
-    """Knobs; the user of the tests is root, which Open MPI wants to be told twice."""
+    """Return the settings of the script, with Open MPI's two confirmations for root, the user of the tests."""
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": 1, "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": 1}
     options = {"PRTE_MCA_plm_ssh_agent": f"ssh -F {ssh_config}", "OMPI_MCA_btl_tcp_if_include": "eth0"}
     return {"HOSTFILE": hostfile, **options, **as_root}

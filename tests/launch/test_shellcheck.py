@@ -1,4 +1,4 @@
-"""The scripts of launch/ are clean, can be run, and stand in launch/README.md."""
+"""The scripts of launch/ pass shellcheck, are executable, and are in launch/README.md."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def test_shellcheck_finds_nothing(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_every_script_stops_at_errors_and_has_knobs_with_defaults(path: Path) -> None:
+def test_every_script_is_executable_and_stops_at_errors(path: Path) -> None:
     text = path.read_text()
     assert text.startswith("#!/usr/bin/env bash\n") or path.suffix == ".sbatch"
-    assert os.access(path, os.X_OK) or path.suffix == ".sbatch", "sbatch takes files that cannot be executed"
+    assert os.access(path, os.X_OK) or path.suffix == ".sbatch", "sbatch accepts files that are not executable"
     assert "set -euo pipefail\n" in text
     assert max(map(len, text.splitlines())) <= 120
 

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch on a real Slurm of two hosts: a run is preempted, loses a node, and comes to the same end."""
+"""launch/slurm.sbatch on a real Slurm of two hosts: a run is preempted, loses a node, and ends with the same bits."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ pytestmark = pytest.mark.distributed
 SCRIPT = LAUNCH / "slurm.sbatch"
 WORDS = ["a b", "'q\"", "$HOME;x*", ""]
 
-# Says how it was started; told to wait, it does until a signal ends it, and says so.
+# Writes how it was started; with "wait" it waits for a signal, and writes its number.
 PROGRAM = """
 import json, os, pathlib, signal, sys, time
 names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SLURM_RESTART_COUNT")
-told = {name: os.environ.get(name) for name in names}
-path = pathlib.Path(f"rank{told['RANK']}-{told['SLURM_RESTART_COUNT']}.json")
+report = {name: os.environ.get(name) for name in names}
+path = pathlib.Path(f"rank{report['RANK']}-{report['SLURM_RESTART_COUNT']}.json")
 def stop(number, frame):
-    path.write_text(json.dumps({**told, "words": sys.argv[2:], "signal": number}))
+    path.write_text(json.dumps({**report, "words": sys.argv[2:], "signal": number}))
     sys.exit(143)
 signal.signal(signal.SIGTERM, stop)
-path.write_text(json.dumps({**told, "words": sys.argv[2:], "signal": None}))
-if sys.argv[1] == "wait" and told["SLURM_RESTART_COUNT"] is None:
+path.write_text(json.dumps({**report, "words": sys.argv[2:], "signal": None}))
+if sys.argv[1] == "wait" and report["SLURM_RESTART_COUNT"] is None:
     time.sleep(60)
-while sys.argv[1] == "fail" and len(list(pathlib.Path().glob("rank*.json"))) < int(told["WORLD_SIZE"]):
+while sys.argv[1] == "fail" and len(list(pathlib.Path().glob("rank*.json"))) < int(report["WORLD_SIZE"]):
     time.sleep(0.05)
 sys.exit(3 if sys.argv[1] == "fail" else 0)
 """
@@ -68,35 +68,33 @@ def submit(cluster: Slurm, cwd: Path, *words: str | Path, **knobs: str) -> str:
     return cluster.submit(SCRIPT, *words, cwd=cwd, **knobs)
 
 
-def told(path: Path) -> dict[str, object]:
+def report_in(path: Path) -> dict[str, object]:
     return json.loads(path.read_text())
 
 
-def test_the_script_as_it_is_starts_a_rank_per_gpu_and_a_program_that_fails_is_not_started_again(
+def test_the_unchanged_script_starts_a_rank_per_gpu_and_does_not_requeue_a_failed_program(
     cluster: Slurm, program: Path, tmp_path: Path
 ) -> None:
     job = cluster.wait(submit(cluster, tmp_path, program, "fail", *WORDS, MAX_RESTARTS="0"), 60)
-    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), cluster.words()
-    said = [told(path) for path in sorted(tmp_path.glob("rank*.json"))]
-    assert sorted(int(str(one["RANK"])) for one in said) == list(range(16))
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), cluster.output()
+    reports = [report_in(path) for path in sorted(tmp_path.glob("rank*.json"))]
+    assert sorted(int(str(one["RANK"])) for one in reports) == list(range(16))
     same = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "node1", "words": WORDS}
-    assert all(one.items() >= same.items() for one in said), said
+    assert all(one.items() >= same.items() for one in reports), reports
 
 
-def test_a_job_of_higher_priority_stops_the_ranks_and_they_are_started_again_after_it(
-    cluster: Slurm, program: Path, tmp_path: Path
-) -> None:
+def test_a_preempted_job_is_terminated_and_requeued(cluster: Slurm, program: Path, tmp_path: Path) -> None:
     number = submit(cluster, tmp_path, program, "wait", RANKS_PER_NODE="1")
-    wait_until(lambda: len(list(tmp_path.glob("rank*-None.json"))) == 2, 60, cluster.words)
+    wait_until(lambda: len(list(tmp_path.glob("rank*-None.json"))) == 2, 60, cluster.output)
     urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true", cwd=tmp_path)
     job = cluster.wait(number, 60)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), cluster.words()
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), cluster.output()
     assert cluster.job(urgent)["JobState"] == "COMPLETED"
-    assert [told(tmp_path / f"rank{rank}-None.json")["signal"] for rank in (0, 1)] == [signal.SIGTERM] * 2
-    assert [told(tmp_path / f"rank{rank}-1.json")["signal"] for rank in (0, 1)] == [None] * 2
+    assert [report_in(tmp_path / f"rank{rank}-None.json")["signal"] for rank in (0, 1)] == [signal.SIGTERM] * 2
+    assert [report_in(tmp_path / f"rank{rank}-1.json")["signal"] for rank in (0, 1)] == [None] * 2
 
 
-def test_a_run_that_meets_its_time_limit_and_loses_a_node_ends_with_the_bits_of_one_node(
+def test_a_run_that_reaches_its_time_limit_and_loses_a_node_ends_with_the_bits_of_one_node(
     cluster: Slurm, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     recipe = recipe_of(tmp_path_factory)
@@ -105,36 +103,36 @@ def test_a_run_that_meets_its_time_limit_and_loses_a_node_ends_with_the_bits_of_
         cluster, tmp_path, "adai-dist", "train", "--config", recipe, f"run.name={run.name}", RANKS_PER_NODE="1"
     )
     stop_ranks_at_the_time_limit(cluster, number, run)
-    wait_until(lambda: cluster.job(number)["Restarts"] == "1", 60, cluster.words)
+    wait_until(lambda: cluster.job(number)["Restarts"] == "1", 60, cluster.output)
     stopped_at = newest_checkpoint(run)
     assert 0 < stopped_at < STEPS
 
-    wait_until(lambda: newest_checkpoint(run) > stopped_at, 60, cluster.words)
+    wait_until(lambda: newest_checkpoint(run) > stopped_at, 60, cluster.output)
     first, second = cluster.hosts
     second.kill_everything()  # slurmd, torchrun, the rank
-    assert newest_checkpoint(run) < STEPS, "the run was over before the node was lost"
-    wait_until(lambda: cluster.job(number)["Restarts"] == "2", 60, cluster.words)
+    assert newest_checkpoint(run) < STEPS, "the run ended before the node was lost"
+    wait_until(lambda: cluster.job(number)["Restarts"] == "2", 60, cluster.output)
     cluster.start_node(second)
 
     job = cluster.wait(number, 90)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2"), cluster.words()
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2"), cluster.output()
     assert_same_run(run, whole_run(tmp_path_factory))
     assert not ranks_on(first) + ranks_on(second)
 
 
 def stop_ranks_at_the_time_limit(cluster: Slurm, number: str, run: Path) -> None:
-    """Sends the script what Slurm sends before the limit, after the first checkpoint.
+    """Send the script the signal that Slurm sends before the limit, after the first checkpoint.
 
-    The ranks stand still until the signal has reached them, so that it comes in the middle of the run on every machine.
+    The ranks are stopped until the signal reaches them, so that it arrives during the run on machines of any speed.
     """
-    wait_until(lambda: newest_checkpoint(run) > 0, 60, cluster.words)
+    wait_until(lambda: newest_checkpoint(run) > 0, 60, cluster.output)
     ranks = [rank for host in cluster.hosts for rank in ranks_on(host)]
     for rank in ranks:
         os.kill(rank, signal.SIGSTOP)
     assert len(ranks) == 2
     try:
         cluster.ask("scancel", "--signal=USR1", "--batch", number)
-        wait_until(lambda: all(has_pending(rank, signal.SIGTERM) for rank in ranks), 30, cluster.words)
+        wait_until(lambda: all(has_pending(rank, signal.SIGTERM) for rank in ranks), 30, cluster.output)
     finally:
         for rank in ranks:
             os.kill(rank, signal.SIGCONT)

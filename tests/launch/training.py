@@ -1,4 +1,4 @@
-"""Training on hosts with the scripts of launch/: a recipe cut down to six steps, and where its loss is found."""
+"""Training on hosts with the scripts of launch/, using a recipe reduced to six steps."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.launch.hosts import Host
 from tests.recipe_runs import ROOT, cli_environment, read_lines
 
 LAUNCH = ROOT / "launch"
-BOUND_SECONDS = 150.0  # for a run of six steps, most of which is imports, on a busy machine; once DeepSpeed compiles
-# lm_tiny as in the repository, but for its size.
+BOUND_SECONDS = 150.0  # for six steps and the imports on a busy machine, including one compilation by DeepSpeed
+# The shipped lm_tiny, reduced in size.
 CUT_DOWN = [
     *("run.steps=6", "run.log_every=2", "run.eval_every=3", "run.checkpoint_every=6", "data.val_windows=16"),
     *("model.hidden_size=16", "model.intermediate_size=32", "device=cpu"),
@@ -22,24 +22,24 @@ CUT_DOWN = [
 
 
 def train_words(folder: Path, name: str, *overrides: str) -> list[str]:
-    """`adai-dist train` of the cut-down recipe, as words for a launch script; its run goes to FOLDER/NAME."""
+    """Return the arguments of a launch script for the reduced recipe, with its run in FOLDER/NAME."""
     recipe = ["adai-dist", "train", "--config", "configs/recipes/lm_tiny.yaml"]
     return [*recipe, f"run.out={folder}", f"run.name={name}", *CUT_DOWN, *overrides]
 
 
 def environment(**knobs: str | Path | int) -> dict[str, str]:
-    """What a user's shell has, and the knobs of a launch script."""
+    """Return the environment of a user's shell with the settings of a launch script."""
     inherited = cli_environment()
-    del inherited["GLOO_SOCKET_IFNAME"]  # of tests on one machine; here gloo finds the interface by the host's name
+    del inherited["GLOO_SOCKET_IFNAME"]  # for tests on one machine; on hosts, gloo finds the interface by the host name
     return {**inherited, **{name: str(value) for name, value in knobs.items()}}
 
 
-# Whatever a shell, pdsh, DeepSpeed or argparse might take for itself.
+# Arguments that a shell, pdsh, DeepSpeed or argparse might interpret.
 WORDS = [
     "run.name=a b; touch x 'y' \"z\" $HOME",
     *("", "--", "-x", "--master_port=1", "%n %h 100%", "new\nline  two", "*", "\\", "`id`", "!x", "~", "#", "&& ü"),
 ]
-# A program that shows how it was started.
+# A program that prints how it was started.
 SHOW = """
 import json, os, platform, sys
 names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "NCCL_DEBUG")
@@ -48,17 +48,17 @@ print(line + "\\n", end="", flush=True)
 """
 
 
-def assert_words_are_intact(printed: str) -> None:
-    """What SHOW has printed, started with WORDS (and perhaps more) and NCCL_DEBUG=WARN on node1 and node2."""
+def assert_arguments_are_intact(printed: str) -> None:
+    """Check the output of SHOW, started with WORDS (and optionally more) and NCCL_DEBUG=WARN on node1 and node2."""
     lines = [line[line.index("[[") :] for line in printed.splitlines() if '[["run.name' in line]
     seen = sorted((json.loads(line) for line in lines), key=lambda shown: shown[3])
     assert [shown[0][: len(WORDS)] for shown in seen] == [WORDS, WORDS], printed
     assert [shown[1:5] for shown in seen] == [[f"node{rank + 1}", str(ROOT), str(rank), "2"] for rank in range(2)]
-    assert [shown[5:] for shown in seen] == [["node1", "1", "WARN"]] * 2, "variables that training needs"
+    assert [shown[5:] for shown in seen] == [["node1", "1", "WARN"]] * 2, "variables required by training"
 
 
 def launch(host: Host, script: str, words: Sequence[str | Path], **knobs: str | Path | int) -> str:
-    """Runs a launch script on one host, which must end well; returns what it printed."""
+    """Run a launch script on one host, require success, and return its output."""
     ended = host.run([LAUNCH / script, *words], BOUND_SECONDS, environment(**knobs), cwd=ROOT)
     assert ended.returncode == 0, f"exit code {ended.returncode}\n{ended.stdout[-6000:]}\n{ended.stderr[-6000:]}"
     return ended.stdout
@@ -67,13 +67,13 @@ def launch(host: Host, script: str, words: Sequence[str | Path], **knobs: str | 
 def launch_on_all(
     hosts: Sequence[Host], script: str, words: Sequence[str | Path], logs: Path, **knobs: str | Path | int
 ) -> list[str]:
-    """Runs the same command on all hosts; returns what each printed."""
+    """Run the same command on all hosts, require success, and return their outputs."""
     nodes = {"NUM_NODES": len(hosts), "MASTER_ADDR": hosts[0].name}
     paths = [logs / f"{host.name}.log" for host in hosts]
     processes: list[subprocess.Popen[bytes]] = []
     for node, (host, path) in enumerate(zip(hosts, paths, strict=True)):
         with path.open("wb") as log:
-            rank = {} if script == "torchrun.sh" else {"NODE_RANK": node}  # torchrun counts the nodes by itself
+            rank = {} if script == "torchrun.sh" else {"NODE_RANK": node}  # torchrun assigns node ranks
             env = environment(**{**rank, **nodes, **knobs})
             output = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
             processes.append(host.popen([LAUNCH / script, *words], env, cwd=ROOT, **output))
@@ -88,7 +88,7 @@ def launch_on_all(
 
 
 def outcome(run: Path) -> list[float]:
-    """The held-out loss that a run ended with, and the losses and gradient norms on the way."""
+    """Return the final held-out loss of a run, followed by its losses and gradient norms."""
     steps = read_lines(run / "metrics.jsonl")
     return [val_loss(run), *(line[key] for key in ("loss", "grad_norm") for line in steps if key in line)]
 

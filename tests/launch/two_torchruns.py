@@ -1,4 +1,4 @@
-"""launch/torchrun.sh on each of several hosts, with the same command, as a user would start it."""
+"""launch/torchrun.sh with the same command on each of several hosts, as started by a user."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from tests.launch.training import LAUNCH, environment
 
 
 class TwoTorchruns:
-    """A context manager: what still runs on the hosts at its end is killed."""
+    """Context manager that starts the launchers, and kills all processes on the hosts at its end."""
 
     def __init__(self, hosts: Sequence[Host], words: Sequence[str], logs: Path, **more: str) -> None:
         """Args:
-        words: what stands behind the script.
-        logs: folder for what the launchers say.
-        more: the script's knobs beyond those that say where nodes meet.
+        hosts: one launcher is started on each.
+        words: arguments of the script.
+        logs: folder for the output of the launchers.
+        more: additional settings of the script.
         """
         knobs = {"NUM_NODES": str(len(hosts)), "MASTER_ADDR": hosts[0].name, "RANKS_PER_NODE": "1"}
         self._environment = environment(**{**knobs, **more})
@@ -36,7 +37,7 @@ class TwoTorchruns:
         return self
 
     def terminate_on(self, host: Host) -> None:
-        """Sends SIGTERM to the launcher of one host."""
+        """Send SIGTERM to the launcher of one host."""
         self._started[host.name].terminate()
 
     def __exit__(
@@ -46,15 +47,15 @@ class TwoTorchruns:
             host.kill_everything()
 
     def wait(self, seconds: float) -> list[int]:
-        """The exit codes by host; all must end in time."""
+        """Return the exit codes of all hosts, which must end within `seconds`."""
         deadline = time.monotonic() + seconds
         try:
             return [self._started[host.name].wait(max(0.0, deadline - time.monotonic())) for host in self._hosts]
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {seconds} s:\n{self.words()}") from None
+            raise AssertionError(f"still running after {seconds} s:\n{self.output()}") from None
 
-    def words(self) -> str:
-        """What was said, for messages."""
+    def output(self) -> str:
+        """Return the output of the launchers, for error messages."""
         logs = [self._log_of(host) for host in self._hosts]
         return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-4000:]}" for log in logs)
 

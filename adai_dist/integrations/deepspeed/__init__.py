@@ -1,10 +1,11 @@
 """DeepSpeed: `"optimizer": {"type": "Adai"}`, exact under every ZeRO stage.
 
-- registration: makes the names known to DeepSpeed, and binds every engine that is built with one of them.
-- trainer, dropped: what the Trainer of transformers, and other engines, put in the place of an optimizer.
-- support: which settings cannot be exact, and what to use instead.
-- binding: ties the optimizer to the wrapper that DeepSpeed has put around it.
-- zero_mean: the global mean of a step, from the norms that ZeRO has all-reduced anyway.
-- zero: what the wrappers have in common and where they differ.
-- universal: universal checkpoints that keep all states.
+- registration, optimizer_names: import hooks, and the names of the optimizers in a configuration.
+- engine_binding: connects the optimizer of an engine to the wrapper that DeepSpeed puts around it.
+- zero_mean_source: the global mean under ZeRO, from the gradient norms that ZeRO all-reduces.
+- zero_wrappers: a common interface to ZeRO's optimizer wrappers.
+- without_zero: who holds which parameters without ZeRO.
+- unsupported_settings, model_snapshot, ignored_optimizer, transformers_trainer: settings, model changes and
+  optimizers that are refused or warned about.
+- checkpoint_loading, nvme_checkpoint, universal, checkpoint_file: checkpoints that keep all states.
 """

@@ -1,10 +1,10 @@
-"""The kernels as operators of DeepSpeed: compiled by its builders, under its rules, and listed by `ds_report`.
+"""The kernels as DeepSpeed operators, compiled by its builders and listed by `ds_report`.
 
-Sources, flags and the compiled library are those of :mod:`adai_dist.kernels.build`, whoever compiles them.
+Sources, flags and the compiled library are those of :mod:`adai_dist.kernels.build`.
 """
 
-# This module is private because the classes have types that are known in part only: DeepSpeed has no annotations.
-# What pyright infers from the bodies of its methods is narrower than what they mean.
+# Private because the types of the classes are partially unknown: DeepSpeed has no annotations, and the types that
+# pyright infers for its methods are too narrow.
 # pyright: reportIncompatibleMethodOverride=false
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from adai_dist.kernels.toolchain import check_toolchain, environment
 
 
 class AdaiBuilder(OpBuilder):
-    """What both builders have in common, in front of DeepSpeed's own for the device."""
+    """Base of both builders, combined with DeepSpeed's builder for the device."""
 
     extension: Extension
 
@@ -43,7 +43,7 @@ class AdaiBuilder(OpBuilder):
         return list(self.extension.cxx_flags)
 
     def is_compatible(self, verbose: bool = False) -> bool:
-        """Whether the operator can be compiled here; the reason why not is in ``error_log``."""
+        """Return whether the operator can be compiled on this machine; ``error_log`` says why not."""
         try:
             check_toolchain(self.extension.device_type)
         except BuildError as error:
@@ -54,13 +54,13 @@ class AdaiBuilder(OpBuilder):
         return super().is_compatible(verbose)
 
     def load(self, verbose: bool = False) -> Any:
-        """Compile the operator if need be, and load it, once per process.
+        """Compile the operator if necessary and load it, once per process.
 
         Returns:
-            ``torch.ops.adai_dist``, where the operators are.
+            ``torch.ops.adai_dist``, the namespace of the operators.
 
         Raises:
-            BuildError: it cannot be compiled or loaded here.
+            BuildError: the operator cannot be compiled or loaded on this machine.
         """
 
         def compile_(_: Extension, folder: Path) -> None:
@@ -76,7 +76,7 @@ class AdaiBuilder(OpBuilder):
             try:
                 self.jit_load(verbose)
             except ImportError:
-                # DeepSpeed's operators are Python modules. Ours registers with torch, and has no module to import.
+                # DeepSpeed imports its operators as Python modules; this library only registers with torch.
                 libraries = list(folder.glob("*.so"))
                 if not libraries:
                     raise
@@ -84,7 +84,7 @@ class AdaiBuilder(OpBuilder):
 
 
 class CPUAdaiBuilder(AdaiBuilder, CPUOpBuilder):
-    """Compiles the kernels for the CPU."""
+    """Builder of the CPU kernels."""
 
     BUILD_VAR = "DS_BUILD_CPU_ADAI"
     NAME = "cpu_adai"
@@ -92,7 +92,7 @@ class CPUAdaiBuilder(AdaiBuilder, CPUOpBuilder):
 
 
 class FusedAdaiBuilder(AdaiBuilder, CUDAOpBuilder):
-    """Compiles the kernels for CUDA."""
+    """Builder of the CUDA kernels."""
 
     BUILD_VAR = "DS_BUILD_FUSED_ADAI"
     NAME = "fused_adai"
@@ -106,11 +106,11 @@ BUILDERS = {builder.extension.device_type: builder for builder in (CPUAdaiBuilde
 
 
 def compile_with_deepspeed(extension: Extension, folder: Path) -> None:
-    """Compile with the builder for the extension's device."""
+    """Compile an extension with the builder for its device."""
     BUILDERS[extension.device_type](extension)._compile(folder, verbose=False)
 
 
 def add_to(operators: dict[str, OpBuilder]) -> None:
-    """Put the builders into DeepSpeed's list of operators."""
+    """Add the builders to DeepSpeed's table of operators."""
     for builder in BUILDERS.values():
         operators.setdefault(builder.NAME, builder())

@@ -1,4 +1,4 @@
-"""Makes the optimizers known to DeepSpeed, without importing it."""
+"""Registration of the optimizers with DeepSpeed, without importing it."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Any
 
 import torch
 
-from adai_dist.integrations import build_locks
-from adai_dist.integrations.after_import import after_import, wrap_once
-from adai_dist.integrations.deepspeed import trainer
-from adai_dist.integrations.deepspeed.names import OPTIMIZERS
+from adai_dist.integrations import torch_extension_lock
+from adai_dist.integrations.deepspeed import transformers_trainer
+from adai_dist.integrations.deepspeed.optimizer_names import OPTIMIZERS
+from adai_dist.integrations.import_hooks import after_import, wrap_once
 from adai_dist.kernels.build import Extension, set_compiler
 
 
 def register() -> None:
-    """Make ``Adai``, ``AdaiW`` and ``AdaiV2`` known to DeepSpeed: in its JSON, and as client optimizers.
+    """Register ``Adai``, ``AdaiW`` and ``AdaiV2`` with DeepSpeed: for its configuration and as client optimizers.
 
-    ``import adai_dist`` has done it already, before or after DeepSpeed is imported, unless the environment has
-    ``ADAI_DIST_REGISTER=0``. It may be called again.
+    ``import adai_dist`` calls this, before or after DeepSpeed is imported, unless the environment has
+    ``ADAI_DIST_REGISTER=0``. Calling it again is a no-op.
 
     Collective: none.
     """
     after_import("deepspeed.runtime.engine", _register_with)
     after_import("deepspeed.ops.op_builder.all_ops", _add_op_builders)
-    build_locks.register()
-    trainer.register()
+    torch_extension_lock.register()
+    transformers_trainer.register()
 
 
 def _register_with(engine_module: ModuleType) -> None:
     def wrap(original: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
         def _configure_optimizer(engine: Any, client_optimizer: Any, model_parameters: Any) -> None:
-            from adai_dist.integrations.deepspeed.binding import configure_and_bind
+            from adai_dist.integrations.deepspeed.engine_binding import configure_and_bind
 
             named = OPTIMIZERS.get(engine.optimizer_name()) if client_optimizer is None else None
             configure_and_bind(engine, client_optimizer, named, model_parameters, functools.partial(original, engine))
@@ -44,7 +44,7 @@ def _register_with(engine_module: ModuleType) -> None:
     if not wrap_once(engine_module.DeepSpeedEngine, "_configure_optimizer", wrap):
         return
     for name, cls in OPTIMIZERS.items():
-        setattr(torch.optim, name, cls)  # where DeepSpeed looks up names that it does not know
+        setattr(torch.optim, name, cls)  # DeepSpeed looks up unknown names there
     set_compiler(_compile_with_deepspeed)
 
 

@@ -1,4 +1,4 @@
-"""Universal checkpoints with Adai's states: DeepSpeed's converter, run so that ``beta1_prod`` survives."""
+"""Conversion of ZeRO checkpoints to universal ones with DeepSpeed's converter, keeping ``beta1_prod``."""
 
 from __future__ import annotations
 
@@ -34,34 +34,35 @@ from deepspeed.checkpoint.constants import (
     ZERO_FILE_PREFIX,
 )
 
-from adai_dist.integrations.deepspeed.files import load_file
+from adai_dist.integrations.deepspeed.checkpoint_file import load_checkpoint_file
 
 FIRST_STAGE_3_FILE_PREFIX = f"{ZERO_FILE_PREFIX}0_{MODEL_FILE_PREFIX}"
 
 
 def to_universal(input_folder: Path, output_folder: Path, num_workers: int = 1) -> None:
-    """Convert a ZeRO checkpoint into a universal one, which other numbers of ranks and other stages can load.
+    """Convert a ZeRO checkpoint to a universal one, which any number of ranks and any ZeRO stage can load.
 
-    The result has the layout of DeepSpeed's own converter and, beside ``exp_avg.pt`` of each parameter, its
-    ``beta1_prod.pt``; ``optimizer_state.pt`` has what the loaders of ZeRO 1, 2 and 3 look for, so that the stage may
-    change too. DeepSpeed's converter unpickles: convert only what you trust.
+    The result has the structure of DeepSpeed's own converter, with a ``beta1_prod.pt`` next to the ``exp_avg.pt`` of
+    each parameter, and with the entries of ``optimizer_state.pt`` that the loaders of ZeRO 1, 2 and 3 need.
+    DeepSpeed's converter unpickles the files: convert only checkpoints that you trust.
 
     Args:
-        input_folder: one checkpoint: the folder named after the tag, with ``*_optim_states.pt`` in it.
-        output_folder: where the result appears, complete or not at all; ``latest_universal`` beside it will name it.
-        num_workers: processes that read and write, each with one rank's file in memory.
+        input_folder: folder of one checkpoint, named after its tag, with ``*_optim_states.pt`` in it.
+        output_folder: folder of the result, which is created only when complete; ``latest_universal`` next to it will
+            name it.
+        num_workers: number of processes that convert, each with the file of one rank in memory.
 
     Raises:
-        FileNotFoundError: ``input_folder`` does not exist, or holds no ZeRO checkpoint.
-        NotADirectoryError: ``input_folder``, or what is to hold ``output_folder``, is a file.
+        FileNotFoundError: ``input_folder`` does not exist, or contains no ZeRO checkpoint.
+        NotADirectoryError: ``input_folder``, or a parent of ``output_folder``, is a file.
         FileExistsError: ``output_folder`` is not empty.
-        ValueError: ``output_folder`` is within ``input_folder``, or ``num_workers`` is less than 1; the optimizer of
-            the checkpoint has no ``beta1_prod``, or DeepSpeed's converter would not make of it what it says: states
-            on NVMe, experts, round_robin_gradients.
+        ValueError: ``output_folder`` is within ``input_folder``; ``num_workers`` is less than 1; the optimizer of
+            the checkpoint has no ``beta1_prod``; or DeepSpeed's converter does not support the checkpoint: states on
+            NVMe, experts, round_robin_gradients.
     """
     source, target = Path(input_folder).absolute(), Path(output_folder).absolute()
     if num_workers < 1:
-        raise ValueError(f"num_workers must be at least 1, got {num_workers}; 1 converts in this process alone")
+        raise ValueError(f"num_workers must be at least 1, got {num_workers}; 1 converts in this process")
     shards = _shards(source)
     _check_output(source, target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -75,28 +76,28 @@ def to_universal(input_folder: Path, output_folder: Path, num_workers: int = 1) 
             _convert(disguised, work / "beta1_prod", num_workers)
             shutil.rmtree(disguised)
             _move_beta1_prod(work / "beta1_prod", result)
-        _complete(result, shards[0])
+        _make_loadable_by_all_stages(result, shards[0])
         result.rename(target)
-        latest = work / "latest_universal"  # where DeepSpeed has written the temporary names
+        latest = work / "latest_universal"  # DeepSpeed wrote the temporary name there
         latest.write_text(target.name)
         os.replace(latest, target.parent / latest.name)
 
 
-# -- what is there -----------------------------------------------------------------------------------------------------
+# -- the input ---------------------------------------------------------------------------------------------------------
 
 
 def _shards(source: Path) -> list[Path]:
-    """The files with optimizer states, after a look into each."""
+    """Return the files of optimizer states, after checking each."""
     if not source.is_dir():
-        what = "is a file" if source.exists() else "does not exist"
+        fault = "is a file" if source.exists() else "does not exist"
         kind = NotADirectoryError if source.exists() else FileNotFoundError
         raise kind(
-            f"the input must be the folder of one ZeRO checkpoint, got {str(source)!r}, which {what}; name another"
+            f"the input must be the folder of one ZeRO checkpoint, got {str(source)!r}, which {fault}; name another"
         )
     shards = sorted(source.glob(f"*{OPTIM_FILE_SUFFIX}"))
     if not shards:
         hint = (
-            "name the folder of one checkpoint; without ZeRO there is nothing to convert: any number of ranks loads it"
+            "name the folder of one checkpoint; one saved without ZeRO needs no conversion for other numbers of ranks"
         )
         if (source / "latest").is_file():
             hint = (
@@ -108,18 +109,18 @@ def _shards(source: Path) -> list[Path]:
         )
     if (source / "offloaded_tensors").exists():
         raise ValueError(
-            f"the optimizer states must be in the checkpoint itself, but those of {str(source)!r} were on NVMe, which "
-            "DeepSpeed's converter cannot read; offload to the CPU in runs that are to be converted"
+            f"the optimizer states must be in the checkpoint files, got {str(source)!r}, whose states were on NVMe, "
+            "which DeepSpeed's converter cannot read; offload to the CPU in runs to be converted"
         )
     if any(source.glob("layer_*_expert_*")):
         raise ValueError(
-            f"a model that is to be converted must have no experts, but {str(source)!r} has some: each rank calls its "
-            "own by the same names, which DeepSpeed's converter takes for parts of one; as many ranks as have saved it "
-            "can load it as it is"
+            f"the model of the checkpoint must have no experts, got {str(source)!r} with experts, which have the same "
+            "names on every rank, so that DeepSpeed's converter merges them; load the original checkpoint on the "
+            "number of ranks that saved it"
         )
     for shard in shards:
         _check_states(shard)
-    _check_links(source, shards)
+    _check_offsets(source, shards)
     return shards
 
 
@@ -133,72 +134,75 @@ def _check_output(source: Path, target: Path) -> None:
     nearest = next(folder for folder in target.parents if folder.exists())
     if not nearest.is_dir():
         raise NotADirectoryError(
-            f"the output must be a new folder in a folder, got {str(target)!r}, but {str(nearest)!r} is a file; name "
+            f"the output must be a new folder, got {str(target)!r} below {str(nearest)!r}, which is a file; name "
             "another one"
         )
 
 
 def _check_states(shard: Path) -> None:
-    content = load_file(shard)
+    content = load_checkpoint_file(shard)
     states = _base_state(content)["state"]
     missing = [index for index, state in states.items() if "beta1_prod" not in state]
     if missing or not states:
         raise ValueError(
-            f"the checkpoint must hold beta1_prod for every state, but in {str(shard)!r} "
-            f"{f'states {missing} have none' if states else 'there is no state at all'}; convert checkpoints of Adai, "
-            "AdaiW or AdaiV2 that were saved after the first step"
+            f"the checkpoint must hold beta1_prod in every state, got {str(shard)!r} with "
+            f"{f'states {missing} without it' if states else 'no states'}; convert checkpoints of Adai, AdaiW or "
+            "AdaiV2 that were saved after the first step"
         )
-    # BF16_Optimizer counts all padding of a group to the last rank's partition; the converter then fails on it.
+    # BF16_Optimizer assigns all padding of a group to the partition of the last rank, where the converter fails.
     paddings = content[OPTIMIZER_STATE_DICT].get(GROUP_PADDINGS) or []
     for index, (padding, state) in enumerate(zip(paddings, states.values(), strict=False)):
         if padding > state["beta1_prod"].numel():
             raise ValueError(
-                f"DeepSpeed's converter needs param groups with more elements than padding, but group {index} has "
-                f"less, and was stepped by BF16_Optimizer; put its parameters into another group, or leave out "
-                '"grad_accum_dtype" under "data_types"'
+                f"parameter groups of BF16_Optimizer must have more elements than padding to be converted, got fewer "
+                f'in group {index}; move its parameters into another group, or remove "grad_accum_dtype" from '
+                '"data_types"'
             )
 
 
-def _check_links(source: Path, shards: list[Path]) -> None:
-    """Compare where DeepSpeed says that the parameters are with the order in which they are flattened.
+def _check_offsets(source: Path, shards: list[Path]) -> None:
+    """Check that DeepSpeed's offsets of the parameters follow the order in which they are flattened.
 
-    Under round_robin_gradients of ZeRO 1 and 2 it mixes them up, which shows only here: in a universal checkpoint
-    parameters would have elements of others.
+    Under round_robin_gradients with ZeRO 1 and 2 they do not, and a universal checkpoint would contain permuted
+    elements.
     """
-    linked: dict[tuple[str, int], dict[str, None]] = {}  # names in order, by model-parallel rank and param group
+    linked: dict[tuple[str, int], dict[str, None]] = {}  # ordered names, by model-parallel rank and parameter group
     for shard in sorted(shards, key=_ranks):
-        zero_state = load_file(shard)[OPTIMIZER_STATE_DICT]
+        zero_state = load_checkpoint_file(shard)[OPTIMIZER_STATE_DICT]
         paddings = zero_state.get(PARAM_ALIGNMENT_PADDINGS) or []
         for index, mapping in enumerate(zero_state.get(PARAM_SLICE_MAPPINGS) or []):
-            if index >= len(paddings) or not any(paddings[index]):  # with these it links correctly
+            if index >= len(paddings) or not any(paddings[index]):  # with padding the offsets are right
                 names = linked.setdefault((_ranks(shard)[0], index), {})
                 names.update(dict.fromkeys(sorted(mapping, key=lambda name: mapping[name].start)))
     for (rank, index), names in linked.items():
-        shapes = load_file(source / f"{MODEL_FILE_PREFIX}{rank}{MODEL_FILE_SUFFIX}")[PARAM_SHAPES]
+        shapes = load_checkpoint_file(source / f"{MODEL_FILE_PREFIX}{rank}{MODEL_FILE_SUFFIX}")[PARAM_SHAPES]
         if list(names) != [name for name in shapes[index] if name in names]:
             raise ValueError(
-                '"round_robin_gradients" must be false in a run that is to be converted: with it, DeepSpeed does not '
-                f"know where in param group {index} of {str(source)!r} its parameters are. As many ranks as have saved "
-                "it can load it as it is; zero_to_fp32.py makes the weights alone of it"
+                '"round_robin_gradients" must be false in a run that is to be converted, got '
+                f"{str(source)!r} with wrong offsets of the parameters in parameter group {index}; load it on the "
+                "number of ranks that saved it, or extract the weights with zero_to_fp32.py"
             )
 
 
 def _ranks(shard: Path) -> tuple[str, int]:
-    """The model-parallel rank as it is written in the names of files, and the data-parallel rank."""
+    """Return the model-parallel rank, as spelled in the file name, and the data-parallel rank."""
     match = re.search(rf"{ZERO_FILE_PREFIX}(\d+)_{MODEL_FILE_PREFIX}(\d+)", shard.name)
     if match is None:
-        raise ValueError(f"a file with optimizer states must name its ranks, got {str(shard)!r}")
+        raise ValueError(
+            f"a file of optimizer states must have its ranks in its name, got {str(shard)!r}; restore the name that "
+            "DeepSpeed gave it"
+        )
     return match[2], int(match[1])
 
 
 def _base_state(shard: dict[str, Any]) -> dict[str, Any]:
-    """The ``state_dict`` of the wrapped optimizer; ZeRO 3 and the others keep it under different names."""
+    """Return the ``state_dict`` of the wrapped optimizer, whose key depends on the ZeRO stage."""
     zero_state = shard[OPTIMIZER_STATE_DICT]
     return zero_state[BASE_OPTIMIZER_STATE if BASE_OPTIMIZER_STATE in zero_state else OPTIMIZER_STATE_DICT]
 
 
 def _param_folders(universal: Path) -> Iterator[Path]:
-    """The folders of the parameters that the optimizer has states of; names may contain slashes."""
+    """Yield the folders of the parameters with optimizer states; their names may contain slashes."""
     return (path.parent for path in sorted((universal / "zero").rglob("exp_avg.pt")))
 
 
@@ -210,7 +214,7 @@ def _has_beta1_prod(universal: Path) -> bool:
 
 
 def _convert(source: Path, target: Path, num_workers: int) -> None:
-    """DeepSpeed's converter, with the arguments that its command line would give it."""
+    """Run DeepSpeed's converter as its command line does."""
     arguments = argparse.Namespace(
         input_folder=str(source),
         output_folder=str(target),
@@ -218,25 +222,25 @@ def _convert(source: Path, target: Path, num_workers: int) -> None:
         num_merge_workers=num_workers,
         keep_temp_folder=False,
         strict=True,
-        inject_missing_state=True,  # universal_checkpoint_info, which only Megatron-DeepSpeed writes
+        inject_missing_state=True,  # creates universal_checkpoint_info, which only Megatron-DeepSpeed writes
     )
     with contextlib.redirect_stdout(io.StringIO()):
         ds_to_universal.main(arguments)
 
 
 def _disguise(source: Path, shards: list[Path], target: Path) -> None:
-    """A copy of the checkpoint that shows ``beta1_prod`` as ``exp_avg``, since the converter knows only Adam's states.
+    """Copy the checkpoint with ``beta1_prod`` under the name ``exp_avg``, since the converter only reads Adam's states.
 
-    https://github.com/deepspeedai/DeepSpeed/pull/8609 is to change that.
+    https://github.com/deepspeedai/DeepSpeed/pull/8609 would make this unnecessary.
     """
     target.mkdir()
     for path in source.iterdir():
         if path.is_file() and path not in shards:
             (target / path.name).symlink_to(path)
     for path in shards:
-        shard = load_file(path)
+        shard = load_checkpoint_file(path)
         for state in _base_state(shard)["state"].values():
-            # One tensor under both names: torch.save writes it once.
+            # torch.save writes a tensor under two names once.
             state["exp_avg"] = state["exp_avg_sq"] = state.pop("beta1_prod")
         torch.save(shard, target / path.name)
 
@@ -246,16 +250,16 @@ def _move_beta1_prod(disguised: Path, universal: Path) -> None:
         (folder / "exp_avg.pt").rename(universal / folder.relative_to(disguised) / "beta1_prod.pt")
 
 
-# -- one layout for all stages -----------------------------------------------------------------------------------------
+# -- one format for all stages -----------------------------------------------------------------------------------------
 
 
-def _complete(universal: Path, shard_path: Path) -> None:
-    """Add what the loader of the other stages reads: it is the converter that differs between them, not the content."""
-    base_state = _base_state(load_file(shard_path))
+def _make_loadable_by_all_stages(universal: Path, shard_path: Path) -> None:
+    """Add the entries and file names that the loaders of the other stages read."""
+    base_state = _base_state(load_checkpoint_file(shard_path))
     step = next(iter(base_state["state"].values()))["step"]
     global_state_path = universal / "zero" / "optimizer_state.pt"
-    global_state = load_file(global_state_path)
-    global_state.pop(FP32_FLAT_GROUPS, None)  # of rank 0, and nobody reads it
+    global_state = load_checkpoint_file(global_state_path)
+    global_state.pop(FP32_FLAT_GROUPS, None)  # of rank 0, and not read by any loader
     global_state.setdefault(DS_VERSION, deepspeed_version)
     global_state[PARAM_GROUPS] = base_state[PARAM_GROUPS]
     global_state[OPTIMIZER_STATE_DICT] = {"state": {0: {"step": step}}, PARAM_GROUPS: base_state[PARAM_GROUPS]}
@@ -266,7 +270,7 @@ def _complete(universal: Path, shard_path: Path) -> None:
         if not (folder / "step.pt").exists():
             torch.save(step, folder / "step.pt")
         for path in folder.glob("*.pt"):
-            tensor: Any = load_file(path)
+            tensor: Any = load_checkpoint_file(path)
             if isinstance(tensor, torch.Tensor) and path.name != "step.pt":
                 name = str(folder.relative_to(universal / "zero"))
                 _replace({PARAM: tensor.reshape(shapes[name]), CAT_DIM: 0}, path)
@@ -279,22 +283,22 @@ def _complete(universal: Path, shard_path: Path) -> None:
 
 def _param_shapes(universal: Path) -> dict[str, torch.Size]:
     for path in universal.glob(f"{FIRST_STAGE_3_FILE_PREFIX}*{MODEL_FILE_SUFFIX}"):
-        return {name: shape for shapes in load_file(path)[PARAM_SHAPES] for name, shape in shapes.items()}
+        return {name: shape for shapes in load_checkpoint_file(path)[PARAM_SHAPES] for name, shape in shapes.items()}
     return {}
 
 
 def _replace(content: Any, path: Path) -> None:
-    # Not in place: tensors in content may be a view of the file.
+    # Tensors in content may be memory-mapped from the file, so it is not overwritten in place.
     temporary = path.with_suffix(".tmp")
     torch.save(content, temporary)
     os.replace(temporary, path)
 
 
 def _link(path: Path, other_name: Path) -> None:
-    """The same file under the name that the other stages give it."""
+    """Give a file a second name, the one that the other stages read."""
     if other_name.exists():
         return
     try:
         other_name.hardlink_to(path)
-    except OSError:  # not every file system has links
+    except OSError:  # the file system has no hard links
         shutil.copy2(path, other_name)

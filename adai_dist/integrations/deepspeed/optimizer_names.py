@@ -1,4 +1,4 @@
-"""What the optimizers are called in a DeepSpeed configuration."""
+"""Names of the optimizers in a DeepSpeed configuration."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 OPTIMIZERS: dict[str, type[AdaptiveInertia]] = {
     spelling: cls for cls in (Adai, AdaiW, AdaiV2) for spelling in (cls.__name__, cls.__name__.lower())
 }
-"""Optimizers by what may stand as their type."""
+"""Optimizer classes by the values of ``"type"`` that select them."""

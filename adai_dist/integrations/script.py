@@ -1,6 +1,6 @@
-"""`adai-dist run`: runs a script or module that knows nothing of this package, as Python itself would run it.
+"""`adai-dist run`: run a script or module as Python would, with the optimizers registered with DeepSpeed.
 
-Only what matters for DeepSpeed is different: `"optimizer": {"type": "Adai"}` in its configuration is known.
+The program need not import this package to have `"optimizer": {"type": "Adai"}` in its DeepSpeed configuration.
 """
 
 from __future__ import annotations
@@ -18,44 +18,43 @@ from typing import Any, NamedTuple
 
 from adai_dist.integrations.deepspeed.registration import register
 
-_LOCAL_RANK = ("--local_rank=", "--local-rank=")  # of the launcher of DeepSpeed, of torch.distributed.launch
+_LOCAL_RANK = ("--local_rank=", "--local-rank=")  # DeepSpeed's launcher, torch.distributed.launch
 
 
 class NoProgramError(ValueError):
-    """There is no such script or module. The message is one line for the person who named it."""
+    """Error for a script or module that does not exist; its message is one line for the command line."""
 
 
 class _Program(NamedTuple):
     code: types.CodeType
     argv0: str
     settings: dict[str, Any]
-    """What Python sets in `__main__`."""
+    """Global names that Python defines in `__main__`."""
 
 
 def split_local_rank(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Takes off what a launcher puts in front of the arguments of the module that it starts.
+    """Split off the argument that a launcher inserts before those of the module that it starts.
 
     Returns:
-        The launcher's words (`--local_rank=0`, or none), and the user's.
+        The launcher's arguments (`--local_rank=0`, or none), and the user's.
     """
     num_words = 1 if arguments and arguments[0].startswith(_LOCAL_RANK) else 0
     return list(arguments[:num_words]), list(arguments[num_words:])
 
 
 def run_program(name: str, arguments: Sequence[str], *, is_module: bool = False) -> None:
-    """Runs a program as `__main__`, which it stays; returns if it comes to its end.
+    """Run a program as `__main__`, which `sys.modules` keeps afterwards.
 
-    Processes that the program starts by itself are not registered; they have to `import adai_dist`.
+    The optimizers are registered in this process only; processes that the program starts must `import adai_dist`.
 
     Args:
         name: path of a script (or of a folder or zip file with a `__main__.py`), or name of a module.
-        arguments: its command line, without its name.
-        is_module: as `python -m` does.
+        arguments: command line of the program, without its name.
+        is_module: whether `name` is a module, as for `python -m`.
 
     Raises:
-        NoProgramError: it is not there.
-        BaseException: whatever the program raises. Where nobody catches that, Python prints the traceback that it
-            would have printed without us.
+        NoProgramError: the program does not exist.
+        BaseException: any exception of the program; if it is not caught, the traceback shows only the program's frames.
     """
     register()
     sys.argv[:] = ["-m" if is_module else name, *arguments]
@@ -101,7 +100,7 @@ def _find_main_in(name: str) -> _Program:
 
 def _find_module(name: str) -> _Program:
     try:
-        spec = importlib.util.find_spec(name)  # imports the packages around it
+        spec = importlib.util.find_spec(name)  # imports its parent packages
         if spec is not None and spec.submodule_search_locations is not None:
             spec = importlib.util.find_spec(f"{name}.__main__")
     except ModuleNotFoundError as error:
@@ -122,8 +121,8 @@ def _from_spec(spec: ModuleSpec | None, name: str, argv0: str | None, advice: st
 
 
 def _set_first_path(folder: str) -> None:
-    """Puts `folder` where Python puts that of the script."""
-    if not sys.flags.isolated and not getattr(sys.flags, "safe_path", False):  # with these Python puts nothing there
+    """Set the first entry of `sys.path`, as Python does for a script."""
+    if not sys.flags.isolated and not getattr(sys.flags, "safe_path", False):  # these flags add no such entry
         sys.path[:1] = [folder]
 
 
@@ -134,7 +133,7 @@ def _program_frames(trace: types.TracebackType | None) -> types.TracebackType | 
 
 
 def _print_only(trace: types.TracebackType | None) -> None:
-    """Lets the hook for uncaught exceptions, the program's own or Python's, see the frames of the program alone."""
+    """Pass only the frames of the program to `sys.excepthook`, Python's or the program's own."""
     hook = sys.excepthook
 
     def print_exception(kind: type[BaseException], error: BaseException, _: types.TracebackType | None) -> None:

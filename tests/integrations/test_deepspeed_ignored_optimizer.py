@@ -1,4 +1,4 @@
-"""Who made an Adai and trains another optimizer with DeepSpeed is told; Adam's values come in by no back door."""
+"""Warnings about an ignored Adai optimizer under DeepSpeed, and refusal of Adam's default betas and eps."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def config_with(optimizer: dict[str, Any] | None, **more: Any) -> dict[str, Any]
 # -- deepspeed.initialize --------------------------------------------------------------------------------------------
 
 
-def engine_beside(config: dict[str, Any], client: Callable[[Any], Any] | None, whose: str) -> tuple[str, list[str]]:
-    """What an engine trains, and what is said, where an AdaiV2 was made for the model, for another one, or is gone."""
+def engine_optimizer(config: dict[str, Any], client: Callable[[Any], Any] | None, whose: str) -> tuple[str, list[str]]:
+    """Return an engine's optimizer and the warnings, after an AdaiV2 was created for a model or deleted."""
     set_environment()
     import deepspeed
 
@@ -54,7 +54,9 @@ def engine_beside(config: dict[str, Any], client: Callable[[Any], Any] | None, w
             config=config,
             dist_init_required=False,
         )
-    return type(engine.basic_optimizer).__name__, [message for message in messages if "with DeepSpeed" in message]
+    return type(engine.basic_optimizer).__name__, [
+        message for message in messages if "DeepSpeed trains with" in message
+    ]
 
 
 def sgd(params: Any) -> torch.optim.SGD:
@@ -66,29 +68,29 @@ def adai(params: Any) -> Adai:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_an_engine_that_trains_another_optimizer_than_was_made_says_so_once(stage: int) -> None:
-    (name, first), (_, second) = run_ranks(engine_beside, 2, config_with(ADAMW, **zero(stage)), None, "mine")
+def test_an_engine_warns_once_if_it_ignores_an_optimizer_of_its_model(stage: int) -> None:
+    (name, first), (_, second) = run_ranks(engine_optimizer, 2, config_with(ADAMW, **zero(stage)), None, "mine")
     assert name == "AdamW"
     assert len(first) == 1
-    assert "AdamW trains, and not the AdaiV2" in first[0]
+    assert "AdamW and ignores the AdaiV2" in first[0]
     assert "deepspeed.initialize(optimizer=...)" in first[0]
     assert second == []
 
 
-def test_a_client_optimizer_of_another_kind_is_told_too() -> None:
+def test_it_also_warns_for_a_client_optimizer_of_another_class() -> None:
     untested = {"zero_allow_untested_optimizer": True}
-    ((name, messages),) = run_ranks(engine_beside, 1, config_with(None, **zero(1), **untested), sgd, "mine")
+    ((name, messages),) = run_ranks(engine_optimizer, 1, config_with(None, **zero(1), **untested), sgd, "mine")
     assert name == "SGD"
     assert len(messages) == 1
 
 
 @pytest.mark.parametrize("whose", ["other", "gone"])
-def test_optimizers_of_other_models_and_those_that_are_gone_are_none_of_its_business(whose: str) -> None:
-    assert run_ranks(engine_beside, 1, config_with(ADAMW), None, whose) == [("AdamW", [])]
+def test_it_does_not_warn_about_optimizers_of_other_models_or_deleted_ones(whose: str) -> None:
+    assert run_ranks(engine_optimizer, 1, config_with(ADAMW), None, whose) == [("AdamW", [])]
 
 
-def test_a_client_optimizer_of_ours_trains_whatever_the_configuration_names() -> None:
-    assert run_ranks(engine_beside, 1, config_with(ADAMW), adai, "other") == [("Adai", [])]
+def test_a_client_adai_overrides_the_optimizer_of_the_configuration() -> None:
+    assert run_ranks(engine_optimizer, 1, config_with(ADAMW), adai, "other") == [("Adai", [])]
 
 
 @pytest.mark.parametrize("params", [None, {}, {"dampening": 0.0}, {"learning_rate": 1.0}])
@@ -102,7 +104,7 @@ def test_a_type_without_lr_is_refused_by_name(params: dict[str, Any] | None) -> 
 
 def refusal(config: dict[str, Any]) -> str:
     try:
-        engine_beside(config, None, "gone")
+        engine_optimizer(config, None, "gone")
     except (TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "not refused"
@@ -123,7 +125,7 @@ class Squares(nn.Module):
 def trainer_run(
     folder: str, optimizer: dict[str, Any] | None, how: str, arguments: dict[str, Any]
 ) -> tuple[str, list[str]]:
-    """What the Trainer trains, and what is said, where it was given an optimizer in one way or another."""
+    """Return the optimizer that the Trainer uses, and the warnings, for one way of passing an optimizer."""
     set_environment()
     from transformers import Trainer, TrainingArguments
 
@@ -163,20 +165,20 @@ def trainer_run(
 
 @pytest.mark.parametrize("how", ["kept", "inline"])
 @pytest.mark.parametrize("named", [None, ADAMW], ids=["names none", "names another"])
-def test_the_trainer_says_that_it_drops_an_optimizer(how: str, named: dict[str, Any] | None, tmp_path: Any) -> None:
+def test_the_trainer_warns_that_it_ignores_an_optimizer(how: str, named: dict[str, Any] | None, tmp_path: Any) -> None:
     for rank, (name, messages) in enumerate(run_ranks(trainer_run, 1, str(tmp_path), named, how, {})):
         assert name == "AdamW"
         assert len(messages) == (rank == 0)
         assert "AdamW" in messages[0]
-        assert "trains, and not the AdaiV2 that was made for the same parameters" in messages[0]
+        assert "ignores the AdaiV2 that was created for the same parameters" in messages[0]
         assert "optimizer_cls_and_kwargs=(AdaiV2, {...})" in messages[0]
 
 
-def test_the_remedy_trains_it(tmp_path: Any) -> None:
+def test_the_suggested_remedy_trains_the_optimizer(tmp_path: Any) -> None:
     assert run_ranks(trainer_run, 1, str(tmp_path), None, "class", {}) == [("AdaiV2", [])]
 
 
-def test_the_trainer_says_that_the_configuration_makes_an_optimizer_of_its_own(tmp_path: Any) -> None:
+def test_the_trainer_warns_that_the_hyperparameters_are_those_of_the_configuration(tmp_path: Any) -> None:
     named = {"type": "Adai", "params": {"lr": "auto"}}
     ((name, messages),) = run_ranks(trainer_run, 1, str(tmp_path), named, "inline", {})
     assert name == "Adai"
@@ -184,7 +186,7 @@ def test_the_trainer_says_that_the_configuration_makes_an_optimizer_of_its_own(t
     assert "hyperparameters are those of the configuration" in messages[0]
 
 
-# Params in the JSON, arguments of the Trainer, and which of the params is refused.
+# Params of the JSON, arguments of the Trainer, and the param that is refused.
 AUTO: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
     ({"betas": "auto"}, {}, "betas"),
     ({"eps": "auto"}, {}, "eps"),
@@ -198,7 +200,7 @@ AUTO: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
 
 
 def processed(folder: str, name: str) -> list[str]:
-    """What becomes of the configurations: an error, or what DeepSpeed is going to see."""
+    """Return for each configuration the error, or the params that DeepSpeed would receive."""
     set_environment()
     from transformers import TrainingArguments
 
@@ -216,12 +218,12 @@ def processed(folder: str, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["AdaiV2", "adai", "AdamW"])
-def test_auto_does_not_become_what_adam_has(name: str, tmp_path: Any) -> None:
+def test_auto_is_never_replaced_with_a_default_of_adam(name: str, tmp_path: Any) -> None:
     (found,) = run_ranks(processed, 1, str(tmp_path), name)
-    for (params, _, refused), said in zip(AUTO, found, strict=True):
+    for (params, _, refused), result in zip(AUTO, found, strict=True):
         if refused is None or name == "AdamW":
-            assert "auto" not in said
-            assert all(f"'{key}'" in said for key in ("lr", *params))
+            assert "auto" not in result
+            assert all(f"'{key}'" in result for key in ("lr", *params))
         else:
-            assert said.startswith(f'UnsupportedSetting: optimizer.params.{refused} must not be "auto"')
-            assert f"leave {refused} out" in said
+            assert result.startswith(f'UnsupportedSetting: optimizer.params.{refused} must not be "auto"')
+            assert f"leave {refused} out" in result

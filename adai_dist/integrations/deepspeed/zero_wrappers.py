@@ -1,8 +1,8 @@
-"""What ZeRO's wrappers hold of a model, each in its own attributes.
+"""A common interface to ZeRO's optimizer wrappers, which keep a model in different attributes.
 
-A *part* is what a wrapper hands to the optimizer in one call: this rank's flat float32 partition of a parameter group
-(stages 1 and 2, BF16_Optimizer) or of a sub-group (stage 3). A *fragment* is a run of elements in a flat partition
-that belongs to one parameter of the model, without padding.
+A *part* is the unit that a wrapper passes to the optimizer: this rank's flat float32 partition of a parameter group
+(stages 1 and 2, BF16_Optimizer) or of a sub-group (stage 3). A *fragment* (DeepSpeed's word) is the range of a flat
+partition that belongs to one parameter of the model, without padding.
 """
 
 from __future__ import annotations
@@ -26,40 +26,41 @@ if TYPE_CHECKING:
 
 
 class Fragment(NamedTuple):
-    """Elements ``start`` to ``start + num_elements`` of a flat partition."""
+    """Range of a flat partition that belongs to one parameter, as in ``deepspeed.utils.tensor_fragment``."""
 
     start: int
     num_elements: int
     param: Tensor
     """The parameter of the model."""
     is_counted: bool
-    """False for a copy that another rank counts: ZeRO's own rule for the norm of the gradients."""
+    """False for a copy that another rank counts, by ZeRO's rule for the gradient norm."""
 
-    def of(self, flat: Tensor | None) -> Tensor:
-        assert flat is not None  # with CPU offload, gradients are never freed
+    def view_of(self, flat: Tensor | None) -> Tensor:
+        """Return the view of the fragment's elements in its flat partition, or in a tensor of the same shape."""
+        assert flat is not None  # under CPU offload, gradients are never freed
         return flat.view(-1).narrow(0, self.start, self.num_elements)
 
 
 class ZeroWrapper:
-    """One of ZeRO's wrappers, as far as the mean has to know it; the base of the classes below."""
+    """Interface to one of ZeRO's wrappers, with what the mean depends on."""
 
     signatures: ClassVar[dict[str, tuple[str, ...]]] = {"step": ("closure",), "state_dict": (), "load_state_dict": ()}
-    """Methods that the binding replaces or calls, with their parameters."""
+    """Parameter names of the methods that the binding replaces or calls."""
 
     def __init__(self, wrapper: Any) -> None:
         self.wrapper = wrapper
         self._fragments: dict[int, list[Fragment]] = {}
 
-    def flats(self) -> list[Tensor]:
-        """The flat float32 partition of every part."""
+    def flat_partitions(self) -> list[Tensor]:
+        """Return the flat float32 partition of every part."""
         raise NotImplementedError
 
     def group_indices(self) -> list[int]:
-        """The parameter group of every part."""
+        """Return the index of the parameter group of every part."""
         raise NotImplementedError
 
     def fragments(self, part: int) -> list[Fragment]:
-        """What this rank has of the parameters of a part, in their order; it never changes."""
+        """Return the fragments of a part on this rank, in the order of the parameters; they never change."""
         if part not in self._fragments:
             self._fragments[part] = self._find_fragments(part)
         return self._fragments[part]
@@ -68,34 +69,34 @@ class ZeroWrapper:
         raise NotImplementedError
 
     def gradients(self, part: int) -> Iterator[tuple[Fragment, Tensor]]:
-        """The fragments that are counted, each with its gradient, still scaled; before the optimizer is called."""
+        """Yield the counted fragments with their scaled gradients, before the optimizer is called."""
         raise NotImplementedError
 
     def process_groups(self) -> tuple[ProcessGroup, ...]:
-        """Over these, one after the other, what the ranks count adds up to the model."""
+        """Return the process groups; reducing over them in order counts every element of the model once."""
         raise NotImplementedError
 
     def is_swapped(self, part: int) -> bool:
-        """Whether the part is on disk between its steps."""
+        """Return whether the part is on disk between its steps."""
         return False
 
     @contextmanager
     def in_memory(self, part: int) -> Generator[None]:
-        """The part, read from disk where it is there."""
+        """Keep the part in memory within the context, reading it from disk if it is swapped."""
         yield
 
     def collect_late_gradients(self) -> None:
-        """Under offload: gradients of parameters that the last micro-batch did not use, which DeepSpeed would drop."""
+        """Collect the gradients of parameters unused in the last micro-batch, which DeepSpeed drops under offload."""
 
     def clear_stale_gradients(self, part: int) -> None:
-        """Zero gradients that are left over from an earlier step, of parameters without one in this step."""
+        """Zero the gradients of an earlier step of parameters that have none in this step."""
 
     def clear_accumulated_gradients(self) -> None:
-        """After a step: zero the buffers to which the next step's micro-batches add their gradients."""
+        """Zero the buffers in which micro-batches accumulate gradients, after a step."""
 
 
 class Stage1And2(ZeroWrapper):
-    """``DeepSpeedZeroOptimizer``: one part per parameter group."""
+    """Interface to ``DeepSpeedZeroOptimizer``, with one part per parameter group."""
 
     signatures: ClassVar[dict[str, tuple[str, ...]]] = {
         **ZeroWrapper.signatures,
@@ -107,16 +108,16 @@ class Stage1And2(ZeroWrapper):
         "_finalize_cpu_offload_gradient_accumulation": (),
     }
 
-    def flats(self) -> list[Tensor]:
+    def flat_partitions(self) -> list[Tensor]:
         return self.wrapper.single_partition_of_fp32_groups
 
     def group_indices(self) -> list[int]:
-        return list(range(len(self.flats())))
+        return list(range(len(self.flat_partitions())))
 
     def _find_fragments(self, part: int) -> list[Fragment]:
-        # DeepSpeed's own links (_hp_mapping) are in another order under round_robin_gradients.
+        # DeepSpeed's own mapping (_hp_mapping) has the wrong order under round_robin_gradients.
         params, starts = self.wrapper.round_robin_bit16_groups[part], self.wrapper.round_robin_bit16_offsets[part]
-        size = self.flats()[part].numel()
+        size = self.flat_partitions()[part].numel()
         first = size * dist.get_rank(self.wrapper.real_dp_process_group[part])
         found: list[Fragment] = []
         for param, meta, start in zip(params, self.wrapper.round_robin_bit16_meta[part], starts, strict=True):
@@ -134,7 +135,7 @@ class Stage1And2(ZeroWrapper):
         fragments = {id(fragment.param): fragment for fragment in self.fragments(part) if fragment.is_counted}
         if self.wrapper.cpu_offload:
             for fragment in fragments.values():
-                yield fragment, fragment.of(self.flats()[part].grad)
+                yield fragment, fragment.view_of(self.flat_partitions()[part].grad)
             return
         gradients = (g for g in self.wrapper.averaged_gradients[part] if not getattr(g, "_zero_padding", False))
         for param, gradient in zip(self.wrapper.params_in_partition[part], gradients, strict=False):
@@ -154,7 +155,7 @@ class Stage1And2(ZeroWrapper):
         if wrapper.cpu_offload:
             for fragment in self.fragments(part):
                 if wrapper.get_param_id(fragment.param) not in wrapper.norm_for_param_grads:
-                    fragment.of(self.flats()[part].grad).zero_()
+                    fragment.view_of(self.flat_partitions()[part].grad).zero_()
 
     def clear_accumulated_gradients(self) -> None:
         if self.wrapper.cpu_offload and self.wrapper.gradient_accumulation_steps > 1:
@@ -163,7 +164,7 @@ class Stage1And2(ZeroWrapper):
 
 
 class Stage3(ZeroWrapper):
-    """``DeepSpeedZeroOptimizer_Stage3``: one part per sub-group."""
+    """Interface to ``DeepSpeedZeroOptimizer_Stage3``, with one part per sub-group."""
 
     signatures: ClassVar[dict[str, tuple[str, ...]]] = {
         **ZeroWrapper.signatures,
@@ -179,11 +180,11 @@ class Stage3(ZeroWrapper):
         "_release_sub_group": ("sub_group_id", "timer_names"),
     }
 
-    def flats(self) -> list[Tensor]:
+    def flat_partitions(self) -> list[Tensor]:
         return self.wrapper.fp32_partitioned_groups_flat
 
     def group_indices(self) -> list[int]:
-        return [self.wrapper.sub_group_to_group_id[part] for part in range(len(self.flats()))]
+        return [self.wrapper.sub_group_to_group_id[part] for part in range(len(self.flat_partitions()))]
 
     def _find_fragments(self, part: int) -> list[Fragment]:
         params = self.wrapper.fp16_groups[part]
@@ -193,7 +194,7 @@ class Stage3(ZeroWrapper):
         for param in params:
             size = int(param.partition_numel())
             first = size * self.wrapper._get_param_partition_rank(param)
-            num_elements = max(0, min(size, int(param.ds_numel) - first))  # the rest of the partition is padding
+            num_elements = max(0, min(size, int(param.ds_numel) - first))  # the remainder is padding
             is_counted = counts_all or is_model_parallel_parameter(param) or self.wrapper.model_parallel_rank == 0
             found.append(Fragment(start, num_elements, param, is_counted))
             start += size
@@ -205,7 +206,7 @@ class Stage3(ZeroWrapper):
             if not fragment.is_counted:
                 continue
             if averaged is None:
-                yield fragment, fragment.of(self.flats()[part].grad)
+                yield fragment, fragment.view_of(self.flat_partitions()[part].grad)
             else:
                 yield fragment, averaged[index].view(-1)[: fragment.num_elements]
 
@@ -214,8 +215,8 @@ class Stage3(ZeroWrapper):
         partition_group = self._partition_group()
         if any(self.wrapper._get_param_partition_group(param) is not partition_group for param in params):
             raise RuntimeError(
-                "under ZeRO stage 3, Adai needs all parameters partitioned over the same ranks, got several process "
-                "groups (AutoEP experts); use ZeRO stage 1 or 2"
+                "under ZeRO stage 3 all parameters must be partitioned over the same ranks, got several process groups "
+                "(AutoEP experts); use ZeRO stage 1 or 2"
             )
         if self.wrapper._grad_norm_counts_every_rank(params, partition_group):
             return (partition_group,)
@@ -242,7 +243,9 @@ class Stage3(ZeroWrapper):
     def collect_late_gradients(self) -> None:
         wrapper = self.wrapper
         if wrapper.offload_optimizer:
-            params = [fragment.param for part in range(len(self.flats())) for fragment in self.fragments(part)]
+            params = [
+                fragment.param for part in range(len(self.flat_partitions())) for fragment in self.fragments(part)
+            ]
             accumulated = (p for p in params if _ds_id(p) in wrapper._offload_boundary_param_ids)
             if any(wrapper.get_param_id(param) not in wrapper.norm_for_param_grads for param in accumulated):
                 wrapper._finalize_offload_gradient_accumulation()
@@ -252,7 +255,7 @@ class Stage3(ZeroWrapper):
         for index, fragment in enumerate(self.fragments(part)):
             if wrapper.offload_optimizer:
                 if wrapper.get_param_id(fragment.param) not in wrapper.norm_for_param_grads:
-                    fragment.of(self.flats()[part].grad).zero_()
+                    fragment.view_of(self.flat_partitions()[part].grad).zero_()
             elif fragment.num_elements and _ds_id(fragment.param) not in wrapper._offload_boundary_param_ids:
                 wrapper.averaged_gradients[part][index].zero_()
 
@@ -262,22 +265,22 @@ class Stage3(ZeroWrapper):
 
 
 def _ds_id(param: Any) -> int:
-    return param.ds_id  # stage 3 puts it there
+    return param.ds_id  # set by stage 3
 
 
 class BF16(ZeroWrapper):
-    """``BF16_Optimizer``: one call for all parameter groups, after clipping; only the total norm is known."""
+    """Interface to ``BF16_Optimizer``, which steps all groups in one call, after clipping by their total norm."""
 
-    def flats(self) -> list[Tensor]:
+    def flat_partitions(self) -> list[Tensor]:
         return self.wrapper.fp32_groups_flat_partition
 
     def group_indices(self) -> list[int]:
-        return list(range(len(self.flats())))
+        return list(range(len(self.flat_partitions())))
 
     def _find_fragments(self, part: int) -> list[Fragment]:
         found: list[Fragment] = []
         for param in self.wrapper.bf16_groups[part]:
-            mapping: Any = param._hp_mapping  # where the parameter's states are, for checkpoints
+            mapping: Any = param._hp_mapping  # location of the parameter's states, for checkpoints
             if mapping is not None:
                 address = mapping.get_hp_fragment_address()
                 found.append(Fragment(int(address.start), int(address.numel), param, self._is_counted(param)))
@@ -292,7 +295,7 @@ class BF16(ZeroWrapper):
     def gradients(self, part: int) -> Iterator[tuple[Fragment, Tensor]]:
         for fragment in self.fragments(part):
             if fragment.is_counted:
-                yield fragment, fragment.of(self.wrapper.fp32_groups_gradient_flat_partition[part])
+                yield fragment, fragment.view_of(self.wrapper.fp32_groups_gradient_flat_partition[part])
 
     def process_groups(self) -> tuple[ProcessGroup, ...]:
         mpu = self.wrapper.mpu
@@ -315,10 +318,10 @@ ZERO_WRAPPERS: dict[type, type[ZeroWrapper]] = {
 
 
 def wrapper_of(engine: Any) -> ZeroWrapper | None:
-    """What the mean has to know of ``engine.optimizer``; None where one call of the optimizer sees whole parameters.
+    """Return the interface to ``engine.optimizer``, or None without ZeRO.
 
     Raises:
-        RuntimeError: a wrapper of an unknown class.
+        RuntimeError: the wrapper's class is not supported.
     """
     wrapper = engine.optimizer
     if type(wrapper) in ZERO_WRAPPERS:
@@ -327,5 +330,5 @@ def wrapper_of(engine: Any) -> ZeroWrapper | None:
         return None
     raise RuntimeError(
         f"DeepSpeed must step Adai through one of {[cls.__name__ for cls in (*ZERO_WRAPPERS, FP16_UnfusedOptimizer)]}, "
-        f"got {type(wrapper).__name__}, which this release of adai_dist does not know; use ZeRO stage 1 to 3"
+        f"got {type(wrapper).__name__}, which this release of adai_dist does not support; use ZeRO stage 1 to 3"
     )

@@ -1,4 +1,4 @@
-"""What cannot be exact is refused before the first step, alike on all ranks, with a word on what to use instead."""
+"""Settings that cannot be exact are refused before the first step, on all ranks, with an alternative."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NVME = {"device": "nvme", "nvme_path": "/tmp", "buffer_count": 5}
 ZENFLOW = {"topk_ratio": 0.5, "select_strategy": "step", "select_interval": 2, "update_interval": 2}
 ONE_CYCLE = {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2, "cycle_first_step_size": 10}
 
-# What is refused: configuration, the setting that the message names, and the remedy.
+# Refused configurations, with the setting and the remedy that the message names.
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "zenflow": (zero(2, offload_optimizer=CPU, zenflow=ZENFLOW), "zenflow", "remove it"),
     "zenflow-3": (zero(3, offload_optimizer=CPU, zenflow=ZENFLOW), "zenflow", "remove it"),
@@ -50,12 +50,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 def initialize(config: dict[str, Any], optimizer: Any = None, *, params: dict[str, Any] | None = None) -> Any:
-    """An engine of a small model; the JSON names the optimizer unless one is passed."""
+    """Create an engine of a small model; the JSON names the optimizer unless one is passed."""
     set_environment()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    if config.get("fp16"):  # the accelerator of the CPU would refuse, though all operations are there
+    if config.get("fp16"):  # the CPU accelerator would refuse, although all operations are supported
         type(get_accelerator()).is_fp16_supported = lambda self: True
     model = nn.Linear(6, 3, bias=False)
     named = {} if optimizer else {"optimizer": {"type": "Adai", "params": {"lr": 0.1, **(params or {})}}}
@@ -71,7 +71,7 @@ def initialize(config: dict[str, Any], optimizer: Any = None, *, params: dict[st
 
 
 def error_of(function: Any, *args: Any, **kwargs: Any) -> tuple[str, str]:
-    """Name of the type and text of what it raises; empty if nothing."""
+    """Return type and message of the error of a call, or empty strings."""
     try:
         function(*args, **kwargs)
     except Exception as error:
@@ -99,7 +99,7 @@ def test_a_setting_that_cannot_be_exact_is_refused(name: str) -> None:
     assert message.index(setting) < message.index(remedy)
 
 
-# -- where the configuration is good, and the optimizer is not ---------------------------------------------------------
+# -- unsupported optimizers and versions -------------------------------------------------------------------------------
 
 
 def with_a_bound_of_its_own(stage: int) -> tuple[str, str]:
@@ -107,7 +107,7 @@ def with_a_bound_of_its_own(stage: int) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_a_bound_of_the_norm_that_nobody_would_apply_is_refused(stage: int) -> None:
+def test_max_grad_norm_is_refused(stage: int) -> None:
     for kind, message in run_ranks(with_a_bound_of_its_own, 2, stage):
         assert kind == "UnsupportedSetting"
         assert "max_grad_norm=1.0" in message
@@ -115,7 +115,7 @@ def test_a_bound_of_the_norm_that_nobody_would_apply_is_refused(stage: int) -> N
 
 
 def with_another_optimizer_in_its_place() -> list[tuple[str, str]]:
-    """What accelerate does under offload, with any optimizer that takes parameter groups."""
+    """Replace the optimizer as accelerate does under offload."""
 
     def replaced(params: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(AdaiW(params, lr=0.1).param_groups, lr=0.1)
@@ -126,7 +126,7 @@ def with_another_optimizer_in_its_place() -> list[tuple[str, str]]:
     return [error_of(initialize, zero(1), replaced), error_of(initialize, zero(1), callable_client)]
 
 
-def test_an_optimizer_that_has_taken_the_place_of_adai_is_refused() -> None:
+def test_an_optimizer_that_replaces_adai_is_refused() -> None:
     for errors in run_ranks(with_another_optimizer_in_its_place, 2):
         for kind, message in errors:
             assert kind == "UnsupportedSetting"
@@ -148,7 +148,7 @@ def stepped_without_binding(stage: int) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_wrapper_that_was_never_bound_may_not_step(stage: int) -> None:
+def test_a_step_of_an_unbound_wrapper_is_refused(stage: int) -> None:
     for kind, message in run_ranks(stepped_without_binding, 2, stage):
         assert kind == "RuntimeError"
         assert message.startswith("DeepSpeed must bind Adai before it steps it")
@@ -165,7 +165,7 @@ def with_an_unknown_method() -> list[tuple[str, str]]:
     return [error_of(initialize, zero(stage)) for stage in (1, 3)]
 
 
-def test_an_unknown_deepspeed_is_refused_by_method_and_version() -> None:
+def test_an_unknown_deepspeed_is_refused_naming_method_and_version() -> None:
     import deepspeed
 
     for in_stage_1, in_stage_3 in run_ranks(with_an_unknown_method, 2):
@@ -184,7 +184,7 @@ def with_an_old_version() -> tuple[str, str]:
     return error_of(initialize, zero(1))
 
 
-def test_a_deepspeed_older_than_the_binding_is_refused_by_version() -> None:
+def test_an_old_deepspeed_is_refused_naming_its_version() -> None:
     for kind, message in run_ranks(with_an_old_version, 2):
         assert kind == "RuntimeError"
         assert message.startswith("Adai needs DeepSpeed 0.19.8 or newer, got 0.18.9;")
@@ -195,7 +195,7 @@ def own_methods_while_zero_drives() -> list[tuple[str, str]]:
     return [error_of(optimizer.clip_grad_norm_, 1.0), error_of(optimizer.configure_sharding), error_of(optimizer.step)]
 
 
-def test_methods_that_would_get_in_the_way_of_zero_raise() -> None:
+def test_methods_that_conflict_with_zero_raise() -> None:
     for clip, shard, step in run_ranks(own_methods_while_zero_drives, 2):
         assert clip[0] == shard[0] == step[0] == "RuntimeError"
         assert "clip_grad_norm_()" in clip[1]

@@ -1,6 +1,6 @@
-"""The file `lock` of torch's loader of extensions, DeepSpeed's operators among them.
+"""A warning while torch's extension loader, which also builds DeepSpeed's operators, waits for its lock file.
 
-The loader waits for ever while the file exists, and a build that was killed has left it behind.
+The loader waits without a timeout, and a build that was killed leaves the file behind.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from adai_dist.integrations.after_import import after_import, wrap_once
+from adai_dist.integrations.import_hooks import after_import, wrap_once
 from adai_dist.kernels.waiting import span, told
 
 logger: logging.Logger = logging.getLogger("adai_dist")
 
 
 def register() -> None:
-    """Have torch's loader say which file it waits for, where that takes long.
+    """Make torch's extension loader log which file it waits for when the wait is long.
 
     Collective: none.
     """
@@ -30,7 +30,7 @@ def _register_with(module: ModuleType) -> None:
     def wrap(original: Callable[[Any], None]) -> Callable[[Any], None]:
         def wait(baton: Any) -> None:
             start = time.monotonic()
-            with told(lambda: _what_is_waited_for(str(baton.lock_file_path), start), logger.warning):
+            with told(lambda: _warning(str(baton.lock_file_path), start), logger.warning):
                 original(baton)
 
         return wait
@@ -38,12 +38,12 @@ def _register_with(module: ModuleType) -> None:
     wrap_once(module.FileBaton, "wait", wrap)
 
 
-def _what_is_waited_for(path: str, start: float) -> str | None:
+def _warning(path: str, start: float) -> str | None:
     try:
         age = time.time() - os.stat(path).st_mtime
     except OSError:
-        return None  # it has just been removed
+        return None  # just removed
     return (
         f"waiting for {span(time.monotonic() - start)} for the file {path}, which is {span(age)} old: another process "
-        "compiles there, or was killed while it did; if no process does, delete the file"
+        "is compiling there, or was killed while compiling; if none is running, delete the file"
     )

@@ -1,4 +1,4 @@
-"""Hooks that run after a module of another project was imported."""
+"""Hooks that run when a module of another project is imported."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from adai_dist.integrations.after_import import after_import
+from adai_dist.integrations.import_hooks import after_import
 
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A package with a module in it that nobody has imported; its full name."""
+    """Create a package with a module that is not imported yet, and return the module's name."""
     name = f"other_{tmp_path.name}"
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").write_text("")
@@ -26,7 +26,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         sys.modules.pop(loaded, None)
 
 
-def test_a_hook_runs_once_right_after_the_import(module: str) -> None:
+def test_a_hook_runs_once_immediately_after_the_import(module: str) -> None:
     seen: list[int] = []
     after_import(module, lambda loaded: seen.append(loaded.VALUE))
     assert module not in sys.modules
@@ -37,14 +37,14 @@ def test_a_hook_runs_once_right_after_the_import(module: str) -> None:
     assert seen == [1]
 
 
-def test_a_hook_runs_at_once_where_the_module_is_there(module: str) -> None:
+def test_a_hook_runs_immediately_if_the_module_is_imported(module: str) -> None:
     importlib.import_module(module)
     seen: list[int] = []
     after_import(module, lambda loaded: seen.append(loaded.VALUE))
     assert seen == [1]
 
 
-def test_hooks_run_in_the_order_in_which_they_came(module: str) -> None:
+def test_hooks_run_in_the_order_of_their_registration(module: str) -> None:
     seen: list[str] = []
     after_import(module, lambda _: seen.append("first"))
     after_import(module, lambda _: seen.append("second"))
@@ -52,7 +52,7 @@ def test_hooks_run_in_the_order_in_which_they_came(module: str) -> None:
     assert seen == ["first", "second"]
 
 
-def test_the_module_looks_as_if_nobody_had_waited_for_it(module: str) -> None:
+def test_the_module_keeps_its_original_loader(module: str) -> None:
     after_import(module, lambda _: None)
     loaded = importlib.import_module(module)
     assert loaded.__spec__ is not None
@@ -62,7 +62,7 @@ def test_the_module_looks_as_if_nobody_had_waited_for_it(module: str) -> None:
     assert importlib.reload(loaded) is loaded
 
 
-def test_a_module_that_does_not_exist_is_missing_as_ever(module: str) -> None:
+def test_a_module_that_does_not_exist_raises_the_usual_error(module: str) -> None:
     after_import(f"{module}.nothing", lambda _: None)
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module(f"{module}.nothing")

@@ -1,4 +1,4 @@
-"""Settings of DeepSpeed under which the algorithm cannot be exact: refused before the first step."""
+"""Checks that refuse DeepSpeed settings under which the algorithm cannot be exact, before the first step."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from adai_dist.hyper import Hyper
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 
 NUM_SWAPPED_TENSORS = 5
-"""What the NVMe swapper holds of a parameter at a time: parameter, gradient and three states."""
+"""Number of tensors per parameter in the NVMe swapper's buffers: parameter, gradient and three states."""
 
 OLDEST_DEEPSPEED = "0.19.8"
-"""The binding replaces methods that have no promise of stability; this release and its tests know them from here on."""
+"""First supported version; the binding replaces private methods, whose signatures are tested from it on."""
 
 FP16_STAGE_0_BROKEN_SINCE = "0.18.3"
-"""Since then the loss is not scaled, but gradients are unscaled: https://github.com/deepspeedai/DeepSpeed/pull/8393."""
+"""First version that unscales gradients of an unscaled loss: https://github.com/deepspeedai/DeepSpeed/pull/8393."""
 
-MARKS = {"dampening", "decoupled", "maximize", "betas"}
-"""Keys that together only our parameter groups have."""
+IDENTIFYING_KEYS = {"dampening", "decoupled", "maximize", "betas"}
+"""Keys that together only parameter groups of this package have."""
 
 
 class UnsupportedSetting(ValueError):
-    """A setting of DeepSpeed that these optimizers cannot be exact with."""
+    """Error for a DeepSpeed setting under which these optimizers cannot be exact."""
 
 
 def check_version() -> None:
-    """Refuse a DeepSpeed that is older than what the binding was written for; newer ones show in their methods.
+    """Refuse a DeepSpeed older than the binding supports; :func:`check_signatures` checks newer ones.
 
     Raises:
-        RuntimeError: names both versions.
+        RuntimeError: the version is older than :data:`OLDEST_DEEPSPEED`.
     """
     if TorchVersion(deepspeed.__version__) < OLDEST_DEEPSPEED:
         raise RuntimeError(
@@ -47,38 +47,38 @@ def check_has_lr(engine: Any) -> None:
     """Refuse a configuration that names an optimizer without its learning rate.
 
     Raises:
-        UnsupportedSetting: names the key.
+        UnsupportedSetting: ``lr`` is missing.
     """
     params: dict[str, Any] = engine.optimizer_params() or {}
     if "lr" not in params:
         name = engine.optimizer_name()
         raise UnsupportedSetting(
             f"optimizer.params in DeepSpeed's configuration must have lr, got {sorted(params) or 'no params'}; write "
-            f'"optimizer": {{"type": "{name}", "params": {{"lr": 1.0}}}}, with a learning rate that suits the model'
+            f'"optimizer": {{"type": "{name}", "params": {{"lr": 1.0}}}}, with a learning rate for your model'
         )
 
 
 def check_config(engine: Any) -> None:
-    """Refuse what the configuration alone shows.
+    """Refuse unsupported settings of the configuration.
 
     Raises:
-        UnsupportedSetting: names the setting and what to use instead.
+        UnsupportedSetting: a setting is not supported; the message names an alternative.
 
     Collective: none; the same on all ranks.
     """
     offload = engine.zero_offload_optimizer()
     if engine.zenflow_config() is not None:
-        _refuse("zero_optimization.zenflow", "steps some columns with an Adam of its own", "remove it")
+        _refuse("zero_optimization.zenflow", "steps some columns with its own Adam", "remove it")
     if engine.super_offload():
         _refuse(
             "zero_optimization.offload_optimizer.super_offload",
-            "steps parameters with an Adam of its own during the backward pass",
+            "steps parameters with its own Adam during the backward pass",
             'use "offload_optimizer": {"device": "cpu"} without it',
         )
     if engine.zero_partial_offload() < 1.0:
         _refuse(
             f"zero_optimization.offload_optimizer.ratio = {engine.zero_partial_offload()!r}",
-            "steps the rest of the parameters with an AdamW of its own",
+            "steps the rest of the parameters with its own AdamW",
             "set it to 1.0",
         )
     if engine.zero_elastic_checkpoint():
@@ -97,7 +97,7 @@ def check_config(engine: Any) -> None:
     elif engine.fp16_enabled() and not engine.zero_optimization() and _fp16_stage_0_is_broken():
         _refuse(
             f"fp16 without ZeRO in DeepSpeed {deepspeed.__version__}",
-            "unscales gradients of a loss that was never scaled, so that nothing would train",
+            "unscales gradients of a loss that was not scaled, so that the model would not train",
             "use bf16, or ZeRO stage 1 to 3",
         )
     if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
@@ -111,7 +111,7 @@ def check_config(engine: Any) -> None:
     if engine.scheduler_name() == "OneCycle" and (engine.scheduler_params() or {}).get("cycle_momentum", True):
         _refuse(
             "scheduler.params.cycle_momentum of OneCycle (true by default)",
-            "would cycle betas[0] as a momentum, which it is not",
+            "would cycle betas[0], which is not a momentum",
             'set "cycle_momentum": false',
         )
 
@@ -122,63 +122,77 @@ def _fp16_stage_0_is_broken() -> bool:
 
 def _check_nvme(offload: Any, stage: int) -> None:
     if stage != 3:
-        return  # DeepSpeed keeps the states in CPU memory then
+        return  # DeepSpeed keeps the states in CPU memory
     num_tiles = 1 + bool(offload.pipeline_read) + bool(offload.pipeline_write)
     needed = NUM_SWAPPED_TENSORS * num_tiles
     if offload.buffer_count < needed:
         _refuse(
             f"zero_optimization.offload_optimizer.buffer_count = {offload.buffer_count!r}",
-            f"is too few for parameter, gradient and three states of {num_tiles} sub-group(s)",
+            f"is too small for parameter, gradient and three states of {num_tiles} sub-group(s)",
             f"set it to {needed} or more",
         )
 
 
-def check_no_clipping_of_its_own(optimizer: AdaptiveInertia) -> None:
-    """DeepSpeed clips, with the norm that it reports; nobody would apply a second bound."""
+def check_no_max_grad_norm(optimizer: AdaptiveInertia) -> None:
+    """Refuse ``max_grad_norm``, which would have no effect because DeepSpeed clips.
+
+    Raises:
+        UnsupportedSetting: ``max_grad_norm`` is set.
+    """
     if optimizer.max_grad_norm is not None:
         raise UnsupportedSetting(
-            f"DeepSpeed alone must clip the gradients, got max_grad_norm={optimizer.max_grad_norm!r} as well; "
+            f"gradients must be clipped by DeepSpeed, got max_grad_norm={optimizer.max_grad_norm!r}; "
             'set "gradient_clipping" in its configuration instead'
         )
 
 
-def check_coupled_decay_in_memory(optimizer: AdaptiveInertia) -> None:
-    """Coupled decay needs the parameters beside the gradients, and NVMe has one sub-group in memory at a time."""
+def check_no_coupled_decay(optimizer: AdaptiveInertia) -> None:
+    """Refuse coupled decay under NVMe offload, which has one sub-group at a time in memory.
+
+    Coupled decay needs the inner products of all gradients and parameters before the first sub-group is stepped.
+
+    Raises:
+        UnsupportedSetting: a parameter group has coupled decay.
+    """
     for param_group in optimizer.param_groups:
         if Hyper.from_param_group(param_group).coupled_decay:
             _refuse(
                 f"weight_decay = {param_group['weight_decay']!r} with decoupled = False under NVMe offload",
-                "needs inner products with parameters that are on disk",
+                "needs the inner products of gradients with parameters that are on disk",
                 'use decoupled decay (AdaiW, or "decoupled": true), or offload to "cpu"',
             )
 
 
 def check_not_replaced(optimizer: Any, expected: type[AdaptiveInertia] | None = None) -> None:
-    """Refuse an optimizer that has taken the place of ours.
+    """Refuse an optimizer that has replaced one of this package.
 
     Args:
-        optimizer: what DeepSpeed was given, or is going to step.
-        expected: what it has to be, where that is known.
+        optimizer: the optimizer that DeepSpeed was given or will step.
+        expected: its required class, if known.
+
+    Raises:
+        UnsupportedSetting: the optimizer has another class.
     """
     param_groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])
-    is_marked = any(param_group.keys() >= MARKS for param_group in param_groups)
-    if not isinstance(optimizer, expected or AdaptiveInertia) and (expected or is_marked):
+    has_own_keys = any(param_group.keys() >= IDENTIFYING_KEYS for param_group in param_groups)
+    if not isinstance(optimizer, expected or AdaptiveInertia) and (expected or has_own_keys):
         _refuse(
             f"an Adai optimizer replaced by {type(optimizer).__name__}",
-            "accelerate does to a client optimizer under offload_optimizer",
+            "is what accelerate does to a client optimizer under offload_optimizer",
             'set "zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration, or name the optimizer there '
             'and pass accelerate.utils.DummyOptim: "optimizer": {"type": "Adai", "params": {"lr": ...}}',
         )
 
 
 def check_signatures(wrapper: Any, expected: dict[str, tuple[str, ...]]) -> None:
-    """Refuse a DeepSpeed whose methods are not those that the binding was written for.
+    """Refuse a DeepSpeed whose methods differ from those that the binding supports.
 
     Args:
-        expected: names of the parameters by name of the method.
+        wrapper: DeepSpeed's wrapper around the optimizer.
+        expected: parameter names by method name.
 
     Raises:
-        RuntimeError: names the DeepSpeed version and the method.
+        RuntimeError: a method is missing or has other parameters.
     """
     for name, parameters in expected.items():
         method: Callable[..., Any] | None = getattr(wrapper, name, None)
@@ -187,17 +201,17 @@ def check_signatures(wrapper: Any, expected: dict[str, tuple[str, ...]]) -> None
             raise RuntimeError(
                 f"{type(wrapper).__name__}.{name} must take {parameters}, got "
                 f"{'no such method' if found is None else found} in DeepSpeed {deepspeed.__version__}, which this "
-                f"release of adai_dist does not know; use DeepSpeed {OLDEST_DEEPSPEED}, or a newer adai_dist"
+                f"release of adai_dist does not support; use DeepSpeed {OLDEST_DEEPSPEED}, or a newer adai_dist"
             )
 
 
 def _parameters(method: Callable[..., Any]) -> tuple[str, ...]:
-    # DeepSpeed's profiling decorator hides the method in its closure, under this name.
-    hidden = inspect.getclosurevars(inspect.unwrap(getattr(method, "__func__", method))).nonlocals.get("func")
-    if hidden is None:
+    # DeepSpeed's profiling decorator keeps the method in its closure under this name, without functools.wraps.
+    wrapped = inspect.getclosurevars(inspect.unwrap(getattr(method, "__func__", method))).nonlocals.get("func")
+    if wrapped is None:
         return tuple(inspect.signature(method).parameters)
-    return tuple(inspect.signature(hidden).parameters)[1:]
+    return tuple(inspect.signature(wrapped).parameters)[1:]
 
 
 def _refuse(setting: str, reason: str, remedy: str) -> None:
-    raise UnsupportedSetting(f"DeepSpeed's settings must suit Adai, got {setting}, which {reason}; {remedy}")
+    raise UnsupportedSetting(f"DeepSpeed's settings must keep Adai exact, got {setting}, which {reason}; {remedy}")

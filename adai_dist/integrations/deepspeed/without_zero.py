@@ -1,4 +1,4 @@
-"""DeepSpeed without ZeRO: one call of the optimizer sees whole parameters, the same on every data-parallel rank."""
+"""DeepSpeed without ZeRO, where every data-parallel rank steps whole parameters in a single call."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
-from adai_dist.integrations.deepspeed.unchanged import TrainedModel
-from adai_dist.integrations.deepspeed.zero import tensor_parallel_rank
-from adai_dist.integrations.deepspeed.zero_mean import skipped
+from adai_dist.integrations.deepspeed.model_snapshot import ModelSnapshot
+from adai_dist.integrations.deepspeed.zero_mean_source import mean_of_skipped_step
+from adai_dist.integrations.deepspeed.zero_wrappers import tensor_parallel_rank
 from adai_dist.sharding.plan import ShardingPlan
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelParallel:
-    """Whole parameters on every data-parallel rank, different ones on the model- and expert-parallel ranks."""
+    """Sharding over model- and expert-parallel ranks, with whole parameters on every data-parallel rank."""
 
     process_groups: tuple[ProcessGroup, ...]
     weights: dict[Tensor, float]
@@ -31,62 +31,62 @@ class ModelParallel:
         return ShardingPlan(params, self.process_groups, {param: self.weights[param] for param in params})
 
 
-class Whole:
-    """All parameters are the same on all ranks, and nothing needs to be communicated."""
+class Replicated:
+    """Sharding in which every rank holds all parameters, so that nothing is communicated."""
 
     def plan(self, params: tuple[Tensor, ...]) -> ShardingPlan:
         return ShardingPlan(params, (), dict.fromkeys(params, 1.0))
 
 
-def sharding_of_whole_parameters(engine: Any) -> ModelParallel | Whole:
-    """Who holds what. Collective: none."""
+def sharding_without_zero(engine: Any) -> ModelParallel | Replicated:
+    """Return which rank holds which parameters. Collective: none."""
     mpu, has_experts = engine.mpu, engine.has_moe_layers
     model_parallel_group: ProcessGroup | None = None
     if mpu is not None and not hasattr(mpu, "initialize_sequence_parallel"):
         model_parallel_group = mpu.get_model_parallel_group()
     if model_parallel_group is None and not has_experts:
-        return Whole()
+        return Replicated()
     data_parallel_group: ProcessGroup = engine.seq_data_parallel_group
     weights: dict[Tensor, float] = {}
-    for held, param in _held_and_model_params(engine):
+    for master, param in _masters_and_params(engine):
         is_expert = is_moe_param(param)
-        weight = float(not getattr(param, "ds_pipe_replicated", False))  # tied copies are counted on their first stage
+        weight = float(not getattr(param, "ds_pipe_replicated", False))  # tied layers count on their first stage
         if model_parallel_group is not None and not is_expert and not is_model_parallel_parameter(param):
             weight *= tensor_parallel_rank(mpu) == 0
         if has_experts:
             expert: Any = param
             replicas = engine.expert_data_parallel_group[expert.group_name] if is_expert else data_parallel_group
             weight /= dist.get_world_size(replicas)
-        weights[held] = weight
+        weights[master] = weight
     process_groups = [data_parallel_group] if has_experts else []
     process_groups += [model_parallel_group] if model_parallel_group is not None else []
     return ModelParallel(tuple(process_groups), weights)
 
 
-def wrap_step_of_masters(engine: Any) -> None:
-    """Where a wrapper steps float32 copies of the parameters, refuse a model that changes, and count skipped steps.
+def wrap_master_weight_step(engine: Any) -> None:
+    """Make a wrapper that steps float32 master weights refuse a changed model and count skipped steps.
 
     Collective: none.
     """
     wrapper, optimizer = engine.optimizer, engine.basic_optimizer
     if wrapper is optimizer:
         return
-    trained = TrainedModel(engine.module, optimizer)
+    snapshot = ModelSnapshot(engine.module, optimizer)
     original = wrapper.step
 
     @functools.wraps(original)
     def step(closure: Any = None) -> Any:
-        trained.check()
+        snapshot.check()
         result = original(closure)
         if wrapper.overflow:
-            optimizer.record(skipped(wrapper._global_grad_norm))
+            optimizer.record(mean_of_skipped_step(wrapper._global_grad_norm))
         return result
 
     wrapper.step = step
 
 
-def _held_and_model_params(engine: Any) -> list[tuple[Tensor, Tensor]]:
-    """Every parameter that the optimizer steps, with the parameter of the model that it is a copy of."""
+def _masters_and_params(engine: Any) -> list[tuple[Tensor, Tensor]]:
+    """Return pairs of a tensor that the optimizer steps and the model parameter that it is, or is a copy of."""
     wrapper = engine.optimizer
     if wrapper is engine.basic_optimizer:
         params = [param for param_group in wrapper.param_groups for param in param_group["params"]]

@@ -1,4 +1,4 @@
-"""Change something right after a module of another project has been imported, without importing it."""
+"""Import hooks: change a module of another project when it is imported, without importing it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Hook = Callable[[ModuleType], None]
 
 ENVIRONMENT_VARIABLE = "ADAI_DIST_REGISTER"
 
-_MARK = "_is_of_adai_dist"
+_MARK = "_is_wrapped_by_adai_dist"
 
 
 def after_import(name: str, hook: Hook) -> None:
-    """Call ``hook(module)`` once the module has been imported: now, if it has been already.
+    """Call ``hook(module)`` when the module is imported, or immediately if it has been.
 
     Args:
-        name: full name of the module, such as ``"deepspeed.runtime.engine"``.
-        hook: an exception in it fails the import.
+        name: fully qualified name of the module, such as ``"deepspeed.runtime.engine"``.
+        hook: called once; an exception that it raises fails the import.
     """
     module = sys.modules.get(name)
     if module is not None:
@@ -35,10 +35,10 @@ def after_import(name: str, hook: Hook) -> None:
 
 
 def import_hooks_are_on() -> bool:
-    """Whether ``import adai_dist`` may set hooks: yes, unless ``ADAI_DIST_REGISTER=0`` is in the environment.
+    """Return whether ``import adai_dist`` sets hooks: false if the environment has ``ADAI_DIST_REGISTER=0``.
 
     Raises:
-        ValueError: the environment variable has another value than 0 or 1.
+        ValueError: the environment variable is neither 0 nor 1.
     """
     value = os.environ.get(ENVIRONMENT_VARIABLE, "").strip() or "1"
     if value not in ("0", "1"):
@@ -47,10 +47,10 @@ def import_hooks_are_on() -> bool:
 
 
 def wrap_once(cls: type | ModuleType, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:
-    """Replace a method or function by ``wrap(original)``.
+    """Replace a method or function with ``wrap(original)``, unless this was done before.
 
     Returns:
-        False, with nothing changed, where that has been done before.
+        Whether it was replaced.
     """
     original = getattr(cls, name)
     if hasattr(original, _MARK):
@@ -62,7 +62,7 @@ def wrap_once(cls: type | ModuleType, name: str, wrap: Callable[[Callable[..., A
 
 
 class _Finder(MetaPathFinder):
-    """Asks the other finders for the modules that somebody waits for, and puts a loader of its own around theirs."""
+    """Finder that wraps the loaders of the modules with hooks."""
 
     def __init__(self) -> None:
         self.hooks: dict[str, list[Hook]] = {}
@@ -89,7 +89,7 @@ class _Loader(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # The module must show the loader that it would have without us: resources and sources are read through it.
+        # The module keeps its original loader, through which resources and sources are read.
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader

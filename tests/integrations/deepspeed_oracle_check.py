@@ -1,4 +1,4 @@
-"""Judges what ranks saw under DeepSpeed by the oracle."""
+"""Comparison of the records of ranks under DeepSpeed with the oracle."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.problems import Problem, relative_error, worst_relative_error
 
 
 def gradients_under_zero(problem: Problem, step: int) -> dict[str, Any]:
-    """Those of a step, with zeros for a parameter that has none."""
+    """Return the gradients of a step, with zeros for a parameter that has none."""
     gradients: dict[str, Any] = {spec.name: np.zeros(spec.shape) for spec in problem.specs()}
     return gradients | {name: g for name, g in problem.oracle_gradients(step).items() if g is not None}
 
 
 def solve(setup: Setup, seen: Seen | None = None) -> tuple[Oracle, list[Observation | None]]:
-    """The oracle's trajectory: a step that was skipped is none, a parameter not used has a zero gradient."""
+    """Run the oracle without the skipped steps and with zero gradients for unused parameters."""
     problem = setup.rounded
     oracle, observations = problem.oracle(), list[Observation | None]()
     for step in range(problem.steps):
@@ -32,17 +32,17 @@ def solve(setup: Setup, seen: Seen | None = None) -> tuple[Oracle, list[Observat
 
 
 def parameter_error(seen: Seen, setup: Setup) -> float:
-    """Of the worst parameter, relative to the distance that it travelled."""
+    """Return the largest error of a parameter, relative to its distance travelled."""
     return worst_relative_error(seen.parameters, solve(setup, seen)[0], setup.rounded)
 
 
 def whole_error(seen: Seen, setup: Setup) -> float:
-    """Of all parameters together."""
+    """Return the error of all parameters together."""
     return relative_error(seen.parameters, solve(setup, seen)[0], setup.rounded)
 
 
 def check(seen: Seen, setup: Setup, tolerance: float = 1e-5) -> float:
-    """Assert that parameters, states, means and norms are the oracle's; the largest error of all of them."""
+    """Assert that parameters, states, means and norms are the oracle's, and return the largest error."""
     oracle, observations = solve(setup, seen)
     errors = {"parameters": worst_relative_error(seen.parameters, oracle, setup.rounded)}
     for key in STATE_NAMES if setup.has_linked_masters else ():
@@ -59,20 +59,20 @@ def check(seen: Seen, setup: Setup, tolerance: float = 1e-5) -> float:
     return max(errors.values())
 
 
-def judge(family: Family, name: str) -> None:
-    """Check what every rank saw of one setup, all steps of which count; print the errors."""
+def check_all_ranks(family: Family, name: str) -> None:
+    """Check the records of all ranks of a setup without skipped steps, and print the errors."""
     for rank, seen in enumerate(family.ranks(name)):
         assert not any(seen.was_skipped)
         print(f"{name} on rank {rank}: {check(seen, family.setups[name]):.1e}")
 
 
 def state_error(value: Array, expected: Array) -> float:
-    """Relative to the state's norm; to 1 where inertia of 0 has made all of beta1_prod zero."""
+    """Return the error relative to the state's norm, or to 1 if a zero inertia made all of beta1_prod zero."""
     return float(np.linalg.norm(value - expected) / (np.linalg.norm(expected) or 1.0))
 
 
 def reported_norm(setup: Setup, norm: float, unscaled_by: float) -> float:
-    """What `grad_norm` must say: without ZeRO, DeepSpeed has clipped already when the optimizer looks."""
+    """Return the expected `grad_norm`; without ZeRO, the optimizer sees gradients that DeepSpeed has clipped."""
     if setup.stage == 0 and setup.problem.max_grad_norm is not None:
         return norm * min(1.0, setup.problem.max_grad_norm / (norm + 1e-6))
     return norm if setup.stage == 3 else norm / unscaled_by
