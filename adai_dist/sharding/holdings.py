@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adai_dist import equations
-from adai_dist.equations import Shards
+from adai_dist.equations import LocalTensors
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import Backends
 from adai_dist.sharding import presence
@@ -110,7 +110,7 @@ class Holdings:
             backend=key[-1],
             layout=layout,
             holdings=holdings,
-            shards=Shards(
+            shards=LocalTensors(
                 param=[holding.local_param for holding in holdings],
                 grad=[grad for _, grad in pairs],
                 exp_avg=[holding.exp_avg for holding in holdings],

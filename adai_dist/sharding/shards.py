@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adai_dist import equations
-from adai_dist.equations import Shards, StepScalars, compute_dtype
+from adai_dist.equations import LocalTensors, StepScalars, compute_dtype
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import Backend
 from adai_dist.sharding.mean import GlobalMean
@@ -205,7 +205,7 @@ class OwnedShards:
     layout: Layout
     holdings: list[Holding]
     """One per parameter of the layout, and so in the following."""
-    shards: Shards
+    shards: LocalTensors
     """Of beta1_prod, those that are not retired."""
     steps: list[Tensor]
     """``step``: 0-dim, float32."""
@@ -242,13 +242,13 @@ class OwnedShards:
         # With alpha torch takes the tensor as a tensor; without, it reads it on the host as a number.
         torch._foreach_add_(self.steps, mean.is_live.to(self.steps[0].dtype), alpha=1.0)
 
-    def _advance(self, shards: Shards, scalars: StepScalars) -> Tensor | None:
+    def _advance(self, shards: LocalTensors, scalars: StepScalars) -> Tensor | None:
         return self.backend.advance(shards, self.hyper, scalars)
 
     def _advance_halves(self, scalars: StepScalars) -> Tensor | None:
         rows: Tensor | None = None
         for half, is_retired in zip(self.layout.halves, (True, False), strict=True):
-            shards = Shards(
+            shards = LocalTensors(
                 *(_where(self.layout.retired, is_retired, tensors) for tensors in self.shards[:-1]),
                 beta1_prod=[] if is_retired else self.shards.beta1_prod,
             )

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from adai_dist import equations
-from adai_dist.equations import Shards, SquaredNorms
+from adai_dist.equations import LocalTensors, SquaredNorms
 from adai_dist.hyper import Hyper
 from adai_dist.integrations.deepspeed.support import check_coupled_decay_in_memory, check_no_clipping_of_its_own
 from adai_dist.integrations.deepspeed.unchanged import TrainedModel
@@ -166,7 +166,7 @@ class ZeroMean(MeanSource):
             c = (hyper.sign * self._expected).to(flat.device, flat.dtype)
             for fragment, gradient in self.zero_wrapper.gradients(part):
                 if fragment.num_elements:
-                    shards = Shards([fragment.of(flat)], [gradient], [], [], [])
+                    shards = LocalTensors([fragment.of(flat)], [gradient], [], [], [])
                     backend = self.optimizer.backends.of((shards.param[0], gradient))
                     products += torch.cat(backend.observe(shards, hyper, c, nothing)[0]).to(self.device)
         norms = SquaredNorms(*products.unbind())
