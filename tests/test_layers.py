@@ -165,7 +165,7 @@ def test_private_names_of_the_optimizer_stay_within_its_package() -> None:
     own = {name for base in type(optimizer).__mro__ if base.__module__.startswith(PACKAGE) for name in vars(base)}
     own |= vars(optimizer).keys() - vars(torch.optim.SGD(optimizer.params(), lr=0.1)).keys()
     private = {name for name in own if name.startswith("_") and not name.startswith("__")}
-    assert {"_holdings", "_retirement", "_step"} <= private
+    assert {"_shard_caches", "_retirement", "_step"} <= private
     outside = [path for path in sources() if component_of(module_of(path)) != "optimizer"]
     used = [
         f"{path.relative_to(ROOT)}:{node.lineno} {node.attr}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adai_dist import Adai, AdaiV2
 from adai_dist.optimizer import AdaptiveInertia
-from adai_dist.optimizer.retirement import STEPS_BETWEEN_LOOKS
+from adai_dist.optimizer.retirement import STEPS_BETWEEN_CHECKS
 
 SHAPES = ((40,), (7, 3), (1,), (0,), (65,))
 
@@ -73,8 +73,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_not_a_bit_changes_on_either_side_of_retirement(options: dict[str, Any]) -> None:
     pair = Pair(**options)
     seen: set[tuple[bool, ...]] = set()
-    for first_step in range(0, 2000, STEPS_BETWEEN_LOOKS):
-        pair.walk(STEPS_BETWEEN_LOOKS, first_step)
+    for first_step in range(0, 2000, STEPS_BETWEEN_CHECKS):
+        pair.walk(STEPS_BETWEEN_CHECKS, first_step)
         pair.assert_equal()
         seen.add(tuple(pair.retired()))
     assert len(seen) >= 3, seen  # parameters of one group were retired one after the other
@@ -85,10 +85,10 @@ def test_not_a_bit_changes_on_either_side_of_retirement(options: dict[str, Any])
 @pytest.mark.usefixtures("kernels")
 def test_not_a_bit_changes_in_20000_steps() -> None:
     pair = Pair()
-    for first_step in range(0, 20000, STEPS_BETWEEN_LOOKS):
-        pair.walk(STEPS_BETWEEN_LOOKS, first_step)
+    for first_step in range(0, 20000, STEPS_BETWEEN_CHECKS):
+        pair.walk(STEPS_BETWEEN_CHECKS, first_step)
         pair.assert_equal()
-        if first_step + STEPS_BETWEEN_LOOKS == 17000:
+        if first_step + STEPS_BETWEEN_CHECKS == 17000:
             assert not pair.retired()[0]  # half of it is at the bound 1 - eps: (1 - 1e-3)^17320 is 2^-25
     assert pair.retired() == [True, False, True, False, True]  # the second has 2/3 of the steps, the fourth no element
 
@@ -105,7 +105,7 @@ def test_one_minus_a_product_at_the_bound_is_one_and_just_above_it_is_not() -> N
 def test_the_largest_entry_decides_and_not_the_number_of_steps(largest: float, is_retired: bool) -> None:
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = Adai([param], lr=0.1)
-    for step in range(STEPS_BETWEEN_LOOKS):
+    for step in range(STEPS_BETWEEN_CHECKS):
         param.grad = None if step else torch.ones(3)
         if step == 1:
             optimizer.state[param]["beta1_prod"].fill_(0.0)[1] = largest
@@ -116,7 +116,7 @@ def test_the_largest_entry_decides_and_not_the_number_of_steps(largest: float, i
 def retired_optimizer() -> tuple[list[torch.nn.Parameter], Adai]:
     params = [torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(2, 2))]
     optimizer = Adai(params, lr=0.1, eps=0.1)
-    for step in range(STEPS_BETWEEN_LOOKS + 1):
+    for step in range(STEPS_BETWEEN_CHECKS + 1):
         for param in params:
             param.grad = torch.full_like(param, (-1.0) ** step)
         if step == 300:
@@ -184,7 +184,7 @@ def test_retired_states_take_eight_bytes_per_float32_parameter() -> None:
     param = torch.nn.Parameter(torch.ones(1000))
     optimizer = Adai([param], lr=0.1, eps=0.1)
     num_bytes: list[int] = []
-    for step in range(STEPS_BETWEEN_LOOKS):
+    for step in range(STEPS_BETWEEN_CHECKS):
         param.grad = torch.full_like(param, (-1.0) ** step)
         optimizer.step()
         num_bytes.append(sum(x.numel() * x.element_size() for x in optimizer.state[param].values()))

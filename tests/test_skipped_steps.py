@@ -20,8 +20,8 @@ from adai_dist import Adai, AdaiV2, AdaiW, share_mean
 KERNELS = pytest.mark.parametrize("kernels", ["auto", "off"])
 GRADIENT = "a gradient is inf or NaN"
 STATE = "an optimizer state is inf, NaN or negative, or its step differs between ranks"
-PARAMETER = "a parameter, which decays through the gradient, is inf or NaN"
-BEYOND = "gradients are finite, but float32 cannot hold the sum of their squares"
+PARAMETER = "a parameter under coupled weight decay is inf or NaN"
+BEYOND = "gradients are finite, but the sum of their squares overflows float32"
 
 
 def trained(decoupled: bool = True, dtype: torch.dtype = torch.float32, **options: Any) -> AdaiV2:

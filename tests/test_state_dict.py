@@ -138,11 +138,11 @@ def test_stepping_in_pieces_changes_nothing_but_the_order_of_sums(monkeypatch: p
     params, others = parameters(torch.float64), parameters(torch.float64)
     optimizer = make("Adai", params)
     train(optimizer, params, 0, 6)
-    assert foreach.Cut.of(optimizer.owned_shards()[0].shards).num_pieces == [1, 1, 1, 1]
+    assert foreach.Cut.of(optimizer.owned_shards()[0].tensors).num_pieces == [1, 1, 1, 1]
     monkeypatch.setitem(foreach.PIECE_ELEMENTS, "cpu", 1000)
     other = make("Adai", others)
     train(other, others, 0, 3)
-    assert foreach.Cut.of(other.owned_shards()[0].shards).num_pieces == [1, 1, 1, 66]
+    assert foreach.Cut.of(other.owned_shards()[0].tensors).num_pieces == [1, 1, 1, 66]
     other.load_state_dict(other.state_dict())  # the sums are rebuilt, piece by piece
     train(other, others, 3, 6)
     for parameter, twin in zip(params, others, strict=True):

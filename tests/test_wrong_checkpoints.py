@@ -18,8 +18,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
 from adai_dist import Adai, AdaiV2
-from adai_dist.optimizer.checking import check_state_dict
-from adai_dist.sharding.shards import STATE_NAMES
+from adai_dist.optimizer.state_dict_validation import check_state_dict
+from adai_dist.sharding.param_shard import STATE_NAMES
 from tests.spawn import run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -123,7 +123,7 @@ def of_another_optimizer(optimizer_class: Any, **options: Any) -> Change:
 
 GROUPS = "param_groups"
 WRONG: dict[str, tuple[Change, type[Exception], str]] = {
-    "a list": (lambda _: [1, 2], TypeError, r"state_dict must be a dict, got \[1, 2\]; load what state_dict\(\)"),
+    "a list": (lambda _: [1, 2], TypeError, r"state_dict must be a dict, got \[1, 2\]; load the state_dict\(\)"),
     "None": (lambda _: None, TypeError, "state_dict must be a dict, got None"),
     "the model's": (
         lambda _: {"weight": torch.ones(3)},
@@ -144,14 +144,14 @@ WRONG: dict[str, tuple[Change, type[Exception], str]] = {
     "fewer parameters": (
         put([0], GROUPS, 0, "params"),
         ValueError,
-        r"must have \[2, 1\] parameters, as this optimizer's, got \[1, 1\]",
+        r"must have \[2, 1\] parameters, as in this optimizer, got \[1, 1\]",
     ),
     "ids twice": (put([0, 0], GROUPS, 0, "params"), ValueError, "must differ, got 0 twice"),
     "ids are tensors": (put([torch.ones(1)] * 2, GROUPS, 0, "params"), TypeError, "must list numbers or names, got"),
     "ids of no state": (
         put([7, 8], GROUPS, 0, "params"),
         ValueError,
-        "must have states of the parameters in 'param_groups', got one of 0, which no parameter group lists",
+        "must have states of the parameters in 'param_groups', got one of 0, which is not in any parameter group",
     ),
     "Adam": (
         of_another_optimizer(torch.optim.Adam),
@@ -177,7 +177,7 @@ WRONG: dict[str, tuple[Change, type[Exception], str]] = {
     "AdamW before its first step": (
         lambda _: optimizer_of(parameters(), torch.optim.AdamW).state_dict(),
         ValueError,
-        r"\['param_groups'\]\[0\]: eps must be in .*, got 1e-08; load what state_dict\(\) of an Adai",
+        r"\['param_groups'\]\[0\]: eps must be in .*, got 1e-08; load the state_dict\(\) of an Adai",
     ),
     "Adagrad": (of_another_optimizer(torch.optim.Adagrad), ValueError, "got 'step', 'sum' without exp_avg, "),
     "a state is a tensor": (

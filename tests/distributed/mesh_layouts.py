@@ -90,11 +90,11 @@ class Layout:
         return self.outcome.startswith(REFUSED)
 
 
-REFUSED = "the mean over all parameters needs to know"
+REFUSED = "the mean over all parameters requires knowing"
 OTHERS = "hold different parameters, and each take the mean over their own"
-COPIES = "are taken to hold copies of the parameters that are not sharded over them"
-TIED = "are taken to hold different parameters, but 1 of them are the same on several"
-UNLIKE = "add up their means over different ones"
+COPIES = "are assumed to hold copies of the parameters that are not sharded over them"
+TIED = "are assumed to hold different parameters, but 1 of them are the same on several"
+UNLIKE = "reduce their means over different ones"
 
 
 def rank() -> int:

@@ -37,7 +37,7 @@ def num_retired(training: Training) -> int:
 
 def save(folder: str) -> dict[str, Walk]:
     """Both kinds save; where one that retires nothing goes is what all others must come to."""
-    retirement.STEPS_BETWEEN_LOOKS = 1
+    retirement.STEPS_BETWEEN_CHECKS = 1
     ends: dict[str, Walk] = {}
     for layout in ENGINES:
         of_both: list[Walk] = []
@@ -57,7 +57,7 @@ def save(folder: str) -> dict[str, Walk]:
 
 
 def load(folder: str, ends: dict[str, Walk]) -> None:
-    retirement.STEPS_BETWEEN_LOOKS = 1
+    retirement.STEPS_BETWEEN_CHECKS = 1
     oracle = some_retire().solve()[0]
     for index, layout in enumerate(ENGINES):
         for saved in (layout, ENGINES[index - 1]):

@@ -177,7 +177,7 @@ def test_wrong_settings_are_refused_with_their_name_and_value() -> None:
         of_num_replicas = {"text", "float", "bool", "zero", "many", "function", "more than stages"}
         of_the_others = {"foreign", "two ways", "no module", "no group", "foreign stages"}
         assert set(messages) == of_num_replicas | of_the_others
-        assert messages["two ways"].startswith("ValueError: process_group says all there is to say")
+        assert messages["two ways"].startswith("ValueError: process_group must be given without model and stages")
         assert messages["no module"].startswith("TypeError: model must be a torch.nn.Module, got Adai")
         assert messages["no group"].startswith("TypeError: stages must be a torch.distributed.ProcessGroup, got [0, 1]")
         assert messages["foreign stages"].startswith("ValueError: stages must contain this rank")

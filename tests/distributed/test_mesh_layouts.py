@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from adai_dist import AdaiV2
-from adai_dist.sharding.comparison import LOOKS
+from adai_dist.sharding.assumption_check import CHECK_STEPS
 from tests.distributed.mesh_layouts import LAYOUTS, OTHERS, gradient_of
 from tests.distributed.recorded import Recorder, Recording, follow
 from tests.spawn import run_ranks
@@ -44,7 +44,7 @@ def walk(layout: str) -> Seen:
         optimizer = AdaiV2(list(names), lr=0.3, dampening=0.5, max_grad_norm=20.0)
         made.tell(optimizer)
         recorder = Recorder([optimizer], names)
-    for step in range(LOOKS[-1]):
+    for step in range(CHECK_STEPS[-1]):
         if names and not seen.error:
             for param, name in names.items():
                 param.grad = gradient_of(param, name, step)
@@ -83,7 +83,9 @@ def test_the_mean_is_exact_or_refused_or_warned_about(name: str) -> None:
         assert all(one.error for one in seen), "refused on all ranks"
         assert any(one.error.startswith(layout.outcome) and "configure_sharding(" in one.error for one in seen)
         for one in seen:
-            assert one.error.startswith((layout.outcome, "all ranks that share the mean must be able to tell"))
+            assert one.error.startswith(
+                (layout.outcome, "all ranks that share the mean must know which ranks hold what")
+            )
     else:
         assert [one.error for one in seen] == [""] * len(seen)
         assert [one.warnings for one in seen[1:]] == [[]] * (len(seen) - 1), "rank 0 alone"
@@ -106,7 +108,7 @@ def step_by_turns(stepping: tuple[int, ...]) -> list[str]:
     if dist.get_rank() in stepping:
         model = torch.nn.Linear(2, 2 + dist.get_rank())
         optimizer = AdaiV2(model.parameters(), lr=0.1)
-        for _ in range(LOOKS[-1]):
+        for _ in range(CHECK_STEPS[-1]):
             model(torch.ones(2)).sum().backward()
             optimizer.step()
     return [record.getMessage() for record in records]

@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from adai_dist import AdaiV2
+from adai_dist.sharding.missing_gradients import CHECKSUM_MODULUS, checksum_terms
 from adai_dist.sharding.plan import plan_sharding
-from adai_dist.sharding.presence import MODULUS, shares
 from tests.oracle import Oracle, OracleGroup
 from tests.spawn import run_ranks
 
@@ -136,7 +136,7 @@ def test_one_step_is_skipped_and_what_is_missing_counts_as_zeros_from_then_on(wo
         for name in names:
             np.testing.assert_allclose(of_rank.parameters[name], oracle.parameters[name], rtol=1e-12)
     assert len(seen[0].warnings) == 1
-    assert "a DTensor parameter has its gradient on some ranks of its mesh alone" in seen[0].warnings[0]
+    assert "a DTensor parameter has a gradient on some ranks of its mesh but not on all" in seen[0].warnings[0]
     assert [of_rank.warnings for of_rank in seen[1:]] == [[]] * (world_size - 1)
 
 
@@ -213,12 +213,12 @@ def test_where_the_mean_is_over_a_part_of_the_mesh_nothing_is_missing() -> None:
 def shares_of_ranks() -> list[int]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     params = [nn.Parameter(distribute_tensor(torch.ones(8), mesh, [Shard(0)])) for _ in range(3)]
-    return list(shares(params, plan_sharding(params, None)).values())
+    return list(checksum_terms(params, plan_sharding(params, None)).values())
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_the_shares_of_all_ranks_cancel_and_none_is_zero(world_size: int) -> None:
     by_rank = np.array(run_ranks(shares_of_ranks, world_size))
     assert (by_rank > 0).all()
-    assert (by_rank.sum(0) % MODULUS == 0).all()
+    assert (by_rank.sum(0) % CHECKSUM_MODULUS == 0).all()
     assert len(set(by_rank[0])) == 3, "parameters of one shape are told apart"

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from adai_dist import AdaiV2
-from adai_dist.sharding.ownership import local_tensor
+from adai_dist.sharding.local_tensor import local_tensor
 from tests.problems import to_numpy
 from tests.spawn import run_ranks
 

@@ -175,7 +175,7 @@ def test_wrong_uses_are_refused() -> None:
     share_mean(optimizers)
     with pytest.raises(RuntimeError, match=r"pass the arguments to share_mean\(\)"):
         optimizers[0].configure_sharding()
-    with pytest.raises(TypeError, match="must not be copied alone"):
+    with pytest.raises(TypeError, match="must not be copied separately"):
         copy.deepcopy(optimizers[0])
     optimizers[1].max_grad_norm = 1.0
     set_gradients(params)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from adai_dist import AdaiV2
-from adai_dist.sharding.ownership import local_tensor
+from adai_dist.sharding.local_tensor import local_tensor
 from tests.spawn import run_ranks
 from tests.test_skipped_steps import BEYOND, GRADIENT, PARAMETER, STATE
 

@@ -175,8 +175,8 @@ def test_saving_and_loading_at_any_step_changes_not_a_bit(case: Case, data: st.D
     retires = [data.draw(st.booleans()) for _ in range(2)]
     params = case.parameters()
     optimizer = case.optimizer(params, retire_beta1_prod=retires[0])
-    before = retirement.STEPS_BETWEEN_LOOKS
-    retirement.STEPS_BETWEEN_LOOKS = 2
+    before = retirement.STEPS_BETWEEN_CHECKS
+    retirement.STEPS_BETWEEN_CHECKS = 2
     try:
         case.train(optimizer, params, 0, at)
         file = io.BytesIO()
@@ -189,7 +189,7 @@ def test_saving_and_loading_at_any_step_changes_not_a_bit(case: Case, data: st.D
         case.train(optimizer, params, at, case.steps)
         case.train(other, others, at, case.steps)
     finally:
-        retirement.STEPS_BETWEEN_LOOKS = before
+        retirement.STEPS_BETWEEN_CHECKS = before
     for parameter, twin in zip(params, others, strict=True):
         assert torch.equal(parameter, twin)
     states, twins = (x.state_dict()["state"] for x in (optimizer, other))

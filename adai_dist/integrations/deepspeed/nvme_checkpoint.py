@@ -17,7 +17,7 @@ from adai_dist.integrations.deepspeed.files import load_file
 from adai_dist.integrations.deepspeed.zero_mean import ZeroMean
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.state import new_state, step_tensor
-from adai_dist.sharding.shards import STATE_NAMES
+from adai_dist.sharding.param_shard import STATE_NAMES
 
 IN_MEMORY_FILE = "adai_dist_in_memory.pt"
 """Beside the files of the swapped tensors, while DeepSpeed copies them: what is not among them."""

@@ -20,7 +20,7 @@ from adai_dist.kernels.toolchain import environment
 from adai_dist.optimizer import Adai
 from adai_dist.sharding import global_mean
 from adai_dist.sharding.mean import GlobalMean
-from adai_dist.sharding.shards import OwnedShards
+from adai_dist.sharding.owned_shards import OwnedShards
 from adai_dist.tools.bench.shapes import Shape
 from adai_dist.tools.bench.traffic import ADAM, ADVANCE, ADVANCE_RETIRED, CLIP, OBSERVE, OBSERVE_COUPLED, Traffic
 
@@ -119,7 +119,7 @@ class Ours:
     def step_retired(self) -> None:
         """A step after beta1_prod has fallen below 2^-25, and its correction is 1 for good."""
         self.shards = [
-            replace(owned, shards=owned.shards._replace(beta1_prod=[])) for owned in self.optimizer.owned_shards()
+            replace(owned, tensors=owned.tensors._replace(beta1_prod=[])) for owned in self.optimizer.owned_shards()
         ]
         self.mean = self._mean()
         self.advance()

@@ -16,13 +16,13 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from adai_dist import Adai, AdaiV2, AdaiW, share_mean
 from adai_dist.integrations.deepspeed.registration import OPTIMIZERS
 from adai_dist.optimizer import adaptive_inertia
-from adai_dist.optimizer.turns import Turns
+from adai_dist.optimizer.interleaved_steps import InterleavedSteps
 from tests.spawn import run_ranks
 
 
 @pytest.fixture(autouse=True)
 def _a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adaptive_inertia, "turns", Turns())
+    monkeypatch.setattr(adaptive_inertia, "interleaved_steps", InterleavedSteps())
 
 
 @pytest.fixture

@@ -15,14 +15,14 @@ from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
 from adai_dist import Adai, AdaiV2, AdaiW
-from adai_dist.optimizer import first_look
-from adai_dist.optimizer.retirement import STEPS_BETWEEN_LOOKS
+from adai_dist.optimizer import likely_mistakes
+from adai_dist.optimizer.retirement import STEPS_BETWEEN_CHECKS
 from tests.spawn import run_ranks
 
 
 @pytest.fixture(autouse=True)
-def _nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_look, "_said", set())
+def _no_warnings_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likely_mistakes, "_warned", set())
     for name in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
 
@@ -50,7 +50,7 @@ def test_adams_betas_are_told_once(lr: Any, betas: Any, optimizer_class: Any, ca
     steps(optimizer)
     copy.deepcopy(optimizer)
     (message,) = messages(caplog)
-    assert "betas[0] (beta0) scales 1 - inertia and is no momentum coefficient" in message
+    assert "betas[0] (beta0) scales 1 - inertia and is not a momentum coefficient" in message
     assert "leave betas out, or pass betas=(0.1, 0.99)" in message
     assert ("lr=0.001 looks like Adam's, too" in message) == (lr == 1e-3 and not isinstance(lr, torch.Tensor))
 
@@ -249,9 +249,9 @@ def test_steps_on_meta_tensors_are_legal_and_told_once(caplog: pytest.LogCapture
         model = nn.Linear(3, 4)
     optimizer = AdaiV2(model.parameters(), lr=0.1, weight_decay=0.1, max_grad_norm=1.0, max_consecutive_skips=2)
     assert not messages(caplog)
-    steps(optimizer, STEPS_BETWEEN_LOOKS + 1)
+    steps(optimizer, STEPS_BETWEEN_CHECKS + 1)
     (message,) = messages(caplog)
-    assert "parameters are on the meta device and have no values, so that nothing is trained" in message
+    assert "parameters are on the meta device and have no values, so nothing is trained" in message
     assert optimizer.state[model.weight]["exp_avg"].device.type == "meta"
     assert copy.deepcopy(optimizer).state_dict()["state"][0]["exp_avg"].device.type == "meta"
 
