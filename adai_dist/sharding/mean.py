@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CLIP_EPS = 1e-6
 """Added to the norm in the clip coefficient, as :func:`torch.nn.utils.clip_grad_norm_` does."""
 
-MOVING = 2.0**-10
+LR_SIGNAL = 2.0**-10
 """Contribution of one optimizer, over all ranks, to the fraction of the signals; up to 512 may share a mean."""
 
 FLOAT64_MAX, FLOAT32_MAX = torch.finfo(torch.float64).max, torch.finfo(torch.float32).max
