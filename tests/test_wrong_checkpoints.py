@@ -1,4 +1,4 @@
-"""A checkpoint that does not fit is refused with one clear error, and nothing has changed."""
+"""A checkpoint that does not fit is refused with one clear error, and nothing changes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def checkpoint() -> dict[str, Any]:
 
 
 def bits(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """Everything that loading could change."""
+    """Copy everything that loading could change."""
     seen: list[Any] = []
     for param_group in optimizer.param_groups:
         seen.append({k: v for k, v in param_group.items() if k != "params"})
@@ -79,7 +79,7 @@ def assert_equal(a: Any, b: Any) -> None:
 
 
 Change = Callable[[dict[str, Any]], Any]
-"""Spoils a checkpoint in place, or returns another one."""
+"""Corrupts a checkpoint in place, or returns another one."""
 
 
 def put(value: Any, *path: Any) -> Change:
@@ -91,8 +91,8 @@ def put(value: Any, *path: Any) -> Change:
     return change
 
 
-def spoil(value: complex, *path: Any) -> Callable[[dict[str, Any]], None]:
-    """Write a number into the last element of a state."""
+def corrupt(value: complex, *path: Any) -> Callable[[dict[str, Any]], None]:
+    """Return a function that writes a number to the last element of a state."""
 
     def change(saved: dict[str, Any]) -> None:
         place: Any = saved
@@ -228,7 +228,7 @@ WRONG: dict[str, tuple[Change, type[Exception], str]] = {
     "step is None": (put(None, "state", 0, "step"), TypeError, "whole number.*got None"),
     **{
         f"{number} in {name}": (
-            spoil(number, "state", index, name),
+            corrupt(number, "state", index, name),
             ValueError,
             rf"states must be finite, .* got inf or NaN in state_dict\['state'\]\[{index}\]\['{name}'\]; .* damaged",
         )
@@ -243,12 +243,14 @@ WRONG: dict[str, tuple[Change, type[Exception], str]] = {
         )
     },
     "a second moment < 0": (
-        spoil(-0.5, "state", 2, "exp_avg_sq"),
+        corrupt(-0.5, "state", 2, "exp_avg_sq"),
         ValueError,
         r"second moments >= 0, got -0.5 in state_dict\['state'\]\[2\]\['exp_avg_sq'\]; the checkpoint is damaged",
     ),
     "all states are NaN": (
-        lambda saved: [spoil(float("nan"), "state", k, name)(saved) for k in range(3) for name in STATE_NAMES] and None,
+        lambda saved: (
+            [corrupt(float("nan"), "state", k, name)(saved) for k in range(3) for name in STATE_NAMES] and None
+        ),
         ValueError,
         r"\[0\]\['exp_avg'\], .*\[0\]\['exp_avg_sq'\], .*\[0\]\['beta1_prod'\] and 6 more; the checkpoint is damaged",
     ),
@@ -292,7 +294,7 @@ def test_a_wrong_checkpoint_is_refused_and_nothing_changes(wrong: str) -> None:
     assert "\n" not in str(raised.value)
     assert_equal(bits(optimizer), before)
     assert not optimizer._optimizer_load_state_dict_pre_hooks
-    twin = optimizer_of(other_params := parameters())  # goes on as if nobody had tried
+    twin = optimizer_of(other_params := parameters())  # continues as if nothing had been loaded
     for _ in range(2):
         step(twin)
     step(optimizer)
@@ -322,7 +324,7 @@ FITTING: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("fitting", FITTING)
-def test_what_fits_is_loaded(fitting: str) -> None:
+def test_a_checkpoint_that_fits_is_loaded(fitting: str) -> None:
     saved = checkpoint()
     loaded = FITTING[fitting](saved) or saved
     optimizer = optimizer_of(parameters())
@@ -335,7 +337,7 @@ def test_what_fits_is_loaded(fitting: str) -> None:
 
 
 def test_the_host_waits_twice_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU every look at a tensor waits for it; bites on a look at each state."""
+    """Every read of a device tensor waits for the device; a read of each state would fail this test."""
     saved = checkpoint()
     optimizer = optimizer_of(parameters())
     reads: list[int] = []
@@ -355,7 +357,7 @@ def test_the_host_waits_twice_for_each_device(monkeypatch: pytest.MonkeyPatch) -
 
 
 def refused_loads() -> dict[str, str]:
-    """The message of each wrong layout. Collective: all ranks."""
+    """Return the error message of each wrong layout. Collective: all ranks."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     grid = init_device_mesh("cpu", (dist.get_world_size(), 1))
     whole = torch.arange(12.0).reshape(4, 3)
@@ -385,7 +387,7 @@ def refused_loads() -> dict[str, str]:
                 messages[f"{name} into {target}"] = str(error)
                 for a, b in zip(bits(optimizers[target])[1:], before[1:], strict=True):
                     assert_equal(*([x.to_local() if target == "sharded" else x for x in (y[0],)] for y in (a, b)))
-    # One rank alone finds an error: the others load, and wait for nobody.
+    # Only one rank finds an error: the others load, and do not wait.
     damaged = copy.deepcopy(optimizers["sharded"].state_dict())
     if dist.get_rank() == 1:
         damaged["state"][0]["step"] = torch.tensor(-1.0)

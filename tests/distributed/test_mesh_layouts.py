@@ -24,7 +24,7 @@ WORLD_SIZES = (2, 4, 8)
 
 @dataclass
 class Seen:
-    """What one rank saw of a layout."""
+    """The observations of one rank in a layout."""
 
     recording: Recording | None
     error: str
@@ -32,7 +32,7 @@ class Seen:
 
 
 def walk(layout: str) -> Seen:
-    """Some steps; the ranks keep together, as by their data. Collective: all ranks."""
+    """Take some steps, synchronised as in training. Collective: all ranks."""
     made = LAYOUTS[layout].make()
     names = made.names()
     records: list[logging.LogRecord] = []
@@ -95,12 +95,12 @@ def test_the_mean_is_exact_or_refused_or_warned_about(name: str) -> None:
 
 
 def by_mean(recordings: list[Recording], name: str) -> list[list[Recording]]:
-    """All ranks together, but where each has a model of its own."""
+    """Return the ranks that share a mean: all of them, unless each has a separate model."""
     return [[one] for one in recordings] if name.startswith("models of their own") else [recordings]
 
 
 def step_by_turns(stepping: tuple[int, ...]) -> list[str]:
-    """Only some of the ranks step, each a model of its own size. Collective: none."""
+    """Step on some ranks only, each with a model of different size. Collective: none."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = records.append  # type: ignore[method-assign]
@@ -115,12 +115,12 @@ def step_by_turns(stepping: tuple[int, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("stepping", [(), (0,), (1,), (1, 2)])
-def test_nobody_waits_for_ranks_that_do_not_step(stepping: tuple[int, ...]) -> None:
+def test_no_rank_waits_for_ranks_that_do_not_step(stepping: tuple[int, ...]) -> None:
     assert run_ranks(step_by_turns, 3, stepping) == [[], [], []]
 
 
 def step_after_another_rank() -> list[str]:
-    """Rank 0 steps after rank 1, and rank 2 never."""
+    """Step rank 0 after rank 1, and rank 2 never."""
     if dist.get_rank() == 0:
         dist.barrier()
     seen = step_by_turns((0, 1))
