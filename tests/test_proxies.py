@@ -28,7 +28,7 @@ class Delegating:
 
 
 class Subclass(AdaiV2):
-    """The same, as an ordinary subclass."""
+    """A delegating proxy as an ordinary subclass."""
 
     def __init__(self, optimizer: AdaiV2) -> None:
         self.inner = optimizer

@@ -135,7 +135,7 @@ class ConsecutiveSkips:
         self._current: Tensor | None = None
         """Consecutive skipped steps up to now, and how many of them had each fault; int64, on the device."""
         self._longest = torch.zeros(0)
-        """The same for the longest run of skipped steps so far."""
+        """Maximum of ``_current`` so far, by number of steps."""
         self._copy = HostCopy()
         self._num_steps = 0
 

@@ -1,4 +1,4 @@
-"""Which rank holds which elements of a model, and the one collective of a step."""
+"""The sharding of a model over ranks, and the one collective of a step."""
 
 from adai_dist.sharding.mean import GlobalMean, global_mean
 

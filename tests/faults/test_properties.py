@@ -170,7 +170,7 @@ def test_ranks_take_the_steps_of_one_process_and_of_the_oracle(case: Case, num_r
 @few
 @given(case=st.one_of(CASE, FLOAT32), data=st.data())
 def test_saving_and_loading_at_any_step_is_bitwise_neutral(case: Case, data: st.DataObject) -> None:
-    """It is so even if beta1_prod is retired by then, in either optimizer."""
+    """beta1_prod may be retired by then, in either optimizer."""
     at = data.draw(st.integers(0, case.steps))
     retires = [data.draw(st.booleans()) for _ in range(2)]
     params = case.parameters()
