@@ -116,7 +116,7 @@ def test_a_misspelt_hyperparameter_is_warned_about_with_the_likely_name(
     steps(optimizer)
     (message,) = messages(caplog)
     assert f"has the key {key!r}" in message
-    assert f"{meant!r} is one" in message
+    assert f"did you mean {meant!r}?" in message
     assert optimizer.param_groups[0][key] == 0.1
     optimizer.add_param_group({"params": [Parameter(torch.ones(2))], key: 0.1})
     assert len(messages(caplog)) == 1

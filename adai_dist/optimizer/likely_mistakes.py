@@ -64,8 +64,7 @@ def warn_of_misspelt_keys(param_group: Mapping[str, Any], others: Iterable[Mappi
         name = _meant_by(key)
         if name is not None and key not in seen and _is_main_process():
             logger.warning(
-                "keys of a parameter group must be spelt like the hyperparameters, got %r, which has no effect; did "
-                "you mean %r?",
+                "a parameter group has the key %r, which is not a hyperparameter and has no effect; did you mean %r?",
                 *(key, name),
             )
 

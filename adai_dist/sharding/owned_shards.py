@@ -83,7 +83,7 @@ def _sizes_and_retired(param_shards: list[ParamShard]) -> tuple[list[int], list[
 class OwnedShards:
     """The parameter shards of this rank that share a parameter group, device, dtypes and backend, in one step.
 
-    Made anew in every step (:class:`adai_dist.sharding.shard_cache.ShardCache`), with the gradients of that step.
+    Created in every step by :class:`adai_dist.sharding.shard_cache.ShardCache`, with the gradients of that step.
     """
 
     hyper: Hyper
@@ -120,7 +120,10 @@ class OwnedShards:
     def advance(self, mean: GlobalMean) -> None:
         """Take one step, in place. Collective: none."""
         scalars = mean.step_scalars(self.hyper, self.correction, self.tensors.exp_avg[0].dtype)
-        rows = self._advance_halves(scalars) if self.constants.halves else self._advance(self.tensors, scalars)
+        if self.constants.halves:
+            rows = self._advance_halves(scalars)
+        else:
+            rows = self.backend.advance(self.tensors, self.hyper, scalars)
         if rows is not None:
             self.constants.kept.copy_(rows)  # in place, as a replayed CUDA graph needs it
         counts = count_writes(self.param_shards)
@@ -128,9 +131,6 @@ class OwnedShards:
             shard.row, shard.num_writes = row, count
         # With alpha torch takes the tensor as a tensor; without, it reads it on the host as a number.
         torch._foreach_add_(self.steps, mean.is_live.to(self.steps[0].dtype), alpha=1.0)
-
-    def _advance(self, tensors: LocalTensors, scalars: StepScalars) -> Tensor | None:
-        return self.backend.advance(tensors, self.hyper, scalars)
 
     def _advance_halves(self, scalars: StepScalars) -> Tensor | None:
         """Step the retired parameters and the others in one call each."""
@@ -140,7 +140,8 @@ class OwnedShards:
                 *(_where(self.constants.retired, is_retired, each) for each in self.tensors[:-1]),
                 beta1_prod=[] if is_retired else self.tensors.beta1_prod,
             )
-            rows_of_half = self._advance(tensors, scalars._replace(inverse_means=scalars.inverse_means[half]))
+            half_scalars = scalars._replace(inverse_means=scalars.inverse_means[half])
+            rows_of_half = self.backend.advance(tensors, self.hyper, half_scalars)
             if rows_of_half is not None:
                 rows = torch.empty_like(self.constants.kept) if rows is None else rows
                 rows[half] = rows_of_half
