@@ -114,7 +114,7 @@ class SharedMean(MeanSource):
         bounds = [member.max_grad_norm for member in self.members]
         if len(set(bounds)) > 1:
             raise ValueError(
-                "optimizers that share one mean must have the same max_grad_norm, as they share one norm, "
+                "optimizers that share one mean, and so one norm, must have the same max_grad_norm, "
                 f"got {bounds!r}; set the same value"
             )
         others = [member for member in self.members if member is not optimizer]
