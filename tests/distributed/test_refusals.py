@@ -86,7 +86,7 @@ def test_a_grad_scaler_is_refused_if_torch_checks_only_one_gradient(layout: str,
     messages = run_ranks(scaled_step, world_size, layout)
     assert len(set(messages)) == 1
     if world_size == 4:
-        assert messages[0].startswith("RuntimeError: torch.amp.GradScaler")
+        assert messages[0].startswith("RuntimeError: with torch.amp.GradScaler")
         assert "bfloat16" in messages[0]
     else:
         assert messages[0] == "not refused"
