@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from adai_dist import AdaiV2
 from tests.distributed.recorded import names_of
 
-Tell = Callable[[AdaiV2], None]
+Configure = Callable[[AdaiV2], None]
 
 
 class Model(nn.Module):
@@ -66,7 +66,7 @@ def subgroup(*all_ranks: list[int]) -> Any:
 @dataclass(frozen=True)
 class Made:
     modules: list[nn.Module]
-    tell: Tell = lambda optimizer: None
+    configure: Configure = lambda optimizer: None
     is_reversed: bool = False
     """Whether the optimizer gets the parameters in reverse order."""
 
@@ -124,11 +124,11 @@ def tied_stages(num_replicas: Any) -> Callable[[], Made]:
         def of_param(param: Tensor) -> int | None:
             return num_replicas if param is tied else None
 
-        def tell(optimizer: AdaiV2) -> None:
+        def configure(optimizer: AdaiV2) -> None:
             replicas = {"num_replicas": of_param} if num_replicas else {}
             optimizer.configure_sharding(stages=dist.group.WORLD, **replicas)
 
-        return Made([model], tell)
+        return Made([model], configure)
 
     return make
 
@@ -151,10 +151,10 @@ def marked_and_configured() -> Made:
     part = getattr(model, f"part{rank()}")
     part.tensor_model_parallel = True
 
-    def tell(optimizer: AdaiV2) -> None:
+    def configure(optimizer: AdaiV2) -> None:
         optimizer.configure_sharding(num_replicas=lambda param: 1 if param is part else None)
 
-    return Made([model], tell)
+    return Made([model], configure)
 
 
 def models_of_their_own() -> Made:
@@ -212,11 +212,11 @@ def experts_in_modules(is_configured: bool) -> Callable[[], Made]:
         rest = fully_shard(Model("a"), mesh=mesh_of(4))
         experts = set(expert.parameters())
 
-        def tell(optimizer: AdaiV2) -> None:
+        def configure(optimizer: AdaiV2) -> None:
             if is_configured:
                 optimizer.configure_sharding(num_replicas=lambda param: 1 if param in experts else None)
 
-        return Made([rest, expert], tell)
+        return Made([rest, expert], configure)
 
     return make
 
@@ -281,11 +281,11 @@ def fsdp2_stages(is_configured: bool) -> Callable[[], Made]:
         mesh = mesh_of(2, 2, names="pp dp")
         stage = fully_shard(Model(f"stage{mesh['pp'].get_local_rank()}"), mesh=mesh["dp"])
 
-        def tell(optimizer: AdaiV2) -> None:
+        def configure(optimizer: AdaiV2) -> None:
             if is_configured:
                 optimizer.configure_sharding(stages=mesh["pp"].get_group())
 
-        return Made([stage], tell)
+        return Made([stage], configure)
 
     return make
 
@@ -295,12 +295,12 @@ def tied_fsdp2_stages() -> Made:
     stage = fully_shard(Model(f"stage{mesh['pp'].get_local_rank()}", "tied"), mesh=mesh["dp"])
     tied = stage.tied
 
-    def tell(optimizer: AdaiV2) -> None:
+    def configure(optimizer: AdaiV2) -> None:
         optimizer.configure_sharding(
             stages=mesh["pp"].get_group(), num_replicas=lambda param: 2 if param is tied else None
         )
 
-    return Made([stage], tell)
+    return Made([stage], configure)
 
 
 def unequal_stages() -> Made:

@@ -81,14 +81,14 @@ def plain(model: MixtureOfExperts, mesh: DeviceMesh) -> Prepared:
     experts = set(model.experts.parameters())
     others = [p for p in model.parameters() if p not in experts]
 
-    def tell(optimizer: AdaiV2) -> None:
+    def configure(optimizer: AdaiV2) -> None:
         optimizer.configure_sharding(num_replicas=lambda parameter: 2 if parameter in experts else None)
 
     def average_all() -> None:
         average(list(experts), mesh["dp"].get_group())
         average(others, None)
 
-    return tell, average_all
+    return configure, average_all
 
 
 def as_dtensors(model: MixtureOfExperts, mesh: DeviceMesh) -> None:
@@ -118,7 +118,7 @@ LAYOUTS = {"plain": (plain, 1), "DTensors": (dtensors, 1), "DTensors, FSDP2": (d
 def train(layout: str) -> tuple[Recording, list[list[tuple[str, int]]]]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
     model = MixtureOfExperts(mesh["ep"]).double()
-    tell, after_backward = LAYOUTS[layout][0](model, mesh)
+    configure, after_backward = LAYOUTS[layout][0](model, mesh)
     optimizer = AdaiV2(
         [
             {"params": list(model.experts.parameters()), "lr": 0.2},
@@ -128,7 +128,7 @@ def train(layout: str) -> tuple[Recording, list[list[tuple[str, int]]]]:
         dampening=0.5,
         max_grad_norm=0.5,
     )
-    tell(optimizer)
+    configure(optimizer)
     # Plain experts are pieces of one tensor, like DTensors.
     here = f" of {mesh['ep'].get_local_rank()}"
     names = {p: name + (here if name.startswith("experts.") else "") for p, name in names_of(model).items()}

@@ -1,5 +1,4 @@
-"""The mean is exact where the meshes decide who holds what, refused where they cannot, and warned about where only the
-other ranks know."""
+"""The mean is exact if the meshes define it, refused if they do not, and warned about if other ranks contradict it."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ def walk(layout: str) -> Seen:
     seen = Seen(None, "", [])
     if names:
         optimizer = AdaiV2(list(names), lr=0.3, dampening=0.5, max_grad_norm=20.0)
-        made.tell(optimizer)
+        made.configure(optimizer)
         recorder = Recorder([optimizer], names)
     for step in range(CHECK_STEPS[-1]):
         if names and not seen.error:
