@@ -169,8 +169,8 @@ class KnownMean(MeanSource):
             )
         if bool(self.known.is_live):  # the host waits only here, before an error
             raise RuntimeError(
-                "gradients, states and hyperparameters must not change between the first step() and the last of the "
-                "optimizers that share one mean, but they did; step all of them before the next backward pass"
+                "gradients, states and hyperparameters must not change from the first step() of the optimizers that "
+                "share one mean to the last, but they did; step all of them before the next backward pass"
             )
         return self.then.mean(optimizer, shards, max_norm)  # the known mean was of an earlier step that did not count
 
