@@ -152,7 +152,7 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
 def test_the_reader_sees_every_form_of_import(
     statement: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / PACKAGE / "sharding" / "ownership.py"
+    path = tmp_path / PACKAGE / "sharding" / "local_tensor.py"
     path.parent.mkdir(parents=True)
     path.write_text(statement, encoding="utf-8")
     monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
