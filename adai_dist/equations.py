@@ -65,7 +65,7 @@ CANCELLED = 1e-6
 """A sum of float64 products has cancelled where this share of them is left, or less: half of its digits are gone."""
 
 
-class Shards(NamedTuple):
+class LocalTensors(NamedTuple):
     """Local tensors stepped with the same hyperparameters: one entry per shard, alike in shape; real dtypes.
 
     Parameters are of one floating-point dtype, gradients of one, states of the compute dtype (:func:`compute_dtype`).
@@ -110,7 +110,7 @@ def bias_correction(beta2: float, t: Tensor) -> Tensor:
     return -torch.expm1(t.double() * (math.log(beta2) if beta2 > 0 else -math.inf))
 
 
-def gradient(shards: Shards, hyper: Hyper, c: Tensor) -> Tensors:
+def gradient(shards: LocalTensors, hyper: Hyper, c: Tensor) -> Tensors:
     """``g = c * gradient (+ weight_decay * theta)``: new tensors of the compute dtype, which is that of c."""
     g = list(torch._foreach_mul([grad.to(c.dtype) for grad in shards.grad], c))
     if hyper.coupled_decay:
@@ -176,7 +176,7 @@ def update_(theta: Tensors, m: Tensors, P: Tensors, hyper: Hyper, scalars: StepS
     torch._foreach_add_(theta, update)
 
 
-def advance(shards: Shards, hyper: Hyper, scalars: StepScalars) -> None:
+def advance(shards: LocalTensors, hyper: Hyper, scalars: StepScalars) -> None:
     """One step of all equations above, in place on parameters and states.
 
     Temporary memory: four tensors as large as all the shards together.
@@ -206,7 +206,7 @@ class SquaredNorms(NamedTuple):
     """``<g, g>`` of the effective gradient at the expected coefficient, rounded as a step rounds it."""
 
 
-def observe(shards: Shards, hyper: Hyper, c: Tensor) -> SquaredNorms:
+def observe(shards: LocalTensors, hyper: Hyper, c: Tensor) -> SquaredNorms:
     """Inner products of the raw gradients, and with coupled decay of gradients and parameters, per shard.
 
     Args:

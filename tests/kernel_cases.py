@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adai_dist import equations
-from adai_dist.equations import Shards, StepScalars
+from adai_dist.equations import LocalTensors, StepScalars
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import nothing_kept
 from adai_dist.kernels.ops import packed
@@ -80,7 +80,7 @@ def make_shards(
     *,
     retired: bool = False,
     offset: int = 0,
-) -> Shards:
+) -> LocalTensors:
     """Parameters, heavy-tailed gradients and states, the same on every device; `dtypes` of parameters and gradients."""
     random = torch.Generator().manual_seed(1)
     lists: list[list[Tensor]] = [[], [], [], [], []]
@@ -96,10 +96,10 @@ def make_shards(
         ]
         for tensors, value in zip(lists, values, strict=True):
             tensors.append(placed(value.to(device), offset))
-    return Shards(*lists[:4], [] if retired else lists[4])
+    return LocalTensors(*lists[:4], [] if retired else lists[4])
 
 
-def make_scalars(shards: Shards, *, is_finite: bool = True, is_live: bool = True) -> StepScalars:
+def make_scalars(shards: LocalTensors, *, is_finite: bool = True, is_live: bool = True) -> StepScalars:
     device, num = shards.exp_avg[0].device, len(shards.param)
     return StepScalars(
         coefficient=torch.tensor(0.7, device=device),
@@ -110,11 +110,11 @@ def make_scalars(shards: Shards, *, is_finite: bool = True, is_live: bool = True
     )
 
 
-def copied(shards: Shards, offset: int | None = None, **to: Any) -> Shards:
+def copied(shards: LocalTensors, offset: int | None = None, **to: Any) -> LocalTensors:
     def copy(x: Tensor) -> Tensor:
         return placed(x, x.storage_offset() if offset is None else offset).to(**to)
 
-    return Shards(*([copy(x) for x in tensors] for tensors in shards))
+    return LocalTensors(*([copy(x) for x in tensors] for tensors in shards))
 
 
 def observe(
@@ -136,19 +136,19 @@ def sums(operators: Operators, exp_avg_sqs: list[Tensor]) -> Tensor:
     return operators.sums(exp_avg_sqs, nothing_kept(exp_avg_sqs))
 
 
-def step(operators: Operators, shards: Shards, hyper: Hyper, scalars: StepScalars) -> Tensor:
+def step(operators: Operators, shards: LocalTensors, hyper: Hyper, scalars: StepScalars) -> Tensor:
     """One step in place. Returns: sum and sum of the samples of each new exp_avg_sq."""
     values = (scalars.inverse_means, scalars.coefficient, scalars.lr, scalars.is_finite, scalars.is_live)
     return operators.advance(*shards, *values, packed(hyper))
 
 
-def assert_same_bits(found: Shards, expected: Shards) -> None:
-    for name, a, b in zip(Shards._fields, found, expected, strict=True):
+def assert_same_bits(found: LocalTensors, expected: LocalTensors) -> None:
+    for name, a, b in zip(LocalTensors._fields, found, expected, strict=True):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             assert torch.equal(x.cpu(), y.cpu()), f"{name}[{i}] differs in {(x.cpu() != y.cpu()).sum()} elements"
 
 
-def check_advance(operators: Operators, shards: Shards, hyper: Hyper) -> None:
+def check_advance(operators: Operators, shards: LocalTensors, hyper: Hyper) -> None:
     """The rounding errors of a step are at most twice those of the equations in float32; gradients stay."""
     scalars = StepScalars(*(x.cpu() for x in make_scalars(shards)))
     wide = StepScalars(*(x.double() if x.dtype == torch.float32 else x for x in scalars))
@@ -157,8 +157,8 @@ def check_advance(operators: Operators, shards: Shards, hyper: Hyper) -> None:
     equations.advance(rounded, hyper, scalars)
     found = copied(shards)
     kept = step(operators, found, hyper, make_scalars(shards))
-    assert_same_bits(Shards([], found.grad, [], [], []), Shards([], shards.grad, [], [], []))
-    for name, a, b, c in zip(Shards._fields, found, rounded, exact, strict=True):
+    assert_same_bits(LocalTensors([], found.grad, [], [], []), LocalTensors([], shards.grad, [], [], []))
+    for name, a, b, c in zip(LocalTensors._fields, found, rounded, exact, strict=True):
         error, allowed = _error(a, c), _error(b, c)
         ulp = torch.finfo(b[0].dtype).eps if b else 0.0
         assert error <= max(2 * allowed, ulp), f"{name}: {error:.1e}, equations {allowed:.1e}"
@@ -188,7 +188,7 @@ def check_alignment(operators: Operators, hyper: Hyper, dtypes: tuple[torch.dtyp
             assert (neighbours(x) == SENTINEL).all()
 
 
-def check_sums(operators: Operators, shards: Shards) -> None:
+def check_sums(operators: Operators, shards: LocalTensors) -> None:
     """All operators have the same bits for the sum of an exp_avg_sq, also where a step stands still."""
     for v in shards.exp_avg_sq:  # of so many magnitudes that the sum depends on its order, also in float64
         v.mul_(torch.exp2(torch.arange(v.numel(), device=v.device) % 61 - 30.0))
@@ -199,7 +199,7 @@ def check_sums(operators: Operators, shards: Shards) -> None:
     assert torch.equal(returned, step(operators, shards, Hyper(lr=1.0), still))
 
 
-def check_recognition(operators: Operators, shards: Shards) -> None:
+def check_recognition(operators: Operators, shards: LocalTensors) -> None:
     """What was kept is used, and not once somebody has written to a tensor."""
     hyper = Hyper(lr=1.0)
     kept = step(operators, shards, hyper, make_scalars(shards))
@@ -236,7 +236,7 @@ def check_standing_still(operators: Operators, dtypes: tuple[torch.dtype, torch.
     assert_same_bits(found, expected)
 
 
-def check_observe(operators: Operators, shards: Shards) -> None:
+def check_observe(operators: Operators, shards: LocalTensors) -> None:
     """Sums are right to the last bits of float64; without parameters the columns that need them are 0."""
     wide = [[x.cpu().double() for x in tensors] for tensors in (shards.grad, shards.param)]
     pairs = zip(shards.grad, shards.param, strict=True)
@@ -263,7 +263,7 @@ def check_non_finite(operators: Operators, value: float, dtype: torch.dtype) -> 
         assert finite == [True, True, False, True]
 
 
-def check_same_as_cpu(operators: Operators, shards: Shards, hyper: Hyper) -> None:
+def check_same_as_cpu(operators: Operators, shards: LocalTensors, hyper: Hyper) -> None:
     """Every element has the bits that the CPU kernels give it."""
     on_cpu, found = copied(shards, device="cpu"), copied(shards)
     step(torch_operators("cpu"), on_cpu, hyper, make_scalars(on_cpu))

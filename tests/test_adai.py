@@ -1,4 +1,4 @@
-"""The optimizer in one process against the float64 oracle, and against plain PyTorch for its rounding errors."""
+"""The optimizer in one process, compared with the float64 oracle, and with plain PyTorch for rounding errors."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_foreach_and_loop_agree_bit_for_bit(name: str, dtype: torch.dtype, monke
 
 @pytest.mark.parametrize("name", ["l2", "dampening-0", "clipping"])
 def test_low_precision_gradients_of_float32_parameters_are_stepped_in_float32(name: str) -> None:
-    """torch refuses a gradient of another dtype than its parameter's by assignment; engines set grad_dtype."""
+    """torch refuses assignment of a gradient with another dtype than the parameter; engines set grad_dtype."""
     problem = replace(VARIANTS[name], dtype=torch.float32, grad_dtype=torch.bfloat16)
     oracle, _ = problem.solve()
     parameters = problem.parameters()
@@ -92,7 +92,7 @@ def test_complex_parameters_are_stepped_as_pairs_of_real_ones(name: str, dtype: 
         assert error <= 2 * relative_error(solve_plainly(problem), oracle, problem)
 
 
-def test_parameters_of_several_dtypes_share_one_mean() -> None:
+def test_parameters_of_different_dtypes_share_one_mean() -> None:
     dtypes = {"a": torch.float64, "b": torch.float32, "c": torch.bfloat16, "d": torch.complex64}
     starts = {name: torch.linspace(0.5, 1.5, 6).to(dtype) for name, dtype in dtypes.items()}
     problem = Problem((({"lr": 0.1, "dampening": 0.5}, tuple(Spec(name, (6,)) for name in dtypes)),))
@@ -128,7 +128,7 @@ def replace_starts(problem: Problem, starts: dict[str, torch.Tensor]) -> Any:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_each_class_is_the_algorithm_with_its_own_defaults(optimizer_class: Any, expected: dict[str, Any]) -> None:
+def test_each_class_runs_the_algorithm_with_its_own_defaults(optimizer_class: Any, expected: dict[str, Any]) -> None:
     problem = Problem((({"lr": 0.3, "weight_decay": 0.05, **expected}, (Spec("a", (7,)), Spec("b", (3, 2)))),))
     parameters = problem.parameters()
     optimizer = optimizer_class(list(parameters.values()), 0.3, weight_decay=0.05)
@@ -146,7 +146,7 @@ def test_positional_arguments_are_in_the_order_of_the_reference(cls: type[Adapti
 
 
 @pytest.mark.parametrize("cls", [Adai, AdaiW, AdaiV2])
-def test_what_the_reference_orders_in_two_ways_is_named(cls: type[AdaptiveInertia]) -> None:
+def test_arguments_that_the_reference_orders_inconsistently_are_keyword_only(cls: type[AdaptiveInertia]) -> None:
     with pytest.raises(TypeError, match="positional arguments"):
         cls([Parameter(torch.ones(2))], 0.5, (0.2, 0.9), 1e-2, 0.1, True)  # type: ignore[misc]
     group = cls([Parameter(torch.ones(2))], 0.5, dampening=0.25, decoupled=True).param_groups[0]
@@ -166,7 +166,7 @@ def test_float64_follows_the_recorded_reference_to_rounding(trajectory: Trajecto
             parameter.grad = torch.tensor(gradients[name]) if name in gradients else None
         optimizer.step()
         for name, value in expected.items():
-            # Measured: 2e-17 at worst, on parameters that move by 0.02.
+            # Measured: at most 2e-17, on parameters that move by 0.02.
             np.testing.assert_allclose(to_numpy(parameters[name]), value, rtol=0, atol=1e-16)
     for name, parameter in parameters.items():
         assert optimizer.state[parameter]["step"].item() == trajectory.final["step"][name]
@@ -194,7 +194,7 @@ def test_gradients_are_never_written_to(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["l2", "dampening-0", "clipping", "mixed-groups", "clipping-l2-strong"])
 def test_the_mean_is_that_of_the_states_after_the_step(name: str) -> None:
-    """The step knows the mean before it has the second moments; float32 rounds them one by one."""
+    """A step computes the mean before it updates the second moments, each of which float32 rounds."""
     problem = replace(VARIANTS[name], dtype=torch.float32, steps=30)
     parameters = problem.parameters()
     optimizer = AdaiV2(problem.param_groups(parameters), lr=1.0, max_grad_norm=problem.max_grad_norm)
@@ -211,7 +211,7 @@ def test_the_mean_is_that_of_the_states_after_the_step(name: str) -> None:
 
 
 def test_the_mean_survives_the_cancellation_at_a_minimum_with_coupled_decay() -> None:
-    """There the gradient is the negative of the decay, and their sum nothing but rounding."""
+    """The gradient is the negative of the decay there, and their sum is rounding error only."""
     generator = torch.Generator().manual_seed(0)
     parameter = Parameter(torch.randn(50, generator=generator))
     target = torch.randn(50, generator=generator)
@@ -226,7 +226,7 @@ def test_the_mean_survives_the_cancellation_at_a_minimum_with_coupled_decay() ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dampening", [1.0, 0.5, 0.0])
-def test_three_thousand_steps_stay_with_the_oracle(dampening: float) -> None:
+def test_three_thousand_steps_follow_the_oracle(dampening: float) -> None:
     groups = tuple(
         (hyper | {"dampening": dampening}, tuple(spec for spec in specs if spec.name != "b.large"))
         for hyper, specs in THREE_GROUPS.groups

@@ -1,4 +1,4 @@
-"""Clipping by the global norm: inside the step, deferred by clip_grad_norm_, and the same as torch's own."""
+"""Clipping by the global norm: inside the step and deferred by clip_grad_norm_, both equal to torch's clipping."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from adai_dist import Adai, AdaiV2
 from tests.problems import THREE_GROUPS, Problem, relative_error
 
-MAX_NORM = 30.0  # the norms of this problem lie between 250 and 260, and below 10 without the large parameter
+MAX_NORM = 30.0  # the norms of this problem are between 250 and 260, and below 10 without the large parameter
 SMALL = replace(
     THREE_GROUPS,
     groups=tuple(
@@ -28,7 +28,7 @@ def prepared(problem: Problem, **options: float) -> tuple[dict[str, Parameter], 
 
 @pytest.mark.parametrize("max_norm", [1e-3, 5.0, 30.0, 1e6])
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_deferred_clipping_walks_the_way_of_torch_clip_grad_norm(max_norm: float, decoupled: bool) -> None:
+def test_deferred_clipping_takes_the_same_steps_as_torch_clip_grad_norm(max_norm: float, decoupled: bool) -> None:
     problem = THREE_GROUPS.with_all(decoupled=decoupled, dampening=0.5)
     ours, optimizer = prepared(problem)
     theirs, reference = prepared(problem)
@@ -46,7 +46,7 @@ def test_deferred_clipping_walks_the_way_of_torch_clip_grad_norm(max_norm: float
 
 
 @pytest.mark.parametrize("max_norm", [1e-3, 5.0, 1e6, math.inf])
-def test_clipping_inside_the_step_is_deferred_clipping_bit_for_bit(max_norm: float) -> None:
+def test_clipping_inside_the_step_equals_deferred_clipping_bitwise(max_norm: float) -> None:
     inside, optimizer = prepared(THREE_GROUPS, max_grad_norm=max_norm)
     deferred, other = prepared(THREE_GROUPS)
     for step in range(20):
@@ -58,8 +58,8 @@ def test_clipping_inside_the_step_is_deferred_clipping_bit_for_bit(max_norm: flo
     assert all(torch.equal(inside[name], deferred[name]) for name in inside)
 
 
-def test_the_problem_is_clipped_in_some_steps_and_not_in_others() -> None:
-    """So that the tests above are known to bite."""
+def test_some_steps_of_the_problem_are_clipped_and_others_are_not() -> None:
+    """Check that the tests above can fail."""
     problem = replace(SMALL, max_grad_norm=7.0)
     oracle, seen = problem.solve()
     assert 5 < sum(observation.grad_norm > 7.0 for observation in seen) < problem.steps - 5
@@ -84,7 +84,7 @@ def test_an_infinite_bound_measures_and_changes_nothing() -> None:
     assert all(torch.equal(measured[name], plain[name]) for name in measured)
 
 
-def test_the_bound_of_the_call_replaces_that_of_the_constructor_for_one_step() -> None:
+def test_the_bound_of_the_call_overrides_the_constructor_for_one_step() -> None:
     parameters, optimizer = prepared(SMALL, max_grad_norm=1e-3)
     others, other = prepared(SMALL)
     SMALL.set_gradients(parameters, 0)
@@ -99,7 +99,7 @@ def test_the_bound_of_the_call_replaces_that_of_the_constructor_for_one_step() -
     assert all(torch.equal(parameters[name], others[name]) for name in parameters)
 
 
-def test_clipping_twice_keeps_the_last_bound_on_the_gradients_as_they_are() -> None:
+def test_the_last_of_two_clippings_applies_to_the_raw_gradients() -> None:
     parameters, optimizer = prepared(SMALL)
     others, other = prepared(SMALL)
     SMALL.set_gradients(parameters, 0)
@@ -131,7 +131,7 @@ def test_gradients_that_change_between_clipping_and_step_are_an_error(change: st
     assert all(torch.equal(p.detach(), torch.ones_like(p)) for p in parameters)
 
 
-def test_a_closure_that_makes_new_gradients_after_clipping_is_an_error() -> None:
+def test_a_closure_that_recomputes_gradients_after_clipping_is_an_error() -> None:
     parameter = Parameter(torch.ones(3))
     optimizer = Adai([parameter], lr=0.1)
 
@@ -148,8 +148,8 @@ def test_a_closure_that_makes_new_gradients_after_clipping_is_an_error() -> None
 
 
 @pytest.mark.parametrize("closure", ["nothing", "adds", "model.zero_grad"])
-def test_a_closure_after_clipping_may_do_anything_but_change_gradients(closure: str) -> None:
-    """Lightning's optimizers always pass one, which does nothing in manual optimization."""
+def test_a_closure_after_clipping_may_do_anything_except_change_gradients(closure: str) -> None:
+    """Lightning's optimizers always pass a closure, which does nothing in manual optimization."""
     model, twin = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
     twin.load_state_dict(model.state_dict())
     for one in (model, twin):
@@ -188,7 +188,7 @@ def test_after_the_error_new_gradients_can_be_clipped_and_stepped() -> None:
     assert not torch.equal(parameter.detach(), torch.ones(3))
 
 
-def test_the_norm_of_gradients_of_several_dtypes_is_one_float64() -> None:
+def test_gradients_of_different_dtypes_have_one_float64_norm() -> None:
     parameters = [
         Parameter(torch.zeros(3, dtype=dtype))
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.complex64)
@@ -206,13 +206,13 @@ def test_the_norm_without_any_gradient_is_zero() -> None:
 
 
 @pytest.mark.parametrize("bound", [0, -1.0, math.nan, "1", None, True])
-def test_a_bound_that_is_no_positive_number_is_refused(bound: object) -> None:
+def test_a_bound_that_is_not_a_positive_number_is_refused(bound: object) -> None:
     optimizer = Adai([Parameter(torch.ones(3))], lr=0.1)
     with pytest.raises((ValueError, TypeError), match=r"max_norm.*" + (repr(bound) if bound != 0 else "0")):
         optimizer.clip_grad_norm_(bound)  # type: ignore[arg-type]
 
 
-def test_the_bound_of_the_step_may_be_changed_between_steps() -> None:
+def test_max_grad_norm_may_be_changed_between_steps() -> None:
     parameters, optimizer = prepared(SMALL, max_grad_norm=1.0)
     others, other = prepared(SMALL)
     for step, bound in enumerate((1.0, 2.0, None)):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adai_dist.equations import Shards
+from adai_dist.equations import LocalTensors
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import build
 from adai_dist.kernels.ops import packed
@@ -81,7 +81,7 @@ def test_a_non_finite_gradient_shows_in_its_sum(operators: Operators, value: flo
 # -- the same bits -----------------------------------------------------------------------------------------------------
 
 
-def made_by_numpy(sizes: list[int], dtypes: tuple[torch.dtype, torch.dtype]) -> Shards:
+def made_by_numpy(sizes: list[int], dtypes: tuple[torch.dtype, torch.dtype]) -> LocalTensors:
     """Parameters, gradients and states; those of torch depend on its instruction set."""
     random = np.random.default_rng(0)
     lists: list[list[Tensor]] = [[], [], [], [], []]
@@ -93,7 +93,7 @@ def made_by_numpy(sizes: list[int], dtypes: tuple[torch.dtype, torch.dtype]) -> 
         values = [normal[0].to(dtypes[0]), normal[1].to(dtypes[1]), normal[2], uniform[0], uniform[1]]
         for tensors, value in zip(lists, values, strict=True):
             tensors.append(value.clone() if value.dtype != torch.float64 else value.float())
-    return Shards(*lists)
+    return LocalTensors(*lists)
 
 
 def all_bits(operators: Operators) -> str:
@@ -149,11 +149,11 @@ def first_step(
     hyper: Hyper,
     param: Tensor | None = None,
     m: Tensor | None = None,
-) -> Shards:
+) -> LocalTensors:
     """A step of one tensor from P = 1, with all device scalars 1 and lr 1."""
     zeros = torch.zeros_like(v)
     param = zeros.clone() if param is None else param
-    shards = Shards([param], [gradient], [zeros.clone() if m is None else m], [v.clone()], [torch.ones_like(v)])
+    shards = LocalTensors([param], [gradient], [zeros.clone() if m is None else m], [v.clone()], [torch.ones_like(v)])
     one, true = torch.ones(()), torch.tensor(True)
     operators.advance(*shards, torch.ones(1), one, one, true, true, packed(hyper))
     return shards
@@ -229,7 +229,7 @@ def test_torch_finds_schemas_and_fakes_in_order(operators: Operators, retired: b
 
 
 def test_a_compiled_function_may_contain_them(operators: Operators) -> None:
-    def phases(shards: Shards) -> tuple[Tensor, Tensor]:
+    def phases(shards: LocalTensors) -> tuple[Tensor, Tensor]:
         observed = kernel_cases.observe(operators, shards.grad, [])
         return observed, kernel_cases.step(operators, shards, Hyper(lr=1.0), make_scalars(shards))
 

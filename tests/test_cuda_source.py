@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adai_dist.equations import Shards
+from adai_dist.equations import LocalTensors
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import build
 from tests import emulated_cuda, kernel_cases
@@ -156,11 +156,11 @@ def run_binding(folder: Path) -> None:
         kernel_cases.check_sums(operators, shards)
         before = versions(shards)
         kernel_cases.step(operators, shards, Hyper(lr=1.0), kernel_cases.make_scalars(shards))
-        for name, then, now in zip(Shards._fields, before, versions(shards), strict=True):
+        for name, then, now in zip(LocalTensors._fields, before, versions(shards), strict=True):
             assert now == [version + (name != "grad") for version in then]
 
 
-def versions(shards: Shards) -> list[list[int]]:
+def versions(shards: LocalTensors) -> list[list[int]]:
     return [[x._version for x in tensors] for tensors in shards]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adai_dist import equations
-from adai_dist.equations import Shards, StepScalars
+from adai_dist.equations import LocalTensors, StepScalars
 from adai_dist.hyper import Hyper
 
 HYPER = Hyper(lr=0.3, betas=(0.1, 0.97), eps=0.01, weight_decay=0.2, dampening=0.4)
@@ -41,7 +41,7 @@ def test_the_bias_correction_does_not_cancel(beta2: float, t: int) -> None:
 
 
 def test_the_gradient_is_scaled_and_decays_without_touching_what_it_is_made_of() -> None:
-    shards = Shards(tensors(1), tensors(2), [], [], [])
+    shards = LocalTensors(tensors(1), tensors(2), [], [], [])
     (g,) = equations.gradient(shards, HYPER, scalars(1).coefficient)
     np.testing.assert_allclose(g, 0.5 * tensors(2)[0] + 0.2 * tensors(1)[0], rtol=1e-15)
     assert torch.equal(shards.grad[0], tensors(2)[0])
@@ -50,7 +50,7 @@ def test_the_gradient_is_scaled_and_decays_without_touching_what_it_is_made_of()
 
 def test_a_dead_step_does_not_let_a_gradient_in_whatever_it_is() -> None:
     bad = [torch.tensor([1.0, math.nan, math.inf], dtype=torch.float64)]
-    shards = Shards(*([torch.full((3,), 0.5, dtype=torch.float64)] for _ in range(5)))._replace(grad=bad)
+    shards = LocalTensors(*([torch.full((3,), 0.5, dtype=torch.float64)] for _ in range(5)))._replace(grad=bad)
     equations.advance(shards, Hyper(lr=0.3), scalars(1, live=False))
     for tensor in (*shards.param, *shards.exp_avg, *shards.exp_avg_sq, *shards.beta1_prod):
         assert torch.equal(tensor, torch.full_like(tensor, 0.5))
@@ -79,7 +79,7 @@ def test_first_moment_product_and_update_are_the_papers_formulas() -> None:
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_a_dead_step_changes_no_bit_of_the_states(decoupled: bool) -> None:
     hyper = Hyper(lr=0.3, weight_decay=0.2, decoupled=decoupled)
-    shards = Shards(*([x.abs()] for x in tensors(1, 2, 3, 4, 5)))
+    shards = LocalTensors(*([x.abs()] for x in tensors(1, 2, 3, 4, 5)))
     before = [x[0].clone() for x in shards]
     equations.advance(shards, hyper, scalars(1, live=False, finite=False))
     assert all(torch.equal(x[0], y) for x, y in zip(shards, before, strict=True))
@@ -100,7 +100,7 @@ def test_the_sum_of_v_follows_from_inner_products_alone(decay: float, maximize: 
         last, c = c, torch.full_like(c, 0.25 + 0.5 * (t % 2))
         expected = {"none": torch.ones_like(c), "of last step": last, "perfect": c}[foresight]
         correction = equations.bias_correction(0.99, torch.tensor([float(t)]))
-        norms = equations.observe(Shards([theta], [gradient], [], [], []), hyper, (hyper.sign * expected).float())
+        norms = equations.observe(LocalTensors([theta], [gradient], [], [], []), hyper, (hyper.sign * expected).float())
         terms = equations.mean_terms(norms, equations.sums([v]), correction, hyper, expected, torch.float32)
         predicted = equations.mean_sum(terms, c, expected)
         g = hyper.sign * c.float() * gradient + decay * theta
@@ -118,7 +118,7 @@ def test_where_gradient_and_decay_cancel_the_sum_is_developed_around_the_expecte
     rest = 1e-9 * torch.from_numpy(np.random.default_rng(1).standard_normal(1000))
     gradient = (rest - 0.5 * theta) / 0.7
     expected, coefficient = (torch.tensor(x, dtype=torch.float64) for x in (0.7, c))
-    norms = equations.observe(Shards([theta], [gradient], [], [], []), hyper, expected)
+    norms = equations.observe(LocalTensors([theta], [gradient], [], [], []), hyper, expected)
     one, nothing = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     terms = equations.mean_terms(norms, nothing, one, hyper, expected, torch.float64)
     found = equations.mean_sum(terms, coefficient, expected).item()

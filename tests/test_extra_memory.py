@@ -1,4 +1,4 @@
-"""A step of the compiled kernels takes almost no memory beside parameters, gradients and states."""
+"""A step of the compiled kernels needs almost no memory besides parameters, gradients and states."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# The peak of the resident memory is the kernel's count: it sees what C++ allocates, too.
+# The operating system counts the peak of resident memory, including allocations in C++.
 PROGRAM = """
 import ctypes, json, re
 from pathlib import Path

@@ -19,7 +19,7 @@ def scaled_step(
     problem: Problem, parameters: dict[str, Parameter], optimizer: AdaiV2, scaler: GradScaler, step: int, how: str
 ) -> None:
     problem.set_gradients(parameters, step)
-    # Outputs stand in for a backward pass: GradScaler needs one scaled tensor to make its scale.
+    # GradScaler creates its scale when it scales a tensor; this replaces a backward pass.
     scaler.scale(torch.zeros(()))
     for parameter in parameters.values():
         if parameter.grad is not None:
@@ -33,7 +33,7 @@ def scaled_step(
 
 @pytest.mark.parametrize("how", ["unscaled in the step", "unscaled first"])
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_scaled_gradients_walk_the_unscaled_way(how: str, decoupled: bool) -> None:
+def test_scaled_gradients_take_the_same_steps_as_unscaled_ones(how: str, decoupled: bool) -> None:
     problem = THREE_GROUPS.with_all(decoupled=decoupled, dampening=0.5)
     ours, theirs = problem.parameters(), problem.parameters()
     optimizer = AdaiV2(problem.param_groups(ours), lr=1.0, max_grad_norm=20.0)
@@ -43,7 +43,7 @@ def test_scaled_gradients_walk_the_unscaled_way(how: str, decoupled: bool) -> No
         scaled_step(problem, ours, optimizer, scaler, step, how)
         problem.set_gradients(theirs, step)
         reference.step()
-        # The scale is a power of two, so nothing is rounded on its account.
+        # The scale is a power of two, so scaling does not round.
         torch.testing.assert_close(optimizer.grad_norm, reference.grad_norm, rtol=1e-15, atol=0)
     assert scaler.get_scale() == SCALE * 4
     for name in ours:
@@ -77,7 +77,7 @@ def test_an_overflow_is_skipped_and_halves_the_scale(bad: float) -> None:
 
 
 def test_deferred_clipping_of_scaled_gradients_bounds_the_unscaled_norm() -> None:
-    """clip_grad_norm_ before unscale_ sees scaled gradients; the step that follows must still take the right step."""
+    """clip_grad_norm_ before unscale_ sees scaled gradients; the step that follows must still be correct."""
     parameter, other = Parameter(torch.ones(3)), Parameter(torch.ones(3))
     optimizer, reference = Adai([parameter], lr=0.1), Adai([other], lr=0.1)
     scaler = GradScaler("cpu", init_scale=SCALE)
@@ -120,7 +120,7 @@ def test_the_scaler_leaves_nothing_behind_on_the_optimizer() -> None:
     assert not torch.equal(parameter.detach(), torch.ones(3))
 
 
-def test_a_real_mixed_precision_loop_learns() -> None:
+def test_a_mixed_precision_training_loop_learns() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
     optimizer = AdaiV2(model.parameters(), lr=0.5, dampening=0.5, max_grad_norm=1.0)
@@ -139,8 +139,8 @@ def test_a_real_mixed_precision_loop_learns() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_what_the_scaler_found_counts_even_where_the_gradient_was_mended_since() -> None:
-    """torch's own optimizers skip such a step, and the scale is halved on its account."""
+def test_an_overflow_that_the_scaler_found_counts_even_if_the_gradient_was_repaired() -> None:
+    """torch's own optimizers skip such a step, and the scale is halved."""
     parameter = Parameter(torch.ones(3))
     optimizer = Adai([parameter], lr=0.1)
     scaler = GradScaler("cpu", init_scale=SCALE)

@@ -1,4 +1,4 @@
-"""Copies to the host: on the stream of their own device, with memory and events that serve again and again."""
+"""Copies to the host use the stream of their device, and reuse memory and events."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from adai_dist.optimizer.first_moment_check import FirstMomentCheck
 from adai_dist.optimizer.host_copy import HostCopy
-from adai_dist.optimizer.reasons import WORDS
-from adai_dist.optimizer.reports import UncountedSteps
-from adai_dist.optimizer.retirement import STEPS_BETWEEN_LOOKS, Retirement
-from adai_dist.optimizer.skips_in_a_row import STEPS_BETWEEN_LOOKS as STEPS_BETWEEN_LIMITS
-from adai_dist.optimizer.skips_in_a_row import SkipsInARow
-from adai_dist.optimizer.unread_states import UnreadStates
+from adai_dist.optimizer.retirement import STEPS_BETWEEN_CHECKS, Retirement
+from adai_dist.optimizer.skipped_steps import SKIP_REASONS, ConsecutiveSkips
+from adai_dist.optimizer.skipped_steps import STEPS_BETWEEN_CHECKS as STEPS_BETWEEN_LIMITS
+from adai_dist.optimizer.step_report import UncountedSteps
 from adai_dist.sharding.mean import GlobalMean
 
 
@@ -39,14 +38,14 @@ class FakeEvent:
 
 @dataclass
 class FakeDevice:
-    """What this process has done on its devices, none of which is there."""
+    """Record of operations on devices that do not exist."""
 
     events: list[FakeEvent] = field(default_factory=list)
     num_buffers: int = 0
 
 
 class OnDevice(torch.Tensor):
-    """A CPU tensor that says it is on another device."""
+    """A CPU tensor that reports another device."""
 
     where: torch.device
 
@@ -72,7 +71,7 @@ def on_device(values: Any, index: int = 1) -> torch.Tensor:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
-    """cuda:0 is the current device."""
+    """Replace torch's device functions; cuda:0 is the current device."""
     seen, real_empty = FakeDevice(), torch.empty
 
     def make_event(device: Any = "cuda:0") -> FakeEvent:
@@ -91,7 +90,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     return seen
 
 
-def test_on_a_cpu_the_numbers_are_there_at_once() -> None:
+def test_on_a_cpu_the_numbers_arrive_at_once() -> None:
     copy = HostCopy()
     assert copy.take() is None
     copy.start(torch.tensor([1.0, 2.0]))
@@ -112,7 +111,7 @@ def test_an_event_is_recorded_on_the_stream_of_the_tensors_device(fake: FakeDevi
     assert copy.take() == torch.tensor([1.0])
 
 
-def test_memory_and_event_serve_again(fake: FakeDevice) -> None:
+def test_memory_and_event_are_reused(fake: FakeDevice) -> None:
     copy = HostCopy()
     for number in range(5):
         copy.start(on_device([float(number)]))
@@ -125,7 +124,7 @@ def test_two_devices_in_one_process_have_an_event_each(fake: FakeDevice) -> None
     products = {index: on_device(torch.zeros(3), index) for index in (0, 1)}
     states = [{"beta1_prod": product, "exp_avg": product} for product in products.values()]
     retirement = Retirement()
-    for _ in range(STEPS_BETWEEN_LOOKS):
+    for _ in range(STEPS_BETWEEN_CHECKS):
         retirement.after_step(states, torch.device("cpu"))
     assert [(event.device.index, event.streams) for event in fake.events] == [
         (0, ["stream of cuda:0"]),
@@ -137,23 +136,30 @@ def test_two_devices_in_one_process_have_an_event_each(fake: FakeDevice) -> None
     assert ["beta1_prod" in state for state in states] == [True, False]
 
 
-def test_products_that_are_large_stay_while_their_numbers_are_on_the_way(fake: FakeDevice) -> None:
-    """A buffer holds zeros before anything has arrived, and zeros would mean that all products are retired."""
+def test_large_products_are_kept_while_the_copy_is_in_progress(fake: FakeDevice) -> None:
+    """The buffer holds zeros before the copy, and zeros would retire all products."""
     state = {"beta1_prod": on_device(torch.full((3,), 0.5)), "exp_avg": torch.zeros(3)}
     retirement = Retirement()
-    for _ in range(2 * STEPS_BETWEEN_LOOKS + 1):
+    for _ in range(2 * STEPS_BETWEEN_CHECKS + 1):
         retirement.after_step([state], torch.device("cpu"))
     fake.events[0].is_complete = True
     retirement.after_step([state], torch.device("cpu"))
     assert "beta1_prod" in state
 
 
-def test_skips_are_logged_when_their_number_has_arrived(fake: FakeDevice, caplog: pytest.LogCaptureFixture) -> None:
+def test_skips_are_logged_once_their_number_has_arrived(fake: FakeDevice, caplog: pytest.LogCaptureFixture) -> None:
     counter = UncountedSteps()
     counter.counts = on_device(torch.zeros_like(counter.counts))
     nan, no = on_device(torch.nan), on_device(False)
+    faults = on_device([True, *[False] * (len(SKIP_REASONS) - 1)])
     skipped = GlobalMean(
-        nan, nan, nan, is_finite=no, is_live=no, is_undefined=no, faults=on_device([True, *[False] * (len(WORDS) - 1)])
+        nan,
+        nan,
+        nan,
+        is_finite=no,
+        is_live=no,
+        is_undefined=no,
+        faults=faults,
     )
     counter.record(skipped, lambda: True, str)
     assert not caplog.records
@@ -165,18 +171,18 @@ def test_skips_are_logged_when_their_number_has_arrived(fake: FakeDevice, caplog
 
 def mean_of(*, is_finite: bool) -> GlobalMean:
     nan, no = on_device(torch.nan), on_device(False)
-    faults = on_device([not is_finite, *[False] * (len(WORDS) - 1)])
+    faults = on_device([not is_finite, *[False] * (len(SKIP_REASONS) - 1)])
     return GlobalMean(nan, nan, nan, is_finite=on_device(is_finite), is_live=no, is_undefined=no, faults=faults)
 
 
 @pytest.mark.parametrize("first_bad", [1, 13, 14, 15, 16, 20])
-def test_a_row_of_skips_ends_ranks_in_the_same_step_however_fast_their_copies_are(
+def test_consecutive_skips_end_ranks_in_the_same_step_whatever_the_speed_of_copies(
     fake: FakeDevice, first_bad: int
 ) -> None:
     ends: list[int] = []
     errors: list[str] = []
     for is_fast in (True, False):
-        skips = SkipsInARow()
+        skips = ConsecutiveSkips()
         for step in range(1, 100):
             try:
                 skips.check(mean_of(is_finite=not first_bad <= step < first_bad + 3), 3)
@@ -194,29 +200,29 @@ def test_a_row_of_skips_ends_ranks_in_the_same_step_however_fast_their_copies_ar
 
 
 def test_two_skips_between_good_steps_never_end_a_run_with_a_limit_of_three(fake: FakeDevice) -> None:
-    skips = SkipsInARow()
+    skips = ConsecutiveSkips()
     for step in range(100):
         skips.check(mean_of(is_finite=step % 3 == 0), 3)
     assert len(fake.events) == 1
 
 
-def test_a_written_state_is_looked_at_until_the_host_knows_that_it_is_finite(fake: FakeDevice) -> None:
-    unread, device = UnreadStates(), OnDevice1.where
-    assert unread.look(device) is None
+def test_a_written_state_is_checked_until_the_host_knows_that_it_is_finite(fake: FakeDevice) -> None:
+    unread, device = FirstMomentCheck(), OnDevice1.where
+    assert unread.check(device) is None
     momentum = on_device(torch.ones(3))
     unread.add("a", [momentum])
     for _ in range(3):
-        assert unread.look(device) == 0
+        assert unread.check(device) == 0
     fake.events[0].is_complete = True
-    assert unread.look(device) is None
+    assert unread.check(device) is None
     unread.add("a", [momentum])
-    assert unread.look(device) == 0
-    unread.add("a", [momentum.fill_(torch.nan)])  # while the copy is on its way
+    assert unread.check(device) == 0
+    unread.add("a", [momentum.fill_(torch.nan)])  # while the copy is in progress
     fake.events[0].is_complete = True
     for _ in range(3):
-        assert unread.look(device).isnan()  # type: ignore[union-attr]
+        assert unread.check(device).isnan()  # type: ignore[union-attr]
         fake.events[0].is_complete = True
     momentum.zero_()
-    assert unread.look(device) == 0
+    assert unread.check(device) == 0
     fake.events[0].is_complete = True
-    assert unread.look(device) is None
+    assert unread.check(device) is None

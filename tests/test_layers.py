@@ -152,7 +152,7 @@ def test_imports_form_no_cycle() -> None:
 def test_every_form_of_import_is_found(
     statement: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / PACKAGE / "sharding" / "ownership.py"
+    path = tmp_path / PACKAGE / "sharding" / "local_tensor.py"
     path.parent.mkdir(parents=True)
     path.write_text(statement, encoding="utf-8")
     monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
@@ -165,7 +165,7 @@ def test_private_names_of_the_optimizer_stay_within_its_package() -> None:
     own = {name for base in type(optimizer).__mro__ if base.__module__.startswith(PACKAGE) for name in vars(base)}
     own |= vars(optimizer).keys() - vars(torch.optim.SGD(optimizer.params(), lr=0.1)).keys()
     private = {name for name in own if name.startswith("_") and not name.startswith("__")}
-    assert {"_holdings", "_retirement", "_step"} <= private
+    assert {"_shard_caches", "_retirement", "_step"} <= private
     outside = [path for path in sources() if component_of(module_of(path)) != "optimizer"]
     used = [
         f"{path.relative_to(ROOT)}:{node.lineno} {node.attr}"

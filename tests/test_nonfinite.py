@@ -1,4 +1,4 @@
-"""A non-finite gradient skips the step: nothing moves, it is counted and told once, and training goes on."""
+"""A non-finite gradient skips the step: nothing changes, the step is counted and logged, and training continues."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_skipped_steps_leave_no_trace_and_training_follows_the_oracle(
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64], ids=str
 )
-def test_one_bad_element_of_any_dtype_is_enough(bad: float, dtype: torch.dtype) -> None:
+def test_one_non_finite_element_of_any_dtype_skips_the_step(bad: float, dtype: torch.dtype) -> None:
     parameters = [Parameter(torch.ones(2**16 + 3, dtype=dtype)), Parameter(torch.ones(()))]
     optimizer = AdaiW(parameters, lr=0.1, weight_decay=0.1)
     for parameter in parameters:
@@ -66,7 +66,7 @@ def test_one_bad_element_of_any_dtype_is_enough(bad: float, dtype: torch.dtype) 
     assert optimizer.num_skipped_steps.item() == 1
 
 
-def test_the_1st_2nd_4th_8th_skip_is_logged_and_good_steps_are_not(caplog: pytest.LogCaptureFixture) -> None:
+def test_skips_1_2_4_and_8_are_logged_and_good_steps_are_not(caplog: pytest.LogCaptureFixture) -> None:
     parameter = Parameter(torch.ones(3))
     optimizer = Adai([parameter], lr=0.1)
     messages: list[int] = []
@@ -83,7 +83,7 @@ def test_the_1st_2nd_4th_8th_skip_is_logged_and_good_steps_are_not(caplog: pytes
     assert optimizer.num_skipped_steps.item() == 103
 
 
-def test_clip_grad_norm_on_a_bad_gradient_returns_a_bad_norm_and_the_step_is_skipped() -> None:
+def test_clip_grad_norm_of_a_non_finite_gradient_returns_a_non_finite_norm_and_the_step_is_skipped() -> None:
     parameter = Parameter(torch.ones(3))
     optimizer = Adai([parameter], lr=0.1)
     parameter.grad = torch.tensor([1.0, math.nan, 1.0])
@@ -93,7 +93,7 @@ def test_clip_grad_norm_on_a_bad_gradient_returns_a_bad_norm_and_the_step_is_ski
     assert optimizer.num_skipped_steps.item() == 1
 
 
-def test_a_bad_gradient_of_a_frozen_or_absent_parameter_does_not_matter() -> None:
+def test_a_non_finite_gradient_of_a_parameter_outside_the_optimizer_does_not_matter() -> None:
     parameter, outside = Parameter(torch.ones(3)), Parameter(torch.ones(3))
     outside.grad = torch.full((3,), math.nan)
     parameter.grad = torch.ones(3)
@@ -102,7 +102,7 @@ def test_a_bad_gradient_of_a_frozen_or_absent_parameter_does_not_matter() -> Non
     assert optimizer.num_skipped_steps.item() == 0
 
 
-def test_the_first_bad_step_still_creates_the_states() -> None:
+def test_a_skipped_first_step_still_creates_the_states() -> None:
     parameter = Parameter(torch.ones(3))
     optimizer = Adai([parameter], lr=0.1)
     parameter.grad = torch.full((3,), math.nan)
@@ -114,7 +114,7 @@ def test_the_first_bad_step_still_creates_the_states() -> None:
 
 
 def test_a_non_finite_parameter_under_coupled_decay_is_not_hidden() -> None:
-    """The gradient is good and the parameter is not: whatever happens, the other parameter must stay finite."""
+    """The gradient is finite and the parameter is not: the other parameter must stay finite in any case."""
     good, bad = Parameter(torch.ones(3)), Parameter(torch.tensor([1.0, math.inf]))
     optimizer = Adai([good, bad], lr=0.1, weight_decay=0.1)
     good.grad, bad.grad = torch.ones(3), torch.ones(2)
@@ -130,7 +130,7 @@ def test_the_mean_before_the_first_step_is_not_a_number() -> None:
     assert optimizer.inertia_mean.dtype == optimizer.grad_norm.dtype == torch.float64
 
 
-def test_a_problem_is_solved_alike_with_and_without_bad_steps_in_between() -> None:
+def test_skipped_steps_in_between_do_not_change_the_solution() -> None:
     problem: Problem = replace(THREE_GROUPS, dtype=torch.float32, steps=10)
     disturbed, straight = problem.parameters(), problem.parameters()
     first = AdaiV2(problem.param_groups(disturbed), lr=1.0)

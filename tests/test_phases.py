@@ -1,4 +1,4 @@
-"""The phases of a step, called by hand as an engine does that steps a part of the model at a time."""
+"""The phases of a step, called separately, as by an engine that steps one part of the model at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.variants import VARIANTS
 
 
 @pytest.mark.parametrize("name", ["l2", "clipping", "mixed-groups", "all-zero-at-first"])
-def test_parts_advanced_one_by_one_in_any_order_with_one_mean_take_the_same_step(name: str) -> None:
+def test_advancing_parts_in_any_order_with_one_mean_takes_the_same_step(name: str) -> None:
     problem = replace(VARIANTS[name], dtype=torch.float32, steps=25)
     params, others = problem.parameters(), problem.parameters()
     optimizer = AdaiV2(problem.param_groups(params), lr=1.0, max_grad_norm=problem.max_grad_norm)
@@ -32,8 +32,8 @@ def test_parts_advanced_one_by_one_in_any_order_with_one_mean_take_the_same_step
     assert all(torch.equal(params[key], others[key]) for key in params)
 
 
-def test_a_mean_per_part_is_another_algorithm() -> None:
-    """So that the test above is known to bite."""
+def test_a_mean_per_part_gives_another_trajectory() -> None:
+    """Check that the test above can fail."""
     problem = replace(VARIANTS["no-decay"], steps=25)
     params, others = problem.parameters(), problem.parameters()
     optimizer = AdaiV2(problem.param_groups(params), lr=1.0)

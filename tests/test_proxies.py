@@ -1,4 +1,4 @@
-"""Objects that stand for an optimizer, in all the ways in which trainers build them, act on the optimizer."""
+"""Proxies of an optimizer, in all the ways in which trainers build them, act on the optimizer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.problems import THREE_GROUPS
 
 
 class Delegating:
-    """Of the class of what it stands for, with nothing of its own: what it lacks it asks for."""
+    """A proxy of the optimizer's class without attributes of its own, which delegates to the optimizer."""
 
     def __init__(self, optimizer: AdaiV2) -> None:
         self.inner = optimizer
@@ -28,7 +28,7 @@ class Delegating:
 
 
 class Subclass(AdaiV2):
-    """The same as an ordinary subclass."""
+    """A delegating proxy as an ordinary subclass."""
 
     def __init__(self, optimizer: AdaiV2) -> None:
         self.inner = optimizer
@@ -38,7 +38,7 @@ class Subclass(AdaiV2):
 
 
 class Copied:
-    """With a copy of the attributes."""
+    """A proxy with a copy of the attributes."""
 
     def __init__(self, optimizer: AdaiV2) -> None:
         self.__dict__ = {name: value for name, value in vars(optimizer).items() if name != "step"}
@@ -47,7 +47,7 @@ class Copied:
 
 
 class Updated(AdaiV2):
-    """A subclass that takes the attributes over."""
+    """A proxy whose subclass updates its attributes from the optimizer's."""
 
     def __init__(self, optimizer: AdaiV2) -> None:
         self.__dict__.update(vars(optimizer))
@@ -59,7 +59,7 @@ def lightning(optimizer: AdaiV2) -> Any:
 
 def fabric(optimizer: AdaiV2) -> Any:
     module = pytest.importorskip("lightning.fabric")
-    environment = module.plugins.environments.LightningEnvironment()  # else it looks for Slurm
+    environment = module.plugins.environments.LightningEnvironment()  # otherwise it looks for Slurm
     return module.Fabric(accelerator="cpu", devices=1, plugins=[environment]).setup_optimizers(optimizer)
 
 
@@ -74,7 +74,7 @@ each_build = pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.__
 
 
 class Pair:
-    """The same problem twice: with an optimizer that is reached through a proxy, and with one that is not."""
+    """Two runs of one problem, with and without a proxy around the optimizer."""
 
     def __init__(self, build: Callable[[AdaiV2], Any], **settings: Any) -> None:
         self.parameters, self.twins = THREE_GROUPS.parameters(), THREE_GROUPS.parameters()
@@ -101,12 +101,12 @@ class Pair:
 
 
 @each_build
-def test_a_proxy_is_of_the_class(build: Callable[[AdaiV2], Any]) -> None:
+def test_a_proxy_is_an_instance_of_the_class(build: Callable[[AdaiV2], Any]) -> None:
     assert isinstance(Pair(build).proxy, AdaptiveInertia)
 
 
 @each_build
-def test_a_clipping_before_the_step_arrives(build: Callable[[AdaiV2], Any]) -> None:
+def test_clipping_through_a_proxy_reaches_the_optimizer(build: Callable[[AdaiV2], Any]) -> None:
     pair = Pair(build)
     for _ in range(3):
         pair.backward()
@@ -118,7 +118,7 @@ def test_a_clipping_before_the_step_arrives(build: Callable[[AdaiV2], Any]) -> N
 
 
 @pytest.mark.parametrize("build", INHERIT_STEP, ids=lambda build: build.__name__)
-def test_a_step_through_the_proxy_is_one_of_the_optimizer(build: Callable[[AdaiV2], Any]) -> None:
+def test_a_step_through_the_proxy_is_a_step_of_the_optimizer(build: Callable[[AdaiV2], Any]) -> None:
     pair = Pair(build)
     for step in range(6):
         pair.backward()
@@ -130,7 +130,7 @@ def test_a_step_through_the_proxy_is_one_of_the_optimizer(build: Callable[[AdaiV
 
 
 @each_build
-def test_settings_arrive_in_both_directions(build: Callable[[AdaiV2], Any]) -> None:
+def test_settings_are_shared_in_both_directions(build: Callable[[AdaiV2], Any]) -> None:
     pair = Pair(build)
     source = ShardedMean()
     new = {"max_grad_norm": 1e-3, "retire_beta1_prod": False, "independent": True, "mean_source": source}
@@ -146,7 +146,7 @@ def test_settings_arrive_in_both_directions(build: Callable[[AdaiV2], Any]) -> N
 
 
 @each_build
-def test_what_a_scaler_leaves_arrives_and_goes(build: Callable[[AdaiV2], Any]) -> None:
+def test_attributes_that_a_scaler_sets_and_deletes_are_shared(build: Callable[[AdaiV2], Any]) -> None:
     pair = Pair(build)
     pair.step()
     pair.backward()
@@ -200,8 +200,8 @@ def test_a_proxy_survives_a_checkpoint(build: Callable[[AdaiV2], Any], through: 
 
 @each_build
 @pytest.mark.parametrize("through", ["proxy", "optimizer"])
-def test_states_and_groups_that_are_replaced_are_those_of_both(build: Callable[[AdaiV2], Any], through: str) -> None:
-    """As users do to begin anew with the same optimizer, and engines to step other parameters."""
+def test_replaced_states_and_groups_are_shared(build: Callable[[AdaiV2], Any], through: str) -> None:
+    """Users replace them to restart with the same optimizer, engines to step other parameters."""
     pair = Pair(build)
     for _ in range(3):
         pair.step()
@@ -218,7 +218,7 @@ def test_states_and_groups_that_are_replaced_are_those_of_both(build: Callable[[
 
 @each_build
 @pytest.mark.parametrize("through", ["proxy", "optimizer"])
-def test_a_group_that_joins_later_is_seen_by_both(build: Callable[[AdaiV2], Any], through: str) -> None:
+def test_a_group_that_is_added_later_is_shared(build: Callable[[AdaiV2], Any], through: str) -> None:
     pair = Pair(build)
     pair.step()
     late, twin = (torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
@@ -233,7 +233,7 @@ def test_a_group_that_joins_later_is_seen_by_both(build: Callable[[AdaiV2], Any]
 
 
 @each_build
-def test_a_checkpoint_written_through_a_proxy_is_that_of_the_optimizer(build: Callable[[AdaiV2], Any]) -> None:
+def test_a_checkpoint_saved_through_a_proxy_is_the_optimizers(build: Callable[[AdaiV2], Any]) -> None:
     pair = Pair(build)
     pair.step()
     found, expected = pair.proxy.state_dict(), pair.optimizer.state_dict()
@@ -322,9 +322,9 @@ class Empty(AdaiV2):
         pass
 
 
-def test_an_object_without_the_attributes_says_what_it_lacks() -> None:
+def test_an_object_without_the_attributes_raises_an_error_that_says_so() -> None:
     empty = Empty()
-    with pytest.raises(AttributeError, match=r"made by its constructor.*got an object of type Empty.*__getattr__"):
+    with pytest.raises(AttributeError, match=r"must have been constructed.*got an object of type Empty.*__getattr__"):
         empty.max_grad_norm = 1.0
-    with pytest.raises(AttributeError, match="made by its constructor"):
+    with pytest.raises(AttributeError, match="an optimizer must have been constructed"):
         empty.clip_grad_norm_(1.0)

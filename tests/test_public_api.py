@@ -74,12 +74,12 @@ FUNCTIONS: dict[str, Signature] = {
     "sharding.mean.unscaling_coefficient": ([("grad_scale", REQUIRED), ("device", REQUIRED)], "Tensor"),
     "sharding.mean.all_reduce": ([("packed", REQUIRED), ("process_groups", REQUIRED)], "Tensor"),
     "sharding.plan.in_words": ([("ranks", REQUIRED)], "str"),
-    "sharding.plan.plan_by_spreads": (
-        [("params", REQUIRED), ("spreads_of", REQUIRED), ("stages", None), ("num_stages_with", None)],
+    "sharding.plan.plan_by_placements": (
+        [("params", REQUIRED), ("placements_of", REQUIRED), ("stages", None), ("num_stages_with", None)],
         "ShardingPlan",
     ),
     "sharding.plan.plan_sharding": ([("params", REQUIRED), ("sharding", REQUIRED)], "ShardingPlan"),
-    "sharding.plan.spreads_of_tensor": ([("param", REQUIRED)], "Sequence[Spread]"),
+    "sharding.plan.placements_of_tensor": ([("param", REQUIRED)], "Sequence[GroupPlacement]"),
 }
 
 # Fields of records, in order.
@@ -98,14 +98,14 @@ FIELDS: dict[str, list[str]] = {
     ],
     "sharding.plan.Assumptions": ["copied", "stages", "of_one_stage"],
     "sharding.plan.ShardingPlan": ["params", "process_groups", "weights", "refusal", "assumptions"],
-    "sharding.plan.Spread": ["process_group", "is_sharded"],
+    "sharding.plan.GroupPlacement": ["process_group", "is_sharded"],
 }
 # Methods of MeanSource, which an engine may implement.
 SOURCE: dict[str, Signature] = {
     "mean": ([("optimizer", REQUIRED), ("shards", REQUIRED), ("max_norm", REQUIRED)], "GlobalMean"),
     "after": ([("optimizer", REQUIRED), ("shards", REQUIRED), ("mean", REQUIRED)], "None"),
     "part": ([("optimizer", REQUIRED)], "Hashable"),
-    "sharding": ([], "ModelSharding | None"),
+    "sharding": ([], "ShardingPlanner | None"),
     "check_allows": ([("call", REQUIRED), ("remedy", REQUIRED)], "None"),
     "refresh": ([], "None"),
     "between_steps": ([], "MeanSource"),
@@ -226,7 +226,7 @@ def test_every_documented_function_and_record_of_sharding_is_frozen(module: str)
     loaded = importlib.import_module(f"adai_dist.{module}")
     own = {name: value for name, value in vars(loaded).items() if getattr(value, "__module__", "") == loaded.__name__}
     documented = {f"{module}.{name}" for name, value in own.items() if not name.startswith("_") and value.__doc__}
-    protocols = {"sharding.plan.ModelSharding"}  # no fields, no signature
+    protocols = {"sharding.plan.ShardingPlanner"}  # no fields, no signature
     assert documented - protocols == {name for name in (*FUNCTIONS, *FIELDS) if name.startswith(module)}
 
 

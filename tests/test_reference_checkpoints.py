@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' code: continued here, and handed back."""
+"""Checkpoints of the authors' code are continued here, and can be loaded there again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.test_state_dict import SHAPES, STATES, gradient, parameters
 
 
 def reference_checkpoint(decoupled: bool, steps: int) -> tuple[Oracle, dict[str, Any]]:
-    """What the authors' Adai saves after some steps: Python numbers as steps, groups without our extra keys."""
+    """Return a checkpoint of the authors' Adai: Python numbers as steps, groups without our extra keys."""
     shapes = SHAPES[:3]
     starts = {str(k): parameters(torch.float64)[k].detach().numpy() for k in range(3)}
     hyper = {"lr": 0.2, "betas": (0.1, 0.99), "eps": 1e-3, "weight_decay": 0.1, "decoupled": decoupled}
@@ -32,7 +32,7 @@ def reference_checkpoint(decoupled: bool, steps: int) -> tuple[Oracle, dict[str,
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_a_checkpoint_of_the_reference_goes_on_where_it_stopped(decoupled: bool) -> None:
+def test_a_checkpoint_of_the_reference_continues_where_it_stopped(decoupled: bool) -> None:
     oracle, checkpoint = reference_checkpoint(decoupled, steps=6)
     params = [Parameter(torch.tensor(oracle.parameters[str(k)])) for k in range(3)]
     optimizer = Adai(params, lr=9.0)
@@ -51,7 +51,7 @@ def test_a_checkpoint_of_the_reference_goes_on_where_it_stopped(decoupled: bool)
 
 
 class WithStatesOfTheReference(torch.optim.Optimizer):
-    """Stands in for the authors' Adai, which loads with torch's own load_state_dict: written anew in plain PyTorch."""
+    """A replacement for the authors' Adai, in plain PyTorch, that loads with torch's own load_state_dict."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"lr": 1.0, "betas": (0.1, 0.99), "eps": 1e-3, "weight_decay": 0.0})
@@ -78,7 +78,7 @@ class WithStatesOfTheReference(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_a_checkpoint_goes_from_the_reference_to_us_and_back(decoupled: bool) -> None:
+def test_a_checkpoint_moves_from_the_reference_to_us_and_back(decoupled: bool) -> None:
     oracle, checkpoint = reference_checkpoint(decoupled, steps=6)
     params = [Parameter(torch.tensor(oracle.parameters[str(k)])) for k in range(3)]
     ours, theirs = Adai(params, lr=9.0), WithStatesOfTheReference(params)

@@ -1,6 +1,6 @@
-"""A CUDA graph repeats a step's operations on the same addresses; so does this recorder, on the CPU.
+"""Replayed steps: a recorder repeats a step's operations on the same addresses on the CPU, like a CUDA graph.
 
-What one step hands to the next must therefore be written in place. tests/gpu replays a real graph.
+Everything that one step passes to the next must be written in place. tests/gpu replays a real graph.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from adai_dist import AdaiV2
 from adai_dist.sharding.mean import GlobalMean
-from adai_dist.sharding.shards import OwnedShards
+from adai_dist.sharding.owned_shards import OwnedShards
 
 
 class Recorder(TorchDispatchMode):
@@ -59,7 +59,7 @@ def replayed_and_eager(num_replays: int) -> tuple[list[Parameter], list[Paramete
         set_gradients(parameters, step)
         set_gradients(expected, step)
         eager.step()
-        if step < 3:  # makes the states, and the sums that the recorded step begins with
+        if step < 3:  # creates the states, and the sums with which the recorded step begins
             optimizer.step()
         elif step == 3:
             with recorder:
@@ -76,14 +76,14 @@ def test_a_step_can_be_repeated_at_the_same_addresses(mode: str, monkeypatch: py
         assert torch.equal(replayed, expected)
 
 
-def test_the_recorder_sees_what_is_not_written_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recorder_detects_what_is_not_written_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     def advance_into_new_momenta(self: AdaiV2, shards: list[OwnedShards], mean: GlobalMean) -> None:
-        before = [[exp_avg.clone() for exp_avg in owned.shards.exp_avg] for owned in shards]
+        before = [[exp_avg.clone() for exp_avg in owned.tensors.exp_avg] for owned in shards]
         advance(self, shards, mean)
         for owned, exp_avgs in zip(shards, before, strict=True):
-            for holding, exp_avg in zip(owned.holdings, exp_avgs, strict=True):
-                holding.state["exp_avg"] = holding.exp_avg.clone()
-                holding.exp_avg.copy_(exp_avg)
+            for param_shard, exp_avg in zip(owned.param_shards, exp_avgs, strict=True):
+                param_shard.state["exp_avg"] = param_shard.exp_avg.clone()
+                param_shard.exp_avg.copy_(exp_avg)
 
     advance = AdaiV2.advance
     monkeypatch.setattr(AdaiV2, "advance", advance_into_new_momenta)

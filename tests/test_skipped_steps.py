@@ -1,4 +1,4 @@
-"""A skipped step says what was not finite, more and more rarely, and an error ends a row of them."""
+"""Skipped steps are logged with the reason, at growing intervals; too many consecutive ones raise an error."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from adai_dist import Adai, AdaiV2, AdaiW, share_mean
 KERNELS = pytest.mark.parametrize("kernels", ["auto", "off"])
 GRADIENT = "a gradient is inf or NaN"
 STATE = "an optimizer state is inf, NaN or negative, or its step differs between ranks"
-PARAMETER = "a parameter, which decays through the gradient, is inf or NaN"
-BEYOND = "gradients are finite, but float32 cannot hold the sum of their squares"
+PARAMETER = "a parameter under coupled weight decay is inf or NaN"
+BEYOND = "gradients are finite, but the sum of their squares overflows float32"
 
 
 def trained(decoupled: bool = True, dtype: torch.dtype = torch.float32, **options: Any) -> AdaiV2:
-    """Two groups of two parameters, after one step; gradients are there for the next one."""
+    """Make two groups of two parameters, take one step, and set the gradients of the next one."""
     named = [(f"layer.{k}", Parameter(torch.ones(5, 3, dtype=dtype))) for k in range(4)]
     groups = [{"params": named[:2]}, {"params": named[2:], "lr": 0.2}]
     optimizer = AdaiV2(groups, lr=0.1, weight_decay=0.1, decoupled=decoupled, **options)
@@ -40,7 +40,7 @@ def give_gradients(optimizer: Any, value: float = 1.0) -> None:
         parameter.grad = torch.full_like(parameter, value)
 
 
-def spoil(tensor: Any, value: float = math.nan) -> None:
+def corrupt(tensor: Any, value: float = math.nan) -> None:
     tensor.detach().view(-1)[-1] = value
 
 
@@ -51,27 +51,27 @@ def bits(optimizer: AdaiV2) -> list[bytes]:
 
 Fault = Callable[[AdaiV2], None]
 FAULTS: dict[str, tuple[bool, Fault, str, str]] = {
-    "NaN in a gradient": (True, lambda o: spoil(o.params()[2].grad), GRADIENT, "grad of 'layer.2'"),
+    "NaN in a gradient": (True, lambda o: corrupt(o.params()[2].grad), GRADIENT, "grad of 'layer.2'"),
     "inf in two gradients": (
         False,
-        lambda o: [spoil(p.grad, -math.inf) for p in o.params()[1:3]],  # type: ignore[dict-item, return-value]
+        lambda o: [corrupt(p.grad, -math.inf) for p in o.params()[1:3]],  # type: ignore[dict-item, return-value]
         GRADIENT,
         "grad of 'layer.1' and 1 more",
     ),
     "NaN in exp_avg_sq": (
         True,
-        lambda o: spoil(o.state[o.params()[3]]["exp_avg_sq"]),
+        lambda o: corrupt(o.state[o.params()[3]]["exp_avg_sq"]),
         STATE,
         "exp_avg_sq of 'layer.3'",
     ),
     "inf in exp_avg_sq": (
         False,
-        lambda o: spoil(o.state[o.params()[0]]["exp_avg_sq"], math.inf),
+        lambda o: corrupt(o.state[o.params()[0]]["exp_avg_sq"], math.inf),
         STATE,
         "exp_avg_sq of 'layer.0'",
     ),
-    "inf in a parameter": (False, lambda o: spoil(o.params()[1], math.inf), PARAMETER, "value of 'layer.1'"),
-    "NaN in a parameter": (False, lambda o: spoil(o.params()[2]), PARAMETER, "value of 'layer.2'"),
+    "inf in a parameter": (False, lambda o: corrupt(o.params()[1], math.inf), PARAMETER, "value of 'layer.1'"),
+    "NaN in a parameter": (False, lambda o: corrupt(o.params()[2]), PARAMETER, "value of 'layer.2'"),
     "gradients of 1e20": (True, lambda o: give_gradients(o, 1e20), BEYOND, ""),
     "gradients of -3e38": (False, lambda o: give_gradients(o, -3e38), BEYOND, ""),
 }
@@ -79,7 +79,7 @@ FAULTS: dict[str, tuple[bool, Fault, str, str]] = {
 
 @KERNELS
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_skipped_step_says_what_was_not_finite(
+def test_a_skipped_step_names_what_was_not_finite(
     fault: str, kernels: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ADAI_DIST_KERNELS", kernels)
@@ -97,15 +97,15 @@ def test_a_skipped_step_says_what_was_not_finite(
     assert ("not finite on this rank" in record.getMessage()) == bool(place)
 
 
-def test_a_float64_gradient_that_float32_could_not_hold_is_named_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_float64_gradient_that_overflows_float32_is_reported_as_such(caplog: pytest.LogCaptureFixture) -> None:
     optimizer = trained(dtype=torch.float64)
     give_gradients(optimizer, 1e20)
     optimizer.step()
     assert BEYOND in caplog.records[-1].getMessage()
 
 
-def test_a_diverging_run_is_told_from_a_bad_batch(caplog: pytest.LogCaptureFixture) -> None:
-    """A parameter at infinity makes gradients of NaN; the message names both."""
+def test_a_diverging_run_is_distinguished_from_a_bad_batch(caplog: pytest.LogCaptureFixture) -> None:
+    """An infinite parameter produces NaN gradients; the message names both."""
     parameter = Parameter(torch.full((3,), 1.0))
     optimizer = AdaiW([("weight", parameter)], lr=0.1)
     with torch.no_grad():
@@ -119,29 +119,29 @@ def test_a_diverging_run_is_told_from_a_bad_batch(caplog: pytest.LogCaptureFixtu
 
 def test_two_reasons_in_one_step_are_both_named(caplog: pytest.LogCaptureFixture) -> None:
     optimizer = trained(decoupled=False)
-    spoil(optimizer.params()[0].grad)
-    spoil(optimizer.state[optimizer.params()[1]]["exp_avg_sq"])
+    corrupt(optimizer.params()[0].grad)
+    corrupt(optimizer.state[optimizer.params()[1]]["exp_avg_sq"])
     optimizer.step()
     assert f"{GRADIENT}, and {STATE} (" in caplog.records[-1].getMessage()
 
 
-def test_a_new_reason_is_told_at_once_though_others_were_told_often(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_new_reason_is_logged_at_once_even_after_many_skips_for_others(caplog: pytest.LogCaptureFixture) -> None:
     optimizer = trained()
-    told: list[str] = []
+    logged: list[str] = []
     for step in range(40):
         give_gradients(optimizer, 1e25 if step in (20, 30, 35) else math.nan)
         caplog.clear()
         optimizer.step()
-        told += [f"{step}: {record.args[0]}" for record in caplog.records]  # type: ignore[index]
+        logged += [f"{step}: {record.args[0]}" for record in caplog.records]  # type: ignore[index]
     nans, beyond = [0, 1, 3, 7, 15, 33], [20, 30]
-    assert told == sorted(
+    assert logged == sorted(
         [f"{step}: {GRADIENT}" for step in nans] + [f"{step}: {BEYOND}" for step in beyond],
         key=lambda line: int(line.split(":")[0]),
     )
     assert optimizer.num_skipped_steps.item() == 40
 
 
-def test_a_negative_second_moment_is_not_stepped_with_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_negative_second_moment_skips_the_step_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     optimizer = trained()
     for parameter in optimizer.params():
         optimizer.state[parameter]["exp_avg_sq"].fill_(-5.0)
@@ -168,12 +168,12 @@ def test_parameters_without_names_are_numbered_as_in_state_dict(caplog: pytest.L
     params = [Parameter(torch.ones(2)) for _ in range(3)]
     optimizer = Adai([{"params": params[:2]}, {"params": params[2:]}], lr=0.1)
     give_gradients(optimizer)
-    spoil(params[2].grad)
+    corrupt(params[2].grad)
     optimizer.step()
     assert "grad of parameter 2;" in caplog.records[-1].getMessage()
 
 
-def test_complex_parameters_are_looked_at(caplog: pytest.LogCaptureFixture) -> None:
+def test_complex_parameters_are_checked(caplog: pytest.LogCaptureFixture) -> None:
     parameter = Parameter(torch.ones(3, dtype=torch.complex64))
     optimizer = Adai([parameter], lr=0.1)
     parameter.grad = torch.tensor([1.0, complex(0.0, math.nan), 1.0])
@@ -195,7 +195,7 @@ def steps_until_error(optimizer: AdaiV2, values: list[float]) -> tuple[int, str]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
-def test_so_many_skips_in_a_row_end_the_run_and_good_steps_between_them_do_not(limit: int) -> None:
+def test_consecutive_skips_end_the_run_and_skips_between_good_steps_do_not(limit: int) -> None:
     optimizer = trained(max_consecutive_skips=limit)
     row = [math.nan] * (limit - 1) + [1.0]
     assert steps_until_error(optimizer, row * 4) is None
@@ -210,7 +210,7 @@ def test_so_many_skips_in_a_row_end_the_run_and_good_steps_between_them_do_not(l
 
 
 @pytest.mark.parametrize("fault", ["NaN in exp_avg_sq", "inf in a parameter", "gradients of -3e38"])
-def test_the_error_says_what_was_not_finite(fault: str) -> None:
+def test_the_error_names_what_was_not_finite(fault: str) -> None:
     decoupled, make, reason, _ = FAULTS[fault]
     optimizer = trained(decoupled, max_consecutive_skips=3)
     make(optimizer)
@@ -222,11 +222,11 @@ def test_the_error_says_what_was_not_finite(fault: str) -> None:
         optimizer.step()
 
 
-def test_no_limit_is_none() -> None:
+def test_without_a_limit_no_error_is_raised() -> None:
     assert steps_until_error(trained(), [math.nan] * 100) is None
 
 
-def test_the_limit_may_change_and_counting_starts_anew() -> None:
+def test_counting_restarts_when_the_limit_changes() -> None:
     optimizer = trained()
     assert steps_until_error(optimizer, [math.nan] * 9) is None
     optimizer.max_consecutive_skips = 4
@@ -263,7 +263,7 @@ def test_a_copy_keeps_the_limit_and_counts_from_0(copied: Callable[[AdaiV2], Ada
 
 
 @pytest.mark.parametrize("limit", [0, -1, True, 2.0, "3", math.inf, [1]])
-def test_a_limit_is_a_number_of_steps(limit: Any) -> None:
+def test_the_limit_must_be_a_number_of_steps(limit: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="max_consecutive_skips must be"):
         AdaiV2([Parameter(torch.ones(2))], lr=0.1, max_consecutive_skips=limit)
     optimizer = trained()
@@ -272,7 +272,7 @@ def test_a_limit_is_a_number_of_steps(limit: Any) -> None:
         optimizer.step()
 
 
-def test_a_scaler_that_looks_for_its_scale_needs_a_limit_beyond_its_search() -> None:
+def test_a_scaler_that_searches_for_its_scale_needs_a_larger_limit() -> None:
     parameter = Parameter(torch.ones(3))
     optimizer = Adai([parameter], lr=0.1, max_consecutive_skips=6)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**70)
@@ -299,7 +299,7 @@ def test_clipping_by_a_call_counts_the_step_once() -> None:
         optimizer.step()
 
 
-def test_optimizers_that_share_a_mean_end_together() -> None:
+def test_optimizers_that_share_a_mean_reach_the_limit_together() -> None:
     optimizers = [trained(max_consecutive_skips=2) for _ in range(2)]
     share_mean(optimizers)
     give_gradients(optimizers[0], math.nan)
@@ -310,7 +310,7 @@ def test_optimizers_that_share_a_mean_end_together() -> None:
             optimizer.step()
 
 
-def test_undefined_steps_are_not_skipped_ones(caplog: pytest.LogCaptureFixture) -> None:
+def test_undefined_steps_do_not_count_as_skipped(caplog: pytest.LogCaptureFixture) -> None:
     parameter = Parameter(torch.ones(3))
     optimizer = Adai([parameter], lr=0.1, max_consecutive_skips=1)
     assert steps_until_error(optimizer, [0.0] * 5) is None

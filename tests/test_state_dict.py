@@ -1,4 +1,4 @@
-"""State dicts, copies, pickles, schedulers, hooks: what torch's own optimizers can do."""
+"""State dicts, copies, pickles, schedulers and hooks work as with torch's own optimizers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def assert_same_bits(a: list[Parameter], b: list[Parameter]) -> None:
 
 @each_class
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_a_saved_and_loaded_optimizer_goes_on_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+def test_a_saved_and_loaded_optimizer_continues_bitwise(name: str, dtype: torch.dtype) -> None:
     params = parameters(dtype)
     optimizer = make(name, params)
     train(optimizer, params, 0, 7)
@@ -93,7 +93,7 @@ def test_states_of_low_precision_parameters_are_not_rounded_by_loading() -> None
 
 @each_class
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_a_copy_goes_on_like_the_original(name: str, how: str) -> None:
+def test_a_copy_continues_like_the_original(name: str, how: str) -> None:
     params = parameters()
     optimizer = make(name, params)
     train(optimizer, params, 0, 5)
@@ -107,7 +107,7 @@ def test_a_copy_goes_on_like_the_original(name: str, how: str) -> None:
     assert twin.param_groups[1]["betas"] == optimizer.param_groups[0]["betas"]
 
 
-def test_a_pending_clip_and_stored_sums_do_not_travel_with_a_copy() -> None:
+def test_a_pending_clip_and_stored_sums_are_not_copied() -> None:
     params = parameters()
     optimizer = make("Adai", params)
     train(optimizer, params, 0, 3)
@@ -117,8 +117,8 @@ def test_a_pending_clip_and_stored_sums_do_not_travel_with_a_copy() -> None:
     assert twin.state[twin_params[0]]["step"].item() == 4
 
 
-def test_writing_to_a_state_is_noticed() -> None:
-    """The sum of exp_avg_sq is kept between steps; bites on a kept sum that is out of date."""
+def test_writes_to_a_state_are_detected() -> None:
+    """The sum of exp_avg_sq is kept between steps; a stale sum would fail this test."""
     params, others = parameters(), parameters()
     optimizer, other = make("Adai", params), make("Adai", others)
     train(optimizer, params, 0, 3)
@@ -134,15 +134,15 @@ def test_writing_to_a_state_is_noticed() -> None:
     assert_same_bits(params, others)
 
 
-def test_stepping_in_pieces_changes_nothing_but_the_order_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stepping_in_pieces_changes_only_the_order_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     params, others = parameters(torch.float64), parameters(torch.float64)
     optimizer = make("Adai", params)
     train(optimizer, params, 0, 6)
-    assert foreach.Cut.of(optimizer.owned_shards()[0].shards).num_pieces == [1, 1, 1, 1]
+    assert foreach.Cut.of(optimizer.owned_shards()[0].tensors).num_pieces == [1, 1, 1, 1]
     monkeypatch.setitem(foreach.PIECE_ELEMENTS, "cpu", 1000)
     other = make("Adai", others)
     train(other, others, 0, 3)
-    assert foreach.Cut.of(other.owned_shards()[0].shards).num_pieces == [1, 1, 1, 66]
+    assert foreach.Cut.of(other.owned_shards()[0].tensors).num_pieces == [1, 1, 1, 66]
     other.load_state_dict(other.state_dict())  # the sums are rebuilt, piece by piece
     train(other, others, 3, 6)
     for parameter, twin in zip(params, others, strict=True):
@@ -186,7 +186,7 @@ def test_lr_as_a_tensor_is_the_same_number() -> None:
     ],
     ids=["lambda", "cosine", "one cycle", "cyclic"],
 )
-def test_schedulers_of_torch_move_lr_and_nothing_else(schedule: Any) -> None:
+def test_schedulers_of_torch_change_only_lr(schedule: Any) -> None:
     params = parameters(torch.float64)
     optimizer = make("AdaiW", params, max_grad_norm=None)
     scheduler = schedule(optimizer)
@@ -277,7 +277,7 @@ def test_a_load_hook_may_replace_what_is_loaded() -> None:
     assert torch.equal(other.state[params[0]]["beta1_prod"], optimizer.state[params[0]]["beta1_prod"])
 
 
-def test_foreign_entries_in_the_state_are_left_alone() -> None:
+def test_foreign_entries_in_the_state_are_kept() -> None:
     params = parameters()
     optimizer = make("Adai", params)
     optimizer.state["note"] = "not a parameter"
@@ -293,12 +293,12 @@ def test_sparse_gradients_are_refused_with_the_remedy() -> None:
         optimizer.step()
 
 
-def test_a_compiled_step_takes_the_same_step() -> None:
+def test_a_step_under_torch_compile_is_the_same() -> None:
     params, others = parameters(), parameters()
     optimizer, other = make("Adai", params), make("Adai", others)
     train(optimizer, params, 0, 3)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, about its own tracing
+        warnings.simplefilter("ignore")  # torch warns about its own tracing
         other.step = torch.compile(other.step)
         train(other, others, 0, 3)
     assert_same_bits(params, others)

@@ -1,7 +1,7 @@
 """Our classes in torch's own optimizer test kit, ``torch.testing._internal.common_optimizers``.
 
-The kit brings the inputs and the harness. The test functions are not in the wheel of torch; these follow the ones of
-its ``test/test_optim.py`` that say something about a third-party optimizer.
+The kit provides the inputs and the harness. The test functions are not in torch's wheel; these follow the ones of
+its ``test/test_optim.py`` that apply to a third-party optimizer.
 """
 
 # ruff: noqa: PT009 the kit's TestCase compares tensors in its own assertEqual
@@ -102,7 +102,9 @@ class TestOptimizers(TestCase):
                 optim_info.optim_cls(params, **wrong.kwargs)
 
     @optims(OPTIMIZERS, dtypes=[torch.float32])
-    def test_loss_goes_in_the_right_direction(self, device: str, dtype: torch.dtype, optim_info: OptimizerInfo) -> None:
+    def test_loss_moves_in_the_right_direction(
+        self, device: str, dtype: torch.dtype, optim_info: OptimizerInfo
+    ) -> None:
         for given, foreach in itertools.product(self._inputs(device, dtype, optim_info), (False, None, True)):
             model, closure = self._problem(device, dtype)
             optimizer = optim_info.optim_cls(model.parameters(), foreach=foreach, **given.kwargs)
@@ -148,7 +150,9 @@ class TestOptimizers(TestCase):
             self.assertEqual(parameter.detach(), before, rtol=0, atol=0)
 
     @optims([info for info in OPTIMIZERS if info.supports_complex], dtypes=[torch.complex64, torch.complex128])
-    def test_complex_is_pairs_of_real(self, device: str, dtype: torch.dtype, optim_info: OptimizerInfo) -> None:
+    def test_complex_parameters_equal_pairs_of_real_ones(
+        self, device: str, dtype: torch.dtype, optim_info: OptimizerInfo
+    ) -> None:
         for given in self._inputs(device, dtype, optim_info):
             torch.manual_seed(1)
             number = Parameter(torch.randn(10, 5, device=device, dtype=dtype))

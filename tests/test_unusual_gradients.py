@@ -1,4 +1,4 @@
-"""Gradients that are zero, absent, tiny or huge, and the states that they meet."""
+"""Gradients that are zero, missing, tiny or huge."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.variants import VARIANTS, solve
 
 @pytest.mark.parametrize("zeros", [1, 3])
 @pytest.mark.parametrize("dampening", [1.0, 0.5, 0.0])
-def test_training_goes_on_after_zero_gradients_as_if_they_had_not_been(zeros: int, dampening: float) -> None:
+def test_zero_gradients_before_training_leave_no_trace(zeros: int, dampening: float) -> None:
     problem = Problem((({"lr": 0.3, "dampening": dampening}, (Spec("a", (7,)), Spec("b", ()))),), steps=10)
     expected = solve(problem)
     parameters = problem.parameters()
@@ -34,7 +34,7 @@ def test_training_goes_on_after_zero_gradients_as_if_they_had_not_been(zeros: in
         assert optimizer.state[parameter]["step"].item() == problem.steps
 
 
-def test_a_step_of_zero_gradients_decays_where_the_decay_is_decoupled() -> None:
+def test_a_step_with_zero_gradients_decays_only_if_the_decay_is_decoupled() -> None:
     parameter = Parameter(torch.ones(3, dtype=torch.float64))
     optimizer = AdaiW([parameter], lr=0.5, weight_decay=0.1)
     parameter.grad = torch.zeros_like(parameter)
@@ -56,7 +56,7 @@ def test_a_step_without_any_gradient_changes_nothing() -> None:
         assert not optimizer.state[parameter]["exp_avg_sq"].any()
 
 
-def test_states_are_made_for_every_parameter_that_requires_a_gradient() -> None:
+def test_states_are_created_for_every_parameter_that_requires_a_gradient() -> None:
     used, unused, frozen = Parameter(torch.ones(2)), Parameter(torch.ones(3)), Parameter(torch.ones(4), False)
     optimizer = Adai([used, unused, frozen], lr=0.1)
     assert not optimizer.state
@@ -67,7 +67,7 @@ def test_states_are_made_for_every_parameter_that_requires_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_states_are_never_below_float32(dtype: torch.dtype) -> None:
+def test_states_are_at_least_float32(dtype: torch.dtype) -> None:
     parameter = Parameter(torch.ones(4, dtype=dtype))
     parameter.grad = torch.ones_like(parameter)
     optimizer = AdaiV2([parameter], lr=0.1)
@@ -80,8 +80,8 @@ def test_states_are_never_below_float32(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1e-3, 1e3])
-def test_the_trajectory_follows_the_scale_of_the_gradients(scale: float) -> None:
-    """Inertia is a ratio: bites on a floor under the mean, which the gradients of real models fall below."""
+def test_the_trajectory_scales_with_the_gradients(scale: float) -> None:
+    """Inertia is a ratio; a lower bound of the mean, below which real gradients fall, would fail this test."""
     base = Problem((({"lr": 0.1}, (Spec("a", (31,)), Spec("b", (4, 5), scale=0.1))),), steps=20)
     scaled = Problem(
         (({"lr": 0.1 / scale}, (Spec("a", (31,), scale=scale), Spec("b", (4, 5), scale=0.1 * scale))),), steps=20
@@ -103,7 +103,7 @@ def test_very_small_and_very_large_gradients_give_finite_steps(size: float) -> N
 
 
 def test_a_large_gradient_is_clipped_before_its_square_can_overflow() -> None:
-    """1e25 squared does not exist in float32."""
+    """The square of 1e25 overflows float32."""
     gradient = torch.tensor([1e25, -2e25, 3e24])
     parameter = Parameter(torch.ones(3))
     optimizer = Adai([parameter], lr=0.1, max_grad_norm=1.0)
@@ -118,7 +118,7 @@ def test_a_large_gradient_is_clipped_before_its_square_can_overflow() -> None:
     torch.testing.assert_close(parameter, reference, rtol=1e-6, atol=1e-6)
 
 
-def test_a_gradient_whose_square_overflows_does_not_poison_later_steps() -> None:
+def test_a_gradient_whose_square_overflows_does_not_affect_later_steps() -> None:
     parameter = Parameter(torch.ones(3))
     optimizer = Adai([parameter], lr=1e-3)
     for size in (1.0, 1e25, 1.0, 1.0):
@@ -130,8 +130,8 @@ def test_a_gradient_whose_square_overflows_does_not_poison_later_steps() -> None
     assert not torch.equal(parameter.detach(), before)
 
 
-def test_nothing_is_read_back_to_the_host_in_a_step() -> None:
-    """A meta tensor has no values to read: whatever asked for one would raise."""
+def test_a_step_copies_nothing_to_the_host() -> None:
+    """Meta tensors have no values, so any read raises an error."""
     problem = replace(VARIANTS["clipping"], dtype=torch.float32)
     parameters = {
         name: Parameter(torch.empty_like(value, device="meta")) for name, value in problem.parameters().items()

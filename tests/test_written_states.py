@@ -1,4 +1,4 @@
-"""States that others write to between two steps: the next mean is that of the states as they stand."""
+"""Writes to states between two steps: the next mean is computed from the states as written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROBLEM = Problem(
 )
 COUPLED = PROBLEM.with_all(weight_decay=0.1, decoupled=False)
 WRITTEN = "a.matrix"
-"""The parameter whose exp_avg_sq is written to; so large that a step compares samples of it."""
+"""Name of the parameter whose exp_avg_sq is written to, large enough that a step compares samples of it."""
 
 State = dict[str, Any]
 
@@ -94,7 +94,7 @@ def walk(
     write_oracle: Callable[[Any], None],
     max_norm: float | None = None,
 ) -> None:
-    """Train beside the oracle, with the same writes after every second step; compare the means of all steps."""
+    """Train optimizer and oracle with the same writes after every second step; compare the means of all steps."""
     problem = replace(problem, max_grad_norm=max_norm)
     parameters, oracle = problem.parameters(), problem.oracle()
     optimizer = AdaiV2(problem.param_groups(parameters), lr=1.0, max_grad_norm=max_norm)
@@ -110,7 +110,7 @@ def walk(
 
 
 def by(way: str, name: str) -> Callable[[AdaiV2, dict[str, Parameter]], None]:
-    """The write to the state of a parameter."""
+    """Write to the state of a parameter."""
 
     def write(optimizer: AdaiV2, params: dict[str, Parameter]) -> None:
         WAYS[way](optimizer.state[params[name]])
@@ -132,7 +132,7 @@ def test_a_write_is_in_the_next_mean(way: str, problem: Problem, kernels: str, m
 
 @pytest.mark.parametrize("name", ["a.bias", "b.scalar", "b.table"])
 @pytest.mark.parametrize("way", [".data", "NumPy", "replaced"])
-def test_so_it_is_of_other_shapes(way: str, name: str) -> None:
+def test_a_write_to_a_state_of_another_shape_is_in_the_next_mean(way: str, name: str) -> None:
     def scale(oracle: Any) -> None:
         oracle.states[name].exp_avg_sq = oracle.states[name].exp_avg_sq * FACTOR
 
@@ -146,7 +146,7 @@ def forget(oracle: Any, names: list[str]) -> None:
 
 
 @KERNELS
-def test_states_that_are_deleted_begin_anew(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deleted_states_are_created_again(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAI_DIST_KERNELS", kernels)
     walk(
         PROBLEM,
@@ -161,7 +161,7 @@ def test_states_that_are_deleted_begin_anew(kernels: str, monkeypatch: pytest.Mo
 
 
 @KERNELS
-def test_states_that_are_set_to_zero_as_by_relora_are_zero_in_the_next_mean(
+def test_states_that_relora_sets_to_zero_are_zero_in_the_next_mean(
     kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ADAI_DIST_KERNELS", kernels)
@@ -181,7 +181,7 @@ def test_states_that_are_set_to_zero_as_by_relora_are_zero_in_the_next_mean(
 def test_a_checkpoint_that_is_loaded_during_training_is_in_the_next_mean(
     kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Going back to older states, with parameters as they are."""
+    """Load older states and keep the current parameters."""
     monkeypatch.setenv("ADAI_DIST_KERNELS", kernels)
     saved: list[Any] = []
     saved_oracle: list[Any] = []
@@ -197,8 +197,8 @@ def test_a_checkpoint_that_is_loaded_during_training_is_in_the_next_mean(
     walk(PROBLEM, go_back, take_oracle_back)
 
 
-def test_a_write_to_part_of_a_tensor_is_seen_in_samples() -> None:
-    """Half of the rows, past torch."""
+def test_an_unrecorded_write_to_part_of_a_tensor_shows_in_samples() -> None:
+    """Write half of the rows through NumPy, which torch does not record."""
 
     def write(optimizer: AdaiV2, params: dict[str, Parameter]) -> None:
         optimizer.state[params[WRITTEN]]["exp_avg_sq"].numpy()[32:] *= FACTOR
@@ -209,7 +209,7 @@ def test_a_write_to_part_of_a_tensor_is_seen_in_samples() -> None:
     walk(PROBLEM, write, write_oracle)
 
 
-def test_one_element_that_was_written_past_torch_needs_a_word() -> None:
+def test_an_unrecorded_write_to_one_element_needs_refresh() -> None:
     def write(optimizer: AdaiV2, params: dict[str, Parameter]) -> None:
         optimizer.state[params[WRITTEN]]["exp_avg_sq"].numpy()[0, 1] = 1e3
         optimizer.refresh()
@@ -220,7 +220,7 @@ def test_one_element_that_was_written_past_torch_needs_a_word() -> None:
     walk(PROBLEM, write, write_oracle)
 
 
-def test_a_step_count_that_is_written_is_in_the_next_mean() -> None:
+def test_a_write_to_a_step_count_is_in_the_next_mean() -> None:
     def write(optimizer: AdaiV2, params: dict[str, Parameter]) -> None:
         optimizer.state[params[WRITTEN]]["step"] = torch.tensor(1.0)
         optimizer.state[params["a.bias"]]["step"].fill_(2.0)
@@ -231,8 +231,8 @@ def test_a_step_count_that_is_written_is_in_the_next_mean() -> None:
     walk(PROBLEM, write, write_oracle)
 
 
-def test_states_of_another_model_part_may_be_exchanged() -> None:
-    """Two parameters of one shape trade their states, by reference."""
+def test_states_of_two_parameters_may_be_exchanged() -> None:
+    """Two parameters of the same shape exchange their states, by reference."""
     problem = Problem((({"lr": 0.1}, (Spec("a.left", (50, 50)), Spec("a.right", (50, 50), scale=5.0))),), steps=8)
     problem = replace(problem, dtype=torch.float32)
 
@@ -247,7 +247,7 @@ def test_states_of_another_model_part_may_be_exchanged() -> None:
     walk(problem, trade, trade_in_oracle)
 
 
-# -- states that cannot be stepped with --------------------------------------------------------------------------------
+# -- states that are refused -------------------------------------------------------------------------------------------
 
 
 def trained() -> tuple[dict[str, Parameter], AdaiV2]:
@@ -259,7 +259,7 @@ def trained() -> tuple[dict[str, Parameter], AdaiV2]:
 
 
 @pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq"])
-def test_a_state_that_lacks_something_is_refused(key: str) -> None:
+def test_an_incomplete_state_is_refused(key: str) -> None:
     parameters, optimizer = trained()
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     del optimizer.state[parameters[WRITTEN]][key]
@@ -281,7 +281,7 @@ def test_a_state_of_another_dtype_is_refused(
         optimizer.step()
 
 
-def test_a_number_in_place_of_the_step_count_is_refused() -> None:
+def test_a_number_instead_of_the_step_tensor_is_refused() -> None:
     parameters, optimizer = trained()
     optimizer.state[parameters[WRITTEN]]["step"] = 1
     with pytest.raises(ValueError, match="without step"):
@@ -304,19 +304,19 @@ CHANGES: dict[str, Callable[[AdaiV2, dict[str, Parameter]], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_the_clipped_mean_was_made_from_must_stay(change: str) -> None:
+def test_the_inputs_of_the_clipped_mean_must_not_change(change: str) -> None:
     parameters, optimizer = trained()
     PROBLEM.set_gradients(parameters, 1)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer.clip_grad_norm_(1.0)
     CHANGES[change](optimizer, parameters)
-    with pytest.raises(RuntimeError, match=r"must stay as they are between clip_grad_norm_\(\) and step\(\)"):
+    with pytest.raises(RuntimeError, match=r"must not change between clip_grad_norm_\(\) and step\(\)"):
         optimizer.step()
     assert all(torch.equal(parameters[name], before[name]) for name in parameters)
     optimizer.step()  # the next step is an ordinary one
 
 
-def test_coupled_decay_looks_at_parameters_and_decoupled_decay_does_not() -> None:
+def test_parameters_are_inputs_of_the_clipped_mean_only_under_coupled_decay() -> None:
     for problem in (PROBLEM, COUPLED):
         parameters = problem.parameters()
         optimizer = AdaiV2(problem.param_groups(parameters), lr=1.0)
@@ -325,7 +325,7 @@ def test_coupled_decay_looks_at_parameters_and_decoupled_decay_does_not() -> Non
         with torch.no_grad():
             parameters[WRITTEN].mul_(0.5)
         if problem is COUPLED:
-            with pytest.raises(RuntimeError, match="must stay as they are"):
+            with pytest.raises(RuntimeError, match="must not change"):
                 optimizer.step()
         else:
             optimizer.step()

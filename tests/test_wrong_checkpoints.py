@@ -1,4 +1,4 @@
-"""A checkpoint that does not fit is refused with one clear error, and nothing has changed."""
+"""A checkpoint that does not fit is refused with one clear error, and nothing changes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
 from adai_dist import Adai, AdaiV2
-from adai_dist.optimizer.checking import check_state_dict
-from adai_dist.sharding.shards import STATE_NAMES
+from adai_dist.optimizer.state_dict_validation import check_state_dict
+from adai_dist.sharding.param_shard import STATE_NAMES
 from tests.spawn import run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +52,7 @@ def checkpoint() -> dict[str, Any]:
 
 
 def bits(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """Everything that loading could change."""
+    """Copy everything that loading could change."""
     seen: list[Any] = []
     for param_group in optimizer.param_groups:
         seen.append({k: v for k, v in param_group.items() if k != "params"})
@@ -79,7 +79,7 @@ def assert_equal(a: Any, b: Any) -> None:
 
 
 Change = Callable[[dict[str, Any]], Any]
-"""Spoils a checkpoint in place, or returns another one."""
+"""Corrupts a checkpoint in place, or returns another one."""
 
 
 def put(value: Any, *path: Any) -> Change:
@@ -91,8 +91,8 @@ def put(value: Any, *path: Any) -> Change:
     return change
 
 
-def spoil(value: complex, *path: Any) -> Callable[[dict[str, Any]], None]:
-    """Write a number into the last element of a state."""
+def corrupt(value: complex, *path: Any) -> Callable[[dict[str, Any]], None]:
+    """Return a function that writes a number to the last element of a state."""
 
     def change(saved: dict[str, Any]) -> None:
         place: Any = saved
@@ -123,7 +123,7 @@ def of_another_optimizer(optimizer_class: Any, **options: Any) -> Change:
 
 GROUPS = "param_groups"
 WRONG: dict[str, tuple[Change, type[Exception], str]] = {
-    "a list": (lambda _: [1, 2], TypeError, r"state_dict must be a dict, got \[1, 2\]; load what state_dict\(\)"),
+    "a list": (lambda _: [1, 2], TypeError, r"state_dict must be a dict, got \[1, 2\]; load the state_dict\(\)"),
     "None": (lambda _: None, TypeError, "state_dict must be a dict, got None"),
     "the model's": (
         lambda _: {"weight": torch.ones(3)},
@@ -144,14 +144,14 @@ WRONG: dict[str, tuple[Change, type[Exception], str]] = {
     "fewer parameters": (
         put([0], GROUPS, 0, "params"),
         ValueError,
-        r"must have \[2, 1\] parameters, as this optimizer's, got \[1, 1\]",
+        r"must have \[2, 1\] parameters, as in this optimizer, got \[1, 1\]",
     ),
     "ids twice": (put([0, 0], GROUPS, 0, "params"), ValueError, "must differ, got 0 twice"),
     "ids are tensors": (put([torch.ones(1)] * 2, GROUPS, 0, "params"), TypeError, "must list numbers or names, got"),
     "ids of no state": (
         put([7, 8], GROUPS, 0, "params"),
         ValueError,
-        "must have states of the parameters in 'param_groups', got one of 0, which no parameter group lists",
+        "must have states of the parameters in 'param_groups', got one of 0, which is not in any parameter group",
     ),
     "Adam": (
         of_another_optimizer(torch.optim.Adam),
@@ -177,7 +177,7 @@ WRONG: dict[str, tuple[Change, type[Exception], str]] = {
     "AdamW before its first step": (
         lambda _: optimizer_of(parameters(), torch.optim.AdamW).state_dict(),
         ValueError,
-        r"\['param_groups'\]\[0\]: eps must be in .*, got 1e-08; load what state_dict\(\) of an Adai",
+        r"\['param_groups'\]\[0\]: eps must be in .*, got 1e-08; load the state_dict\(\) of an Adai",
     ),
     "Adagrad": (of_another_optimizer(torch.optim.Adagrad), ValueError, "got 'step', 'sum' without exp_avg, "),
     "a state is a tensor": (
@@ -228,7 +228,7 @@ WRONG: dict[str, tuple[Change, type[Exception], str]] = {
     "step is None": (put(None, "state", 0, "step"), TypeError, "whole number.*got None"),
     **{
         f"{number} in {name}": (
-            spoil(number, "state", index, name),
+            corrupt(number, "state", index, name),
             ValueError,
             rf"states must be finite, .* got inf or NaN in state_dict\['state'\]\[{index}\]\['{name}'\]; .* damaged",
         )
@@ -243,12 +243,14 @@ WRONG: dict[str, tuple[Change, type[Exception], str]] = {
         )
     },
     "a second moment < 0": (
-        spoil(-0.5, "state", 2, "exp_avg_sq"),
+        corrupt(-0.5, "state", 2, "exp_avg_sq"),
         ValueError,
         r"second moments >= 0, got -0.5 in state_dict\['state'\]\[2\]\['exp_avg_sq'\]; the checkpoint is damaged",
     ),
     "all states are NaN": (
-        lambda saved: [spoil(float("nan"), "state", k, name)(saved) for k in range(3) for name in STATE_NAMES] and None,
+        lambda saved: (
+            [corrupt(float("nan"), "state", k, name)(saved) for k in range(3) for name in STATE_NAMES] and None
+        ),
         ValueError,
         r"\[0\]\['exp_avg'\], .*\[0\]\['exp_avg_sq'\], .*\[0\]\['beta1_prod'\] and 6 more; the checkpoint is damaged",
     ),
@@ -292,7 +294,7 @@ def test_a_wrong_checkpoint_is_refused_and_nothing_changes(wrong: str) -> None:
     assert "\n" not in str(raised.value)
     assert_equal(bits(optimizer), before)
     assert not optimizer._optimizer_load_state_dict_pre_hooks
-    twin = optimizer_of(other_params := parameters())  # goes on as if nobody had tried
+    twin = optimizer_of(other_params := parameters())  # continues as if nothing had been loaded
     for _ in range(2):
         step(twin)
     step(optimizer)
@@ -322,7 +324,7 @@ FITTING: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("fitting", FITTING)
-def test_what_fits_is_loaded(fitting: str) -> None:
+def test_a_checkpoint_that_fits_is_loaded(fitting: str) -> None:
     saved = checkpoint()
     loaded = FITTING[fitting](saved) or saved
     optimizer = optimizer_of(parameters())
@@ -335,7 +337,7 @@ def test_what_fits_is_loaded(fitting: str) -> None:
 
 
 def test_the_host_waits_twice_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU every look at a tensor waits for it; bites on a look at each state."""
+    """Every read of a device tensor waits for the device; a read of each state would fail this test."""
     saved = checkpoint()
     optimizer = optimizer_of(parameters())
     reads: list[int] = []
@@ -355,7 +357,7 @@ def test_the_host_waits_twice_for_each_device(monkeypatch: pytest.MonkeyPatch) -
 
 
 def refused_loads() -> dict[str, str]:
-    """The message of each wrong layout. Collective: all ranks."""
+    """Return the error message of each wrong layout. Collective: all ranks."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     grid = init_device_mesh("cpu", (dist.get_world_size(), 1))
     whole = torch.arange(12.0).reshape(4, 3)
@@ -385,7 +387,7 @@ def refused_loads() -> dict[str, str]:
                 messages[f"{name} into {target}"] = str(error)
                 for a, b in zip(bits(optimizers[target])[1:], before[1:], strict=True):
                     assert_equal(*([x.to_local() if target == "sharded" else x for x in (y[0],)] for y in (a, b)))
-    # One rank alone finds an error: the others load, and wait for nobody.
+    # Only one rank finds an error: the others load, and do not wait.
     damaged = copy.deepcopy(optimizers["sharded"].state_dict())
     if dist.get_rank() == 1:
         damaged["state"][0]["step"] = torch.tensor(-1.0)

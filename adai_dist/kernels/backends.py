@@ -15,7 +15,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from adai_dist.equations import Shards, SquaredNorms, StepScalars
+from adai_dist.equations import LocalTensors, SquaredNorms, StepScalars
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import build, ops, toolchain
 from adai_dist.kernels.foreach import CompiledEquations, Equations
@@ -40,7 +40,7 @@ class Backend(Protocol):
         """Whether it can step a shard, given as parameter, gradient and states, or as some of them."""
         ...
 
-    def observe(self, shards: Shards, hyper: Hyper, c: Tensor, kept: Tensor) -> tuple[SquaredNorms, Tensor]:
+    def observe(self, shards: LocalTensors, hyper: Hyper, c: Tensor, kept: Tensor) -> tuple[SquaredNorms, Tensor]:
         """:func:`adai_dist.equations.observe`, and the sum of each exp_avg_sq as it stands, whoever has written to it.
 
         Args:
@@ -48,7 +48,7 @@ class Backend(Protocol):
         """
         ...
 
-    def advance(self, shards: Shards, hyper: Hyper, scalars: StepScalars) -> Tensor | None:
+    def advance(self, shards: LocalTensors, hyper: Hyper, scalars: StepScalars) -> Tensor | None:
         """:func:`adai_dist.equations.advance`. Returns: what may save the next ``observe`` a read, see there."""
         ...
 
@@ -69,10 +69,10 @@ class Kernels:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def observe(self, shards: Shards, hyper: Hyper, c: Tensor, kept: Tensor) -> tuple[SquaredNorms, Tensor]:
+    def observe(self, shards: LocalTensors, hyper: Hyper, c: Tensor, kept: Tensor) -> tuple[SquaredNorms, Tensor]:
         return ops.observe(shards, hyper, c, kept)
 
-    def advance(self, shards: Shards, hyper: Hyper, scalars: StepScalars) -> Tensor:
+    def advance(self, shards: LocalTensors, hyper: Hyper, scalars: StepScalars) -> Tensor:
         return ops.advance(shards, hyper, scalars)
 
     def sums(self, exp_avg_sqs: list[Tensor], kept: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adai_dist import equations
-from adai_dist.equations import Shards, SquaredNorms, StepScalars, Tensors
+from adai_dist.equations import LocalTensors, SquaredNorms, StepScalars, Tensors
 from adai_dist.hyper import Hyper
 
 PIECE_ELEMENTS = {"cpu": 2**18}
@@ -30,23 +30,23 @@ class Equations:
         del shard
         return True
 
-    def observe(self, shards: Shards, hyper: Hyper, c: Tensor, kept: Tensor) -> tuple[SquaredNorms, Tensor]:
+    def observe(self, shards: LocalTensors, hyper: Hyper, c: Tensor, kept: Tensor) -> tuple[SquaredNorms, Tensor]:
         cut = Cut.of(shards._replace(exp_avg=[], exp_avg_sq=[], beta1_prod=[]))
         norms = SquaredNorms(*(cut.per_shard(norms) for norms in equations.observe(cut.pieces, hyper, c)))
         sums = self.sums(shards.exp_avg_sq, kept) if shards.exp_avg_sq else torch.zeros_like(norms.grad_grad)
         return norms, sums
 
-    def advance(self, shards: Shards, hyper: Hyper, scalars: StepScalars) -> None:
+    def advance(self, shards: LocalTensors, hyper: Hyper, scalars: StepScalars) -> None:
         cut = Cut.of(shards)
         counted = zip(scalars.inverse_means.unbind(), cut.num_pieces, strict=True)
         inverse_means = [inverse_mean for inverse_mean, count in counted for _ in range(count)]
         for batch in _batches(cut.pieces.param, hyper):
-            pieces = Shards(*(tensors[batch] for tensors in cut.pieces))
+            pieces = LocalTensors(*(tensors[batch] for tensors in cut.pieces))
             equations.advance(pieces, hyper, scalars._replace(inverse_means=torch.stack(inverse_means[batch])))
 
     def sums(self, exp_avg_sqs: list[Tensor], kept: Tensor) -> Tensor:
         del kept  # a read of exp_avg_sq is little beside what the operations of a step read
-        cut = Cut.of(Shards(exp_avg_sqs, [], [], [], []))
+        cut = Cut.of(LocalTensors(exp_avg_sqs, [], [], [], []))
         return cut.per_shard(equations.sums(cut.pieces.param))
 
 
@@ -61,19 +61,19 @@ class CompiledEquations(Equations):
     def __init__(self) -> None:
         self._advance = torch.compile(equations.advance, dynamic=False)
 
-    def advance(self, shards: Shards, hyper: Hyper, scalars: StepScalars) -> None:
+    def advance(self, shards: LocalTensors, hyper: Hyper, scalars: StepScalars) -> None:
         self._advance(shards, hyper, scalars)
 
 
 class Cut(NamedTuple):
     """Shards cut into pieces of bounded size."""
 
-    pieces: Shards
+    pieces: LocalTensors
     num_pieces: list[int]
     """Pieces of each shard."""
 
     @classmethod
-    def of(cls, shards: Shards) -> Cut:
+    def of(cls, shards: LocalTensors) -> Cut:
         present = [tensors for tensors in shards if tensors]
         columns: list[Tensors] = [[] for _ in present]
         num_pieces: list[int] = []
@@ -85,7 +85,7 @@ class Cut(NamedTuple):
             for column, of_shard in zip(columns, parts, strict=True):
                 column.extend(of_shard)
         filled = iter(columns)
-        return cls(Shards(*(next(filled) if tensors else [] for tensors in shards)), num_pieces)
+        return cls(LocalTensors(*(next(filled) if tensors else [] for tensors in shards)), num_pieces)
 
     def per_shard(self, of_pieces: Tensor) -> Tensor:
         """Sums over the pieces of each shard."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adai_dist.equations import Shards, SquaredNorms, StepScalars
+from adai_dist.equations import LocalTensors, SquaredNorms, StepScalars
 from adai_dist.hyper import Hyper
 
 _LIBRARY = torch.library.Library("adai_dist", "DEF")
@@ -50,7 +50,7 @@ torch.library.register_fake("adai_dist::advance", _advance_fake)
 torch.library.register_fake("adai_dist::sums", _sums_fake)
 
 
-def observe(shards: Shards, hyper: Hyper, c: Tensor, kept: Tensor) -> tuple[SquaredNorms, Tensor]:
+def observe(shards: LocalTensors, hyper: Hyper, c: Tensor, kept: Tensor) -> tuple[SquaredNorms, Tensor]:
     """:func:`adai_dist.equations.observe`, and the sums of exp_avg_sq; one read of the gradients.
 
     With coupled decay parameters are read, too, and exp_avg_sq where it is not what :func:`advance` has left.
@@ -66,7 +66,7 @@ def observe(shards: Shards, hyper: Hyper, c: Tensor, kept: Tensor) -> tuple[Squa
     return SquaredNorms(grad_grad, *with_params), v_sums
 
 
-def advance(shards: Shards, hyper: Hyper, scalars: StepScalars) -> Tensor:
+def advance(shards: LocalTensors, hyper: Hyper, scalars: StepScalars) -> Tensor:
     """:func:`adai_dist.equations.advance` in one pass over memory; the scalars are read on the device.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A few numbers on their way from a device to the host, which does not wait for them."""
+"""Asynchronous copies of a few numbers from a device to the host."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from torch import Tensor
 
 
 class HostCopy:
-    """Copies a small tensor to the host in the background; pinned memory and event serve for one copy after the other.
+    """Copies a small tensor to the host in the background, one at a time; pinned memory and event are reused.
 
-    The event is recorded on the current stream of the tensor's own device, which need not be the current device.
+    The event is recorded on the current stream of the tensor's device, which need not be the current device.
     """
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
         self._event: torch.Event | None = None
         self._source: Tensor | None = None
-        """What is being copied: it must stay alive until then."""
+        """Tensor that is being copied, kept alive until the copy has ended."""
 
     @property
     def is_under_way(self) -> bool:
+        """Whether a copy has been started and not taken."""
         return self._source is not None
 
     def start(self, tensor: Tensor) -> None:
-        """Copy ``tensor``, of any shape and dtype; a copy that is still under way is given up."""
+        """Start copying ``tensor``, of any shape and dtype; an earlier copy that was not taken is dropped."""
         self._source = tensor
         if tensor.device.type == "cpu":
             return
@@ -35,7 +36,7 @@ class HostCopy:
         self._event.record(torch.accelerator.current_stream(tensor.device))
 
     def take(self) -> Tensor | None:
-        """The numbers on the host, valid until the next :meth:`start`; None while they are not there."""
+        """Return the numbers on the host, valid until the next :meth:`start`; None if they have not arrived."""
         source = self._source
         if source is None:
             return None
@@ -49,7 +50,7 @@ class HostCopy:
         return self._buffer
 
     def wait(self) -> Tensor | None:
-        """As :meth:`take`, once they are there; None if nothing is being copied."""
+        """Wait for the numbers and return them as :meth:`take`; None if nothing is being copied."""
         if self._source is not None and self._event is not None:
             self._event.synchronize()
         return self.take()

@@ -1,4 +1,4 @@
-"""Who supplies the global mean of a step: every optimizer has one source at a time, an engine's or one of these."""
+"""Sources of the global mean: every optimizer has one at a time, from this file or from an engine."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 from adai_dist.hyper import Hyper
-from adai_dist.optimizer.unsupported import check_not_held_in_parts, check_one_layout, check_params_were_given
-from adai_dist.sharding.comparison import Comparison
-from adai_dist.sharding.configured import Joint
+from adai_dist.optimizer.unsupported import check_not_in_zero_redundancy, check_params_were_given, check_same_placements
+from adai_dist.sharding.assumption_check import AssumptionCheck
+from adai_dist.sharding.local_tensor import local_tensor
 from adai_dist.sharding.mean import GlobalMean, Sums, global_mean, unscaling_coefficient
-from adai_dist.sharding.ownership import local_tensor
-from adai_dist.sharding.plan import ModelSharding
-from adai_dist.sharding.shards import OwnedShards
+from adai_dist.sharding.owned_shards import OwnedShards
+from adai_dist.sharding.plan import ShardingPlanner
+from adai_dist.sharding.planners import JointPlanner
 
 if TYPE_CHECKING:
     from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 
 
 class MeanSource(ABC):
-    """Supplies the global mean of an optimizer's steps. An engine that steps in a way of its own brings one of its own.
+    """A source of the global mean; engines that step parts of the model one at a time implement their own.
 
-    A step of an optimizer is::
+    An optimizer steps as follows::
 
         source = optimizer.mean_source
         shards = optimizer.owned_shards()
@@ -38,84 +38,84 @@ class MeanSource(ABC):
 
     @abstractmethod
     def mean(self, optimizer: AdaptiveInertia, shards: list[OwnedShards], max_norm: float | None) -> GlobalMean:
-        """The mean over every element of the model, of the step that is about to be taken.
+        """Return the mean over every element of the model for the step that follows.
 
         Args:
-            shards: what this rank is going to step; may be empty.
-            max_norm: bound of the global gradient norm in this step; None where nothing is clipped.
+            shards: the shards that this rank is about to step; may be empty.
+            max_norm: bound of the global gradient norm in this step; None for no clipping.
 
         Raises:
-            RuntimeError: there is no such mean; nothing has been stepped.
+            RuntimeError: the mean cannot be computed; nothing has been stepped.
 
-        Collective: the source says which; all ranks that share the mean must call alike.
+        Collective: documented by each source; all ranks that share the mean must call it in the same order.
         """
         ...
 
     def after(self, optimizer: AdaptiveInertia, shards: list[OwnedShards], mean: GlobalMean) -> None:
-        """What is left to be done once the shards are stepped. Collective: none."""
+        """Finish a step whose shards have been stepped. Collective: none."""
         optimizer.record(mean)
 
     def part(self, optimizer: AdaptiveInertia) -> Hashable:
-        """What tells apart the parts of the model that are stepped in turn; None where each step takes all of it."""
+        """Return the key of the part of the model that is stepped now; None if each step takes the whole model."""
         del optimizer
         return None
 
-    def sharding(self) -> ModelSharding | None:
-        """Who holds what, where the tensors do not show it."""
+    def sharding(self) -> ShardingPlanner | None:
+        """Return the planner; None if the tensors show which rank holds which elements."""
         return None
 
     def check_allows(self, call: str, remedy: str) -> None:
-        """Raises: RuntimeError: the engine that the source belongs to rules out this call of the optimizer."""
+        """Raise RuntimeError if the engine of this source does not support this call of the optimizer."""
         del call, remedy
 
     def refresh(self) -> None:
-        """Forget what follows from the states. Collective: none."""
+        """Invalidate everything derived from the states. Collective: none."""
         return
 
     def between_steps(self) -> MeanSource:
-        """The source of steps to come, without what is known of a single one."""
+        """Return the source of later steps, without what is known for a single step."""
         return self
 
 
 class ShardedMean(MeanSource):
-    """Observes the shards and adds up over the process groups of the plan: what an optimizer begins with.
+    """The default source: observes the shards and reduces over the process groups of the plan.
 
     Collective: one all-reduce of 64 bytes per process group of :attr:`AdaptiveInertia.mean_group`.
     """
 
-    def __init__(self, model_sharding: ModelSharding | None = None) -> None:
-        self.model_sharding = model_sharding
+    def __init__(self, planner: ShardingPlanner | None = None) -> None:
+        self.planner = planner
         self._observed = ObservedMean()
 
     def mean(self, optimizer: AdaptiveInertia, shards: list[OwnedShards], max_norm: float | None) -> GlobalMean:
-        if self.model_sharding is None:
+        if self.planner is None:
             check_params_were_given(optimizer)
             if self._observed.is_first:
-                check_not_held_in_parts(optimizer)
+                check_not_in_zero_redundancy(optimizer)
         return self._observed.of(optimizer, shards, max_norm)
 
-    def sharding(self) -> ModelSharding | None:
-        return self.model_sharding
+    def sharding(self) -> ShardingPlanner | None:
+        return self.planner
 
 
 class SharedMean(MeanSource):
-    """One mean for several optimizers of one model: the first of them to step finds it for all.
+    """One mean for several optimizers of one model, computed by the first optimizer to step.
 
-    Collective: as :class:`ShardedMean`, by the first optimizer alone.
+    Collective: as :class:`ShardedMean`, by the first optimizer only.
     """
 
-    def __init__(self, members: tuple[AdaptiveInertia, ...], model_sharding: ModelSharding | None) -> None:
+    def __init__(self, members: tuple[AdaptiveInertia, ...], planner: ShardingPlanner | None) -> None:
         self.members = members
-        self.model_sharding = model_sharding
+        self.planner = planner
         self._observed = ObservedMean()
-        self._joint = Joint((), model_sharding)
+        self._joint_planner = JointPlanner((), planner)
 
     def mean(self, optimizer: AdaptiveInertia, shards: list[OwnedShards], max_norm: float | None) -> GlobalMean:
         bounds = [member.max_grad_norm for member in self.members]
         if len(set(bounds)) > 1:
             raise ValueError(
-                "optimizers that share one mean share one norm and must have the same max_grad_norm, "
-                f"got {bounds!r}; set them alike"
+                "optimizers that share one mean, and so one norm, must have the same max_grad_norm, "
+                f"got {bounds!r}; set the same value"
             )
         others = [member for member in self.members if member is not optimizer]
         mean = self._observed.of(optimizer, shards, max_norm, others)
@@ -123,57 +123,56 @@ class SharedMean(MeanSource):
             other.mean_source = KnownMean(other, mean, self, is_shared=True)
         return mean
 
-    def sharding(self) -> ModelSharding | None:
+    def sharding(self) -> ShardingPlanner | None:
         params = tuple(param for member in self.members for param in member.params())
-        if not self._joint.is_of(params):
-            self._joint = Joint(params, self.model_sharding)
-        return self._joint
+        if not self._joint_planner.is_of(params):
+            self._joint_planner = JointPlanner(params, self.planner)
+        return self._joint_planner
 
     def check_allows(self, call: str, remedy: str) -> None:
         if call in ("configure_sharding()", "share_mean()"):
             raise RuntimeError(
-                f"an optimizer that shares its mean must be configured with the others, got {call} of one; pass the "
-                "arguments to share_mean()"
+                f"an optimizer that shares its mean must be configured together with the others, got {call} of one; "
+                "pass the arguments to share_mean()"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise TypeError(
-            "an optimizer that shares its mean with others must not be copied alone; copy the models and make new "
+            "an optimizer that shares its mean with others must not be copied separately; copy the models and make new "
             "optimizers"
         )
 
 
 class KnownMean(MeanSource):
-    """A mean that was found before the step that uses it.
+    """A mean that was computed before the step that uses it.
 
     Args:
         known: the mean.
-        then: the source of the steps after this one.
-        is_shared: another optimizer found it (:func:`adai_dist.share_mean`), and reports it.
+        then: the source of later steps.
+        is_shared: another optimizer has computed the mean (:func:`adai_dist.share_mean`), and logs it.
     """
 
     def __init__(self, optimizer: AdaptiveInertia, known: GlobalMean, then: MeanSource, *, is_shared: bool) -> None:
         self.known = known
         self.then = then
         self.is_shared = is_shared
-        self._found_from: Ingredients | None = Ingredients.of(optimizer)
+        self._inputs: MeanInputs | None = MeanInputs.of(optimizer)
 
     def mean(self, optimizer: AdaptiveInertia, shards: list[OwnedShards], max_norm: float | None) -> GlobalMean:
         optimizer.mean_source = self.then
-        if self._found_from is not None and self._found_from.are_those_of(optimizer):
+        if self._inputs is not None and self._inputs.are_those_of(optimizer):
             return self.known
         if not self.is_shared:
             raise RuntimeError(
-                "gradients, states and hyperparameters must stay as they are between clip_grad_norm_() and step(), but "
-                "they changed; call clip_grad_norm_() after the last backward pass (and after "
-                "scaler.unscale_(optimizer))"
+                "gradients, states and hyperparameters must not change between clip_grad_norm_() and step(), but they "
+                "did; call clip_grad_norm_() after the last backward pass (and after scaler.unscale_(optimizer))"
             )
-        if bool(self.known.is_live):  # only here, before an error, does the host wait
+        if bool(self.known.is_live):  # the host waits only here, before an error
             raise RuntimeError(
-                "gradients, states and hyperparameters must stay as they are from the first step() of the optimizers "
-                "that share one mean to the last, but they changed; step all of them before the next backward pass"
+                "gradients, states and hyperparameters must not change from the first step() of the optimizers that "
+                "share one mean to the last, but they did; step all of them before the next backward pass"
             )
-        return self.then.mean(optimizer, shards, max_norm)  # that step left nothing behind, and this one is another
+        return self.then.mean(optimizer, shards, max_norm)  # the known mean was of an earlier step that did not count
 
     def after(self, optimizer: AdaptiveInertia, shards: list[OwnedShards], mean: GlobalMean) -> None:
         if mean is self.known:
@@ -181,14 +180,14 @@ class KnownMean(MeanSource):
         else:
             self.then.after(optimizer, shards, mean)
 
-    def sharding(self) -> ModelSharding | None:
+    def sharding(self) -> ShardingPlanner | None:
         return self.then.sharding()
 
     def check_allows(self, call: str, remedy: str) -> None:
         self.then.check_allows(call, remedy)
 
     def refresh(self) -> None:
-        self._found_from = None
+        self._inputs = None
         self.then.refresh()
 
     def between_steps(self) -> MeanSource:
@@ -196,7 +195,7 @@ class KnownMean(MeanSource):
 
 
 class Unbound(MeanSource):
-    """Refuses every step: the engine has not said yet, or will not say, what the mean is."""
+    """A source that refuses every step, as the engine does not supply a mean, or not yet."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -205,10 +204,10 @@ class Unbound(MeanSource):
         raise RuntimeError(self.reason)
 
 
-class Ingredients:
-    """What the mean of a step depends on, and what torch has recorded of writes to it.
+class MeanInputs:
+    """The tensors and hyperparameters that a mean depends on, with the number of writes that torch has recorded.
 
-    Not recorded are writes by collectives, through ``.data``, NumPy or DLPack.
+    Torch does not record writes by collectives or through ``.data``, NumPy or DLPack.
     """
 
     def __init__(self, tensors: list[Tensor], hypers: list[tuple[float, ...]]) -> None:
@@ -217,7 +216,8 @@ class Ingredients:
         self._hypers = hypers
 
     @classmethod
-    def of(cls, optimizer: AdaptiveInertia) -> Ingredients:
+    def of(cls, optimizer: AdaptiveInertia) -> MeanInputs:
+        """Collect the inputs of the next step's mean."""
         tensors: list[Tensor] = []
         hypers = Hyper.from_param_groups(optimizer.param_groups)
         for hyper, param_group in zip(hypers, optimizer.param_groups, strict=True):
@@ -229,41 +229,43 @@ class Ingredients:
         return cls(tensors, [(hyper.beta2, hyper.coupled_decay, hyper.sign) for hyper in hypers])
 
     def are_those_of(self, optimizer: AdaptiveInertia) -> bool:
-        now = Ingredients.of(optimizer)
+        """Return whether the optimizer has the same inputs, unchanged."""
+        now = MeanInputs.of(optimizer)
         if (now._versions, now._hypers) != (self._versions, self._hypers):
             return False
         return all(a is b for a, b in zip(now._tensors, self._tensors, strict=True))
 
 
 def _version(tensor: Tensor) -> int:
-    """Gradients may have been made in inference mode, where torch records no writes."""
+    """Return the number of recorded writes; 0 for gradients made in inference mode, where torch records none."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 class LastClip:
-    """The clip coefficient of the last step, which that of the next one is expected to be near.
+    """The clip coefficient of the last step, as an estimate of the next one.
 
-    It matters near convergence under coupled decay alone, see :func:`adai_dist.equations.mean_sum`.
+    It matters only near convergence under coupled decay, see :func:`adai_dist.equations.mean_sum`.
     """
 
     def __init__(self) -> None:
         self._clip: Tensor | float = 1.0
 
     def expected(self, unscaling: Tensor) -> Tensor:
-        """The coefficient to expect of gradients that ``unscaling`` unscales; 0-dim float64."""
+        """Return the expected coefficient of gradients that are multiplied by ``unscaling``; 0-dim float64."""
         return unscaling * self._clip
 
     def note(self, mean: GlobalMean, unscaling: Tensor) -> None:
+        """Store the clip coefficient of a step."""
         self._clip = torch.where(mean.is_finite, mean.coefficient / unscaling, self._clip)
 
 
 class ObservedMean:
-    """Observes shards and adds up over the process groups of the plan; keeps what one mean has to do with the next."""
+    """The computation of a mean from shards, with what it keeps from one step to the next."""
 
     def __init__(self) -> None:
         self.is_first: bool = True
         self._last_clip = LastClip()
-        self._comparison = Comparison()
+        self._assumption_check = AssumptionCheck()
 
     def of(
         self,
@@ -272,18 +274,18 @@ class ObservedMean:
         max_norm: float | None,
         others: Sequence[AdaptiveInertia] = (),
     ) -> GlobalMean:
-        """The mean over the shards of an optimizer, and of ``others`` that share it.
+        """Return the mean over the shards of an optimizer, and of ``others`` that share it.
 
         Raises:
-            RuntimeError: the sharding plan of this rank, or in the first step of any rank, refuses the layout.
+            RuntimeError: the sharding plan of this rank (in the first step, of any rank) refuses the layout.
 
-        Collective: one all-reduce of 64 bytes per process group of the plan, also where it is refused.
+        Collective: one all-reduce of 64 bytes per process group of the plan, even if the plan refuses the layout.
         """
         grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)  # set by torch.amp.GradScaler
         if grad_scale is not None or hasattr(optimizer, "found_inf"):
-            check_one_layout(optimizer.params())
+            check_same_placements(optimizer.params())
         plan = optimizer.sharding_plan
-        self._comparison.before_step(plan)
+        self._assumption_check.before_step(plan)
         unscaling = unscaling_coefficient(grad_scale, optimizer.device)
         expected = self._last_clip.expected(unscaling)
         if plan.refusal:
@@ -306,6 +308,6 @@ class ObservedMean:
 def _check_not_refused(sums: Sums) -> None:
     if sums.are_refused():
         raise RuntimeError(
-            "all ranks that share the mean must be able to tell which ranks hold what, but another one cannot; what it "
-            "says in its own error message applies to all of them"
+            "all ranks that share the mean must know which ranks hold what, but another rank does not; see the error "
+            "message of that rank, which applies to all of them"
         )

@@ -1,4 +1,4 @@
-"""The optimizer as torch.optim has it: parameter groups, states, checkpoints, copies."""
+"""The torch.optim side of the optimizer: parameter groups, states, checkpoints, copies."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from adai_dist.hyper import Hyper
-from adai_dist.optimizer.checking import check_is_mapping, check_state_dict
-from adai_dist.optimizer.first_look import warn_of_misspelt_keys
+from adai_dist.optimizer.likely_mistakes import warn_of_misspelt_keys
+from adai_dist.optimizer.proxies import SharedAttribute, init_shared_attributes, unproxied
 from adai_dist.optimizer.retirement import Retirement, with_zeros
-from adai_dist.optimizer.shared import Shared, begin_sharing, itself
 from adai_dist.optimizer.state import new_state, restore_states, step_tensor
+from adai_dist.optimizer.state_dict_validation import check_is_mapping, check_state_dict
 
 
 class StatefulOptimizer(torch.optim.Optimizer):
-    """Parameter groups with the hyperparameters of :class:`adai_dist.hyper.Hyper`, and a state for every parameter.
+    """A torch optimizer with the hyperparameters of :class:`adai_dist.hyper.Hyper` and a state for every parameter.
 
     Args:
         params: parameters, named parameters, or parameter groups.
-        hyper: hyperparameters of the parameter groups that do not state their own.
+        hyper: default hyperparameters of the parameter groups.
     """
 
     _kept_by_copies: ClassVar[tuple[str, ...]] = ("_hyper",)
-    """Attributes that copies and pickles of the optimizer have, beside what torch gives them."""
+    """Attributes that copies and pickles of the optimizer contain in addition to torch's."""
 
-    if not TYPE_CHECKING:  # type checkers know them from torch
-        state = Shared()
-        param_groups = Shared()
+    if not TYPE_CHECKING:  # type checkers take them from torch
+        state = SharedAttribute()
+        param_groups = SharedAttribute()
 
     def __init__(self, params: ParamsT, hyper: Hyper) -> None:
         self._hyper = hyper
         self._retirement = Retirement()
         self._given: dict[int, weakref.ref[Tensor]] = {}
         super().__init__(params, hyper.as_defaults())
-        # betas[0] is no momentum. With betas among the defaults, OneCycleLR and CyclicLR would cycle it, silently.
+        # With betas among the defaults, OneCycleLR and CyclicLR would silently cycle betas[0] as a momentum.
         del self.defaults["betas"]
 
     def params(self) -> list[Tensor]:
-        """The parameters of all parameter groups, in order."""
+        """Return the parameters of all parameter groups, in order."""
         return [param for param_group in self.param_groups for param in param_group["params"]]
 
     @property
     def device(self) -> torch.device:
-        """That of the first parameter, or where a rank holds none, of the current accelerator."""
+        """Device of the first parameter; on a rank without parameters, the current accelerator."""
         for param_group in self.param_groups:
             for param in param_group["params"]:
                 return param.device
@@ -56,13 +56,13 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     @property
     def replaced_params(self) -> list[Tensor]:
-        """The parameters that parameter groups list, though neither the constructor nor a later group brought them."""
+        """Listed parameters that were passed neither to the constructor nor to :meth:`add_param_group`."""
         return [param for param in self.params() if self._given.get(id(param), _gone)() is not param]
 
     def create_states(self, params: Iterable[Tensor]) -> None:
-        """Create the states that do not exist yet, of parameters that require a gradient or have one.
+        """Create the missing states of parameters that require a gradient or have one.
 
-        Also without a gradient: all ranks must have the same states, or checkpoints hang or lack keys.
+        States are created without a gradient too: ranks must have the same states, or checkpoints hang or lack keys.
 
         Collective: none.
         """
@@ -72,15 +72,15 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 state[param] = new_state(param)
 
     def refresh(self) -> None:
-        """Forget everything that is derived from parameters and states; it is found again in the next step."""
+        """Clear everything that is derived from parameters and states; the next step recomputes it."""
         raise NotImplementedError
 
     def _begin_copy(self) -> None:
-        """Make what copies and pickles have anew."""
+        """Initialise the attributes that copies and pickles do not take over."""
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with their own hyperparameters where given; also during training.
+        """Add parameters, optionally with their own hyperparameters; also during training.
 
         Raises:
             TypeError, ValueError: as the constructor.
@@ -88,7 +88,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):  # pyright: ignore[reportUnnecessaryIsInstance] torch refuses the others
             if "params" not in param_group:
                 raise ValueError(
-                    f"a parameter group must have the key 'params', got {sorted(param_group)}; list parameters there"
+                    f"a parameter group must have the key 'params', got {sorted(param_group)}; list its parameters "
+                    "under that key"
                 )
             Hyper(**{name: param_group.get(name, value) for name, value in self._hyper.as_defaults().items()})
             warn_of_misspelt_keys(param_group, self.param_groups)
@@ -97,7 +98,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self._given.update((id(param), weakref.ref(param)) for param in self.param_groups[-1]["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """As :meth:`torch.optim.Optimizer.state_dict`; zeros stand for a retired ``beta1_prod``. Collective: none."""
+        """Return :meth:`torch.optim.Optimizer.state_dict`, with zeros for a retired beta1_prod. Collective: none."""
         state_dict = super().state_dict()
         for key, state in state_dict["state"].items():
             if isinstance(state, dict):
@@ -105,16 +106,16 @@ class StatefulOptimizer(torch.optim.Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this optimizer, or of the authors' Adai and AdaiV2; states keep float32 at least.
+        """Load a checkpoint of this optimizer, or of the authors' Adai and AdaiV2; states are at least float32.
 
         Raises:
             TypeError, ValueError: the checkpoint is of another optimizer, model or layout, or incomplete; parameters,
-                states and hyperparameters are as before.
+                states and hyperparameters are unchanged.
 
         Collective: none.
         """
-        optimizer = itself(self)
-        if optimizer is not self:  # torch would put new states and parameter groups into the proxy
+        optimizer = unproxied(self)
+        if optimizer is not self:  # torch would assign new states and parameter groups to the proxy
             optimizer.load_state_dict(state_dict)
             return
         check_is_mapping(state_dict)
@@ -130,20 +131,20 @@ class StatefulOptimizer(torch.optim.Optimizer):
         finally:
             hook.remove()
         restore_states(self.state, self.param_groups, loaded)
-        self._retirement.look_after_next_step()
+        self._retirement.check_after_next_step()
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {name: getattr(self, name) for name in self._kept_by_copies}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy or a pickle, or from :meth:`load_state_dict`."""
+        """Restore a copy or a pickle, or take over what :meth:`load_state_dict` has loaded."""
         is_copy = "_hyper" in state
         if is_copy:
-            begin_sharing(self)
-        assigned = {name: value for name, value in state.items() if isinstance(getattr(type(self), name, None), Shared)}
-        for name, value in assigned.items():
-            setattr(self, name, value)
-        super().__setstate__({name: value for name, value in state.items() if name not in assigned})
+            init_shared_attributes(self)
+        shared = {name for name in state if isinstance(getattr(type(self), name, None), SharedAttribute)}
+        for name in shared:
+            setattr(self, name, state[name])
+        super().__setstate__({name: value for name, value in state.items() if name not in shared})
         if is_copy:
             self._retirement = Retirement()
             self._given = {id(param): weakref.ref(param) for param in self.params()}
@@ -158,4 +159,4 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
 
 def _gone() -> None:
-    """A reference to a parameter that is not there."""
+    """Stand in for a weak reference whose parameter is gone."""

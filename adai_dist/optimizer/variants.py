@@ -1,6 +1,6 @@
 """Adai, AdaiW and AdaiV2: one algorithm under three names, each with the defaults of the authors' code.
 
-All arguments are those of :class:`AdaptiveInertia`.
+The arguments are those of :class:`AdaptiveInertia`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class AdaiV2(AdaptiveInertia):
         m_t &= \beta_{1,t} m_{t-1} + (1 - \beta_{1,t})^d g_t \\
         \theta_t &= \theta_{t-1} - \eta\, \beta_0^{1-d} m_t / (1 - \textstyle\prod_{z \le t} \beta_{1,z})
 
-    Towards 0, steps grow along directions of small gradients.
+    As ``d`` decreases to 0, steps along directions with small gradients grow.
 
     Source: the authors' code, https://github.com/zeke-xie/adaptive-inertia-adai.
     """

@@ -1,4 +1,4 @@
-"""What a rank holds of a model, and the one collective of a step."""
+"""The sharding of a model over ranks, and the one collective of a step."""
 
 from adai_dist.sharding.mean import GlobalMean, global_mean
 

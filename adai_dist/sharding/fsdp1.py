@@ -1,8 +1,8 @@
-"""What FSDP1 (``FullyShardedDataParallel``) knows of its parameters, and their tensors do not show.
+"""The placements of FSDP1 parameters (``FullyShardedDataParallel``), which their tensors do not show.
 
-Its flat parameter is a run of elements of many parameters, of which every rank holds an equal piece, with padding at
-the end. With ``use_orig_params=True`` the optimizer sees the original parameters, cut down to what lies in this rank's
-piece: maybe nothing, and then FSDP1 leaves out the gradient.
+A flat parameter concatenates many parameters, with padding at the end; every rank holds an equal slice of it. With
+``use_orig_params=True`` the optimizer sees the original parameters, each reduced to its part of this rank's slice. The
+part may be empty, and FSDP1 then sets no gradient.
 """
 
 from __future__ import annotations
@@ -13,59 +13,59 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adai_dist.sharding.plan import Spread, spreads_of_tensor
+from adai_dist.sharding.plan import GroupPlacement, placements_of_tensor
 
 
 @dataclass(frozen=True)
 class FSDP1Parameters:
-    """The parameters that FSDP1 modules of a model have sharded, or copied."""
+    """The placements of the parameters that FSDP1 modules of a model shard or replicate."""
 
-    spreads: dict[Tensor, tuple[Spread, ...]]
-    """Of every flat parameter, and of the original ones in it where the optimizer sees those."""
+    placements: dict[Tensor, tuple[GroupPlacement, ...]]
+    """Placements by flat parameter, and by original parameter if the optimizer sees those."""
 
     @classmethod
     def of(cls, model: nn.Module) -> FSDP1Parameters:
         """Read the handles of all FSDP1 modules in ``model``.
 
         Raises:
-            RuntimeError: FSDP1 shards what tensor parallelism has sharded before.
+            RuntimeError: FSDP1 shards parameters that tensor parallelism has already sharded.
 
         Collective: none.
         """
         from torch.distributed.fsdp import FullyShardedDataParallel
 
-        spreads: dict[Tensor, tuple[Spread, ...]] = {}
+        placements: dict[Tensor, tuple[GroupPlacement, ...]] = {}
         for module in FullyShardedDataParallel.fsdp_modules(model):
             handle: Any = module._handle
-            if handle is None:  # all parameters of the module are in other modules, or ignored
+            if handle is None:  # all parameters of the module belong to other modules, or are ignored
                 continue
             _check_no_dtensors(handle.flat_param)
-            of_module = (Spread(handle.process_group, handle.uses_sharded_strategy),)
+            of_module = (GroupPlacement(handle.process_group, handle.uses_sharded_strategy),)
             inter_node: Any = getattr(module, "_inter_node_pg", None)
             if inter_node is not None:  # a hybrid strategy
-                of_module += (Spread(inter_node, is_sharded=False),)
-            spreads.update(dict.fromkeys((handle.flat_param, *(handle.flat_param._params or ())), of_module))
-        return cls(spreads)
+                of_module += (GroupPlacement(inter_node, is_sharded=False),)
+            placements.update(dict.fromkeys((handle.flat_param, *(handle.flat_param._params or ())), of_module))
+        return cls(placements)
 
-    def spreads_of(self, param: Tensor) -> Sequence[Spread]:
-        """Over which process groups a parameter of the optimizer is spread.
+    def placements_of(self, param: Tensor) -> Sequence[GroupPlacement]:
+        """Return the placements of a parameter of the optimizer.
 
         Raises:
-            ValueError: it belongs to an FSDP1 module that is not in the model.
+            ValueError: it belongs to an FSDP1 module outside of the model.
         """
-        if param in self.spreads:
-            return self.spreads[param]
+        if param in self.placements:
+            return self.placements[param]
         if getattr(param, "_fsdp_flattened", False):
             raise ValueError(
-                "model must contain every FSDP1 module whose parameters are optimized, got one in whose FSDP1 modules "
-                f"a parameter of local shape {tuple(param.shape)} is not; pass the whole model"
+                "model must contain every FSDP1 module whose parameters are optimized, got one without the FSDP1 "
+                f"module of a parameter of local shape {tuple(param.shape)}; pass the whole model"
             )
-        return spreads_of_tensor(param)
+        return placements_of_tensor(param)
 
 
 def _check_no_dtensors(flat_param: Any) -> None:
     if any(extension is not None for extension in flat_param._param_extensions):
         raise RuntimeError(
-            "parameters that are tensor parallel must be sharded further by FSDP2, got FSDP1 over DTensors, whose "
-            "flat parameter mixes sharded and copied elements; use torch.distributed.fsdp.fully_shard"
+            "tensor-parallel parameters must be sharded further by FSDP2, got FSDP1 over DTensors, whose flat "
+            "parameter mixes sharded and replicated elements; use torch.distributed.fsdp.fully_shard"
         )

@@ -1,22 +1,22 @@
-"""Who holds what: the process groups of the mean, and the weight of every parameter in it.
+"""The sharding plan: the process groups of the mean, and the weight of every parameter in it.
 
-The mean runs over every element of the model once. A :class:`ShardingPlan` says how: it lists the process groups over
-which the sums are added up, and gives every parameter a weight, so that the weights of all ranks that hold the same
+The mean counts every element of the model once. To that end, a :class:`ShardingPlan` lists the process groups over
+which the sums are all-reduced, and gives every parameter a weight such that the weights of all ranks that hold the same
 element add up to 1.
 
-A parameter is spread over process groups (:class:`Spread`): over some its ranks hold different elements, over others
-copies. A DTensor says so by its mesh and placements; FSDP1's handles do for their parameters (:mod:`.fsdp1`). What a
-parameter is not spread over is decided by these rules:
+A parameter is sharded over some process groups and replicated over others (:class:`GroupPlacement`). The mesh and the
+placements of a DTensor define them; FSDP1's handles do for FSDP1 parameters (:mod:`.fsdp1`). These rules apply to all
+other process groups of the plan:
 
 - A plain tensor is the same on every rank.
 - A process group within the mesh of the parameter is accounted for by the mesh.
-- A process group that crosses the mesh at right angles, having this rank alone in common with it, is a dimension that
-  the parameter does not use: every rank holds a copy, as of a plain tensor.
-- Any other process group has some ranks of the mesh and some beyond it, of which the tensors tell nothing. There is
-  no plan then, but a :attr:`ShardingPlan.refusal`.
+- A process group that shares only this rank with the mesh is orthogonal to it: every rank holds a copy of the
+  parameter, as of a plain tensor.
+- Any other process group has some ranks of the mesh and some outside of it, and the tensors do not define what the
+  latter hold. Instead of a usable plan there is a :attr:`ShardingPlan.refusal`.
 
 The weight is 1 / (product of the sizes of all process groups over which the parameter is not sharded). Plain tensors
-alone (one device, DDP) bring no process group, and there is no collective.
+alone (one device, DDP) add no process group, and there is no collective.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from adai_dist.sharding.ownership import is_distributed, is_dtensor
+from adai_dist.sharding.local_tensor import is_distributed, is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -39,33 +39,33 @@ if TYPE_CHECKING:
 Ranks = tuple[int, ...]
 
 
-class Spread(NamedTuple):
-    """One of the process groups over which a parameter is spread."""
+class GroupPlacement(NamedTuple):
+    """The placement of a parameter over one process group: sharded or replicated."""
 
     process_group: ProcessGroup
     is_sharded: bool
-    """Whether its ranks hold different elements; else each holds a copy."""
+    """Whether the ranks hold different elements of the parameter; otherwise each holds a copy."""
 
 
-class ModelSharding(Protocol):
-    """Says which ranks share the mean, and who holds what, where the tensors do not show it."""
+class ShardingPlanner(Protocol):
+    """Makes the plan for parameters whose tensors do not define which rank holds which elements."""
 
     def plan(self, params: tuple[Tensor, ...]) -> ShardingPlan:
-        """Raises: ValueError: the sharding contradicts itself. Collective: none."""
+        """Return the plan. Raises: ValueError: the settings are contradictory. Collective: none."""
         ...
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a plan takes for granted, and other ranks can contradict (:mod:`adai_dist.sharding.comparison`)."""
+    """Assumptions of a plan that only other ranks can confirm (:mod:`adai_dist.sharding.assumption_check`)."""
 
     copied: dict[Ranks, list[Tensor]]
-    """By process group the parameters that every rank of it is taken to hold a copy of, though their tensors do not
-    say so."""
+    """Parameters, by process group, of which every rank is assumed to hold a copy, though their tensors do not imply
+    it."""
     stages: Ranks = ()
     """The ranks of the pipeline, which hold different parameters."""
     of_one_stage: list[Tensor] = field(default_factory=list)
-    """The parameters that no other stage is taken to hold."""
+    """Parameters that no other stage is assumed to hold."""
 
 
 @dataclass(frozen=True)
@@ -74,54 +74,55 @@ class ShardingPlan:
 
     params: tuple[Tensor, ...]
     process_groups: tuple[ProcessGroup, ...]
-    """All-reduced one after the other, in this order; the same on all their members. Empty: no collective."""
+    """Reducing over these groups in order counts every element once; the same on all their ranks. Empty: no
+    collective."""
     weights: dict[Tensor, float]
-    """Over all ranks of the process groups, the weights of the copies of an element add up to 1."""
+    """Weights that add up to 1 over all copies of an element on the ranks of the process groups."""
     refusal: str = ""
-    """Why the mean cannot be exact, and what to do; empty where it is."""
+    """Reason why the mean cannot be exact, and what to do; empty if it is exact."""
     assumptions: Assumptions | None = None
-    """What was taken for granted; None where the user, or an engine, has said who holds what."""
+    """None if the user or an engine has defined which rank holds what."""
 
     def fits(self, params: list[Tensor]) -> bool:
-        """Whether the plan was made for exactly these parameters; engines replace them after construction."""
+        """Return whether the plan was made for exactly these parameters; engines replace them after construction."""
         return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
 
     @property
     def num_terms(self) -> int:
-        """How many terms the sum of a number over the process groups has."""
+        """Number of terms in a sum over the process groups."""
         return math.prod(dist.get_world_size(process_group) for process_group in self.process_groups)
 
     @property
     def is_main_rank(self) -> bool:
-        """True on the one rank that reports: rank 0 of every process group of the mean, else of the job."""
+        """Whether this rank does the logging: rank 0 of every process group of the mean, or else of the job."""
         if self.process_groups:
             return all(dist.get_rank(process_group) == 0 for process_group in self.process_groups)
         return not is_distributed() or dist.get_rank() == 0
 
 
-def plan_sharding(params: Iterable[Tensor], sharding: ModelSharding | None) -> ShardingPlan:
-    """Read from the tensors, or from ``sharding`` where it is given, which ranks share the mean and who holds what.
+def plan_sharding(params: Iterable[Tensor], sharding: ShardingPlanner | None) -> ShardingPlan:
+    """Return the plan for ``params``, read from the tensors unless a planner is given as ``sharding``.
 
     Raises:
         RuntimeError: a parameter is sharded in a way that its tensor does not show (FSDP1).
-        ValueError: a DTensor parameter is ``Partial``, or ``sharding`` contradicts itself.
+        ValueError: a DTensor parameter is ``Partial``, or the settings of the planner are contradictory.
 
     Collective: none.
     """
     params = tuple(params)
-    return plan_by_spreads(params, spreads_of_tensor) if sharding is None else sharding.plan(params)
+    return plan_by_placements(params, placements_of_tensor) if sharding is None else sharding.plan(params)
 
 
-def spreads_of_tensor(param: Tensor) -> Sequence[Spread]:
-    """What a parameter's own tensor says. Of a mesh without this rank, nothing: see :func:`plan_by_spreads`.
+def placements_of_tensor(param: Tensor) -> Sequence[GroupPlacement]:
+    """Return the placements that the tensor itself defines; none for a mesh without this rank.
 
     Raises:
-        RuntimeError: it is a part of a parameter, and does not say which ranks hold the others.
-        ValueError: it is ``Partial``.
+        RuntimeError: the parameter is a shard, and does not show which ranks hold the other shards.
+        ValueError: the parameter is ``Partial``.
     """
     if getattr(param, "_fsdp_flattened", False):
         raise RuntimeError(
-            "the mean over all parameters needs to know which ranks hold what, and FSDP1 parameters do not say it; "
+            "the mean over all parameters requires knowing which ranks hold what, which FSDP1 parameters do not show; "
             f"got one of local shape {tuple(param.shape)}; call optimizer.configure_sharding(model=model) with the "
             "module that FSDP1 wraps, or use FSDP2 (torch.distributed.fsdp.fully_shard)"
         )
@@ -132,21 +133,21 @@ def spreads_of_tensor(param: Tensor) -> Sequence[Spread]:
     if param.device_mesh.get_coordinate() is None:
         return ()
     return [
-        Spread(process_group, not placement.is_replicate())
+        GroupPlacement(process_group, not placement.is_replicate())
         for process_group, placement in zip(param.device_mesh.get_all_groups(), param.placements, strict=True)
     ]
 
 
 def _check_not_marked(param: Tensor) -> None:
-    """Refuse a plain parameter that Megatron or DeepSpeed has marked as one that other ranks hold other parts of."""
+    """Refuse a plain parameter that Megatron or DeepSpeed has marked as different on other ranks."""
     marks = {"tensor_model_parallel": True, "model_parallel": True, "allreduce": False}
     for name, value in marks.items():
         if getattr(param, name, None) is value and is_distributed() and dist.get_world_size() > 1:
             raise RuntimeError(
-                "the mean over all parameters needs to know which ranks hold what; got a plain parameter of shape "
-                f"{tuple(param.shape)} with {name}={value}, as Megatron and DeepSpeed mark what differs between ranks; "
-                "call optimizer.configure_sharding(process_group, num_replicas=...) with a function that says of each "
-                "parameter how many ranks of the process group hold the same"
+                "the mean over all parameters requires knowing which ranks hold what; got a plain parameter of shape "
+                f"{tuple(param.shape)} with {name}={value}, with which Megatron and DeepSpeed mark parameters that "
+                "differ between ranks; call optimizer.configure_sharding(process_group, num_replicas=...) with a "
+                "function that returns, for each parameter, how many ranks of the process group hold the same elements"
             )
 
 
@@ -158,16 +159,16 @@ def check_not_partial(param: DTensor) -> None:
         )
 
 
-def plan_by_spreads(
+def plan_by_placements(
     params: tuple[Tensor, ...],
-    spreads_of: Callable[[Tensor], Sequence[Spread]],
+    placements_of: Callable[[Tensor], Sequence[GroupPlacement]],
     stages: ProcessGroup | None = None,
     num_stages_with: Callable[[Tensor], int] | None = None,
 ) -> ShardingPlan:
-    """The plan for parameters that are spread over process groups.
+    """Return the plan for parameters that are sharded or replicated over process groups.
 
     Args:
-        spreads_of: the process groups of a parameter.
+        placements_of: returns the placements of a parameter.
         stages: a process group whose ranks hold different parameters.
         num_stages_with: how many ranks of ``stages`` hold a copy of a parameter; by default one.
 
@@ -175,20 +176,19 @@ def plan_by_spreads(
         ValueError: the ranks of ``stages`` share parameters.
     """
     ranks_of = _RanksOf()
-    all_spreads = {param: [(ranks_of[each.process_group], each) for each in spreads_of(param)] for param in params}
-    # By their ranks, those of one rank left out. All ranks have made process groups in the same order, but may list
-    # their parameters in different ones.
+    placements = {param: [(ranks_of[each.process_group], each) for each in placements_of(param)] for param in params}
+    # Sorted by creation, which has the same order on all ranks, while the order of their parameters may differ.
     process_groups: dict[Ranks, ProcessGroup] = {}
-    of_params = {spread.process_group for of_param in all_spreads.values() for _, spread in of_param}
-    for process_group in sorted(of_params, key=_order_of_creation):
+    unsorted = {placement.process_group for of_param in placements.values() for _, placement in of_param}
+    for process_group in sorted(unsorted, key=_order_of_creation):
         if len(ranks := ranks_of[process_group]) > 1:
             process_groups.setdefault(ranks, process_group)
 
-    of_stages = {param: 1 if num_stages_with is None else num_stages_with(param) for param in params}
+    num_stages = {param: 1 if num_stages_with is None else num_stages_with(param) for param in params}
     weights: dict[Tensor, float] = {}
     copied: dict[Ranks, list[Tensor]] = {}
     refusal = ""
-    for param, of_param in all_spreads.items():
+    for param, of_param in placements.items():
         spanned = _spanned(param, of_param, ranks_of)
         for ranks in process_groups:
             if not spanned.issuperset(ranks):
@@ -197,7 +197,7 @@ def plan_by_spreads(
                     refusal = refusal or _refusal(param, f"on ranks {in_words(sorted(spanned))}", in_words(ranks))
         if is_dtensor(param) and not of_param:
             refusal = refusal or _refusal(param, f"on {param.device_mesh}, which lacks this rank", "other ranks")
-        weights[param] = _weight(of_param, process_groups) / of_stages[param]
+        weights[param] = _weight(of_param, process_groups) / num_stages[param]
 
     assumptions = Assumptions(copied)
     if stages is not None and dist.get_world_size(stages) > 1:
@@ -208,18 +208,18 @@ def plan_by_spreads(
                 "that connects the stages"
             )
         process_groups[ranks_of[stages]] = stages
-        of_one_stage = [param for param in params if of_stages[param] == 1]
+        of_one_stage = [param for param in params if num_stages[param] == 1]
         assumptions = Assumptions(copied, ranks_of[stages], of_one_stage)
     return ShardingPlan(params, tuple(process_groups.values()), weights, refusal, assumptions)
 
 
 def in_words(ranks: Sequence[int]) -> str:
-    """Ranks in ascending order for a message, at most a few of them."""
+    """Format ascending ranks for a message, abbreviated if there are many."""
     return str(list(ranks)) if len(ranks) <= 16 else f"[{', '.join(map(str, ranks[:8]))}, ... {ranks[-1]}]"
 
 
 class _RanksOf(dict[object, Ranks]):
-    """The ranks of process groups and meshes, in ascending order, each found once."""
+    """A cache of the ranks of process groups and meshes, in ascending order."""
 
     def __missing__(self, key: Any) -> Ranks:
         found: list[int] = key.mesh.flatten().tolist() if hasattr(key, "mesh") else dist.get_process_group_ranks(key)
@@ -232,8 +232,8 @@ def _order_of_creation(process_group: ProcessGroup) -> int:
     return known.index(process_group) if process_group in known else len(known)
 
 
-def _spanned(param: Tensor, of_param: list[tuple[Ranks, Spread]], ranks_of: _RanksOf) -> frozenset[int]:
-    """The ranks of which the parameter itself tells what they hold; this rank alone for a plain tensor."""
+def _spanned(param: Tensor, of_param: list[tuple[Ranks, GroupPlacement]], ranks_of: _RanksOf) -> frozenset[int]:
+    """Return the ranks whose elements the placements define; only this rank for a plain tensor."""
     if is_dtensor(param) and of_param:
         return frozenset(ranks_of[param.device_mesh])
     if len(of_param) > 1 and math.prod(len(ranks) for ranks, _ in of_param) == dist.get_world_size():
@@ -243,15 +243,15 @@ def _spanned(param: Tensor, of_param: list[tuple[Ranks, Spread]], ranks_of: _Ran
 
 def _refusal(param: Tensor, where: str, beyond: object) -> str:
     return (
-        "the mean over all parameters needs to know which ranks hold what, and the meshes leave it open; got a "
-        f"parameter of shape {tuple(param.shape)} {where}, and others over {beyond}; ranks beyond its mesh may hold "
+        "the mean over all parameters requires knowing which ranks hold what, which the meshes do not define; got a "
+        f"parameter of shape {tuple(param.shape)} {where}, and others over {beyond}; ranks outside its mesh may hold "
         "copies of it, other parameters in its place (experts), or nothing; place all parameters on one mesh, or call "
-        "optimizer.configure_sharding(process_group, num_replicas=...) with a function that says of each parameter how "
-        "many ranks of the process group hold the same local elements, or None where its placements say it and ranks "
-        "beyond its mesh hold copies"
+        "optimizer.configure_sharding(process_group, num_replicas=...) with a function that returns, for each "
+        "parameter, how many ranks of the process group hold the same local elements, or None if its placements "
+        "define it and ranks outside its mesh hold copies"
     )
 
 
-def _weight(of_param: list[tuple[Ranks, Spread]], process_groups: dict[Ranks, ProcessGroup]) -> float:
-    sharded_over = {ranks for ranks, spread in of_param if spread.is_sharded}
+def _weight(of_param: list[tuple[Ranks, GroupPlacement]], process_groups: dict[Ranks, ProcessGroup]) -> float:
+    sharded_over = {ranks for ranks, placement in of_param if placement.is_sharded}
     return 1.0 / math.prod(len(ranks) for ranks in process_groups if ranks not in sharded_over)

@@ -19,7 +19,7 @@ from adai_dist import equations
 from adai_dist.equations import StepScalars
 from adai_dist.hyper import Hyper
 from adai_dist.optimizer import AdaptiveInertia
-from adai_dist.sharding.ownership import is_distributed, local_tensor
+from adai_dist.sharding.local_tensor import is_distributed, local_tensor
 
 BINS_PER_DECADE = 20
 

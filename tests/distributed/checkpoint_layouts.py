@@ -1,4 +1,4 @@
-"""A prescribed problem in every layout of torch, on any number of ranks, to be saved in one and loaded in another."""
+"""A prescribed problem in every layout of torch and on any number of ranks, for checkpoints between layouts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.problems import Problem, Spec, to_numpy
 SAVED_AFTER = 5
 STATE_NAMES = ("step", "exp_avg", "exp_avg_sq", "beta1_prod")
 
-# Under FSDP1 the gradients of a block are there or missing all together; those of "second" are missing now and then.
+# Under FSDP1 either all gradients of a block are present or none; those of "second" are missing in some steps.
 PROBLEM = Problem(
     groups=(
         (
@@ -50,7 +50,7 @@ PROBLEMS = {"float64": PROBLEM, "bfloat16": replace(PROBLEM, dtype=torch.bfloat1
 
 
 def fsdp1(model: Prescribed, use_orig_params: bool, **options: Any) -> FSDP:
-    """With a device mesh: without, torch saves no checkpoint where a rank holds nothing of a parameter."""
+    """Wrap with a device mesh; without, torch saves no checkpoint if a rank holds no element of a parameter."""
     options = {
         "device_id": torch.device("cpu"),
         "device_mesh": init_device_mesh("cpu", (dist.get_world_size(),)),
@@ -71,7 +71,7 @@ WRAPPED_BY: dict[str, Callable[[Prescribed], nn.Module]] = {
 
 
 class Training:
-    """A model in a layout, its optimizer, and how both are trained and looked at. Collective, all of it: all ranks."""
+    """A model in a layout and its optimizer. Collective: all ranks, in every method."""
 
     def __init__(self, layout: str, problem: Problem, **options: Any) -> None:
         self.problem = problem
@@ -90,14 +90,14 @@ class Training:
             backward(self.wrapped, self.optimizer, step)
             self.optimizer.step()
 
-    def spoil(self) -> None:
-        """Put the parameters where no checkpoint has them; FSDP1's padding stays the zeros that no checkpoint has."""
+    def corrupt(self) -> None:
+        """Overwrite the parameters; FSDP1's padding, which is in no checkpoint, stays zero."""
         with torch.no_grad():
             for parameter in self.wrapped.parameters():
                 parameter.mul_(100.0)
 
     def state(self) -> dict[str, Any]:
-        """What torch.distributed.checkpoint saves, and loads into."""
+        """Return the state that torch.distributed.checkpoint saves, and loads into."""
         model_state, optimizer_state = get_state_dict(self.wrapped, self.optimizer)
         return {"model": model_state, "optimizer": optimizer_state}
 
@@ -107,7 +107,7 @@ class Training:
         )
 
     def save(self, folder: str | Path, alone: bool = False) -> None:
-        """`alone`: this rank without the others."""
+        """Load a checkpoint; with `alone`, on this rank only."""
         dcp.save(self.state(), checkpoint_id=folder, no_dist=alone)
 
     def load(self, folder: str | Path, alone: bool = False) -> None:
@@ -116,7 +116,7 @@ class Training:
         self.take(state)
 
     def seen(self) -> Walk:
-        """Parameters and states, whole; as checkpoints have them, so with zeros for a retired beta1_prod."""
+        """Gather parameters and states as in checkpoints, with zeros for a retired beta1_prod."""
         if not isinstance(self.wrapped, FSDP):
             params = [p for group in self.optimizer.param_groups for p in group["params"]]
             states = {params[index]: state for index, state in self.optimizer.state_dict()["state"].items()}

@@ -28,7 +28,7 @@ BLOCKS = ("first", "second", "root")
 
 @dataclass(frozen=True)
 class UnderFSDP1(Problem):
-    """What FSDP1 makes of a problem: a block's gradient is one flat tensor, so what is missing in it is zero."""
+    """A problem as FSDP1 sees it: a block's gradient is one flat tensor, in which missing gradients are zeros."""
 
     def oracle_gradients(self, step: int) -> dict[str, np.ndarray[Any, Any] | None]:
         gradients = super().oracle_gradients(step)
@@ -51,9 +51,9 @@ class Layout:
     use_orig_params: bool
     strategy: ShardingStrategy = FULL_SHARD
     strategy_of_second: ShardingStrategy | None = None
-    """Of the block "second", where it is another."""
+    """Strategy of the block "second", if different."""
     ignored: tuple[str, ...] = ()
-    """Parameters that FSDP1 leaves alone: plain copies on every rank."""
+    """Parameters that FSDP1 ignores: plain copies on every rank."""
     num_all_reduces: int = 1
 
 
@@ -77,7 +77,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def wrap(model: Prescribed, layout: Layout) -> FSDP:
-    """Each block a unit of its own, and the model around them. Collective: all ranks."""
+    """Wrap each block as a unit, and the model around them. Collective: all ranks."""
     ignored = [getattr(model.owner(block), leaf) for block, leaf in (name.split(".") for name in layout.ignored)]
     options: dict[str, Any] = {
         "device_id": torch.device("cpu"),
@@ -99,7 +99,7 @@ def wrap(model: Prescribed, layout: Layout) -> FSDP:
 
 
 def param_groups(model: Prescribed, wrapped: FSDP, layout: Layout) -> list[dict[str, Any]]:
-    """As an optimizer takes them: one group per block, in the order of the problem."""
+    """Return the parameter groups: one per block, in the order of the problem."""
     if layout.use_orig_params:
         return model.problem.param_groups(model.by_name())
     units: dict[str, Any] = {"first": model.first, "second": model.second, "root": wrapped}
@@ -114,14 +114,14 @@ def param_groups(model: Prescribed, wrapped: FSDP, layout: Layout) -> list[dict[
 
 
 def whole_parameters(model: Prescribed, wrapped: FSDP) -> dict[str, np.ndarray[Any, Any]]:
-    """All parameters, gathered. Collective: all ranks."""
+    """Gather all parameters. Collective: all ranks."""
     with FSDP.summon_full_params(wrapped, writeback=False):
         return {name: to_numpy(full(parameter)) for name, parameter in model.by_name().items()}
 
 
 def whole_states(wrapped: FSDP, optimizer: AdaiV2) -> dict[str, dict[str, Any]]:
-    """All states, gathered as FSDP1 itself gathers them for a checkpoint. Collective: all ranks."""
-    # With offload_to_cpu, the default, all states of a parameter become one tensor where they are on the CPU already.
+    """Gather all states as FSDP1 does for a checkpoint. Collective: all ranks."""
+    # With offload_to_cpu (the default), all states of a parameter become one tensor if they are on the CPU already.
     in_place = FullOptimStateDictConfig(offload_to_cpu=False)
     with FSDP.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT, optim_state_dict_config=in_place):
         gathered = FSDP.optim_state_dict(wrapped, optimizer)["state"]

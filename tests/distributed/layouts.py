@@ -1,4 +1,4 @@
-"""One prescribed problem in every layout of torch: who holds what differs, the trajectory must not."""
+"""One prescribed problem in every layout of torch; the trajectory must not depend on the layout."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ SHARDED = Problem(
     steps=60,
 )
 
-MAX_NORM = 10.0  # below the norm of about half of the steps
+MAX_NORM = 10.0  # less than the norm in about half of the steps
 
 
 class Block(nn.Module):
-    """The parameters of one block; the sum of their products with the prescribed gradients."""
+    """The parameters of one block; returns the sum of their products with the prescribed gradients."""
 
     def forward(self, gradients: dict[str, Tensor]) -> Tensor:
         return sum(
@@ -56,7 +56,7 @@ class Block(nn.Module):
 
 
 class Prescribed(nn.Module):
-    """A model whose gradients are those of the problem: its loss is their product with the parameters.
+    """A model whose loss is the product of the parameters and the gradients of the problem.
 
     Parameters of the block "root" belong to the model itself.
     """
@@ -74,7 +74,7 @@ class Prescribed(nn.Module):
         return self if block == "root" else self.get_submodule(block)
 
     def by_name(self) -> dict[str, nn.Parameter]:
-        """The parameters by the names of the problem."""
+        """Return the parameters by the names of the problem."""
         return {
             f"{b}.{leaf}": getattr(self.owner(b), leaf) for b, leaf in (s.name.split(".") for s in self.problem.specs())
         }
@@ -100,13 +100,13 @@ def _product(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A whole copy of a tensor, gathered where it is sharded. Collective: all ranks of its mesh."""
+    """Return a full copy of a tensor, gathered if it is sharded. Collective: all ranks of its mesh."""
     with torch.no_grad():
         return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's elements."""
+    """Return this rank's elements."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -129,7 +129,7 @@ def fsdp2(model: Prescribed, mesh: DeviceMesh | None = None) -> nn.Module:
 
 
 def fsdp2_beside_plain(model: Prescribed) -> nn.Module:
-    """The parameters of the root stay plain: every rank holds a copy."""
+    """Shard all blocks; parameters of the root stay plain, with a copy on every rank."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     fully_shard(model.get_submodule("first"), mesh=mesh)
     fully_shard(model.get_submodule("second"), mesh=mesh)
@@ -141,7 +141,7 @@ def hsdp(model: Prescribed) -> nn.Module:
 
 
 def replicated(model: Prescribed) -> nn.Module:
-    """Every parameter a DTensor that every rank holds whole."""
+    """Make every parameter a replicated DTensor."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     _distribute(model, mesh, {spec.name: Replicate() for spec in model.problem.specs()})
     return model
@@ -156,20 +156,20 @@ TENSOR_PARALLEL: dict[str, Placement] = {
 
 
 def tp(model: Prescribed) -> nn.Module:
-    """Four parameters on the mesh, the others plain copies."""
+    """Distribute four parameters over the mesh; the others are plain copies."""
     _distribute(model, init_device_mesh("cpu", (dist.get_world_size(),)), TENSOR_PARALLEL)
     return model
 
 
 def tp_and_fsdp2(model: Prescribed) -> nn.Module:
-    """Some parameters live on both mesh dimensions, the others on the first alone."""
+    """Distribute some parameters over both mesh dimensions, the others over the first only."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     _distribute(model, mesh["tp"], TENSOR_PARALLEL)
     return fsdp2(model, mesh["dp"])
 
 
 def tp_and_ddp(model: Prescribed) -> nn.Module:
-    """Tensor parallel pairs, each a copy of the other, whose gradients were averaged by other means."""
+    """Make tensor-parallel pairs that are copies of each other, with gradients averaged by the test."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     _distribute(model, mesh["tp"], TENSOR_PARALLEL)
     return model
@@ -188,7 +188,7 @@ class Layout:
     world_size: int
     apply: Callable[[Prescribed], nn.Module]
     num_all_reduces: int
-    """In every step; each of 64 bytes at most, and nothing else."""
+    """Number of collectives in every step, each of at most 64 bytes."""
 
 
 LAYOUTS = {
@@ -208,11 +208,11 @@ LAYOUTS = {
 }
 
 
-# -- walking through a problem -----------------------------------------------------------------------------------------
+# -- training on a problem ---------------------------------------------------------------------------------------------
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Records the name and the bytes of every collective that is called under it."""
+    """A mode that records name and size in bytes of every collective."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 @dataclass
 class Walk:
-    """What one rank saw on the way through a problem; tensors whole, whatever the layout."""
+    """The observations of one rank while training on a problem; tensors are gathered, whatever the layout."""
 
     parameters: dict[str, Any]
     states: dict[str, dict[str, Any]]
@@ -239,7 +239,7 @@ class Walk:
 
 
 def make(layout: str, problem: Problem, **options: Any) -> tuple[Prescribed, nn.Module, AdaiV2]:
-    """The model, what the layout makes of it, and its optimizer."""
+    """Return the model, the wrapped model of the layout, and the optimizer."""
     model = Prescribed(problem)
     wrapped = LAYOUTS[layout].apply(model)
     optimizer = AdaiV2(problem.param_groups(model.by_name()), lr=1.0, max_grad_norm=problem.max_grad_norm, **options)
@@ -247,7 +247,7 @@ def make(layout: str, problem: Problem, **options: Any) -> tuple[Prescribed, nn.
 
 
 def backward(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Put the gradients of a step into the parameters, by a real backward pass."""
+    """Compute the gradients of a step by a real backward pass."""
     optimizer.zero_grad()
     loss = model(step)
     if loss.requires_grad:
@@ -279,11 +279,11 @@ def walk(
 
 
 def gather(model: Prescribed, optimizer: AdaiV2, seen: Walk | None = None) -> Walk:
-    """The parameters and states, whole. Collective: all ranks."""
+    """Gather parameters and states. Collective: all ranks."""
     seen = Walk({}, {}) if seen is None else seen
     for name, parameter in model.by_name().items():
         seen.parameters[name] = to_numpy(full(parameter))
-        # Ranks retire their part of beta1_prod by themselves, so one may have the key and another not.
+        # Ranks retire their shards of beta1_prod independently, so only some may have the key.
         state = with_zeros(optimizer.state[parameter])
         seen.states[name] = {key: to_numpy(full(state[key])) for key in sorted(state)}
     return seen

@@ -1,7 +1,7 @@
-"""Who holds what on 2, 4 and 8 ranks, and whether the mean is exact there, refused or warned about.
+"""Layouts on 2, 4 and 8 ranks, in which the mean is exact, refused or warned about.
 
-A layout makes parameters of this rank by name. Those with the same name are pieces or copies of one parameter, and
-pieces are told apart by where they lie in their mesh. Gradients are random, the same for copies.
+A layout makes parameters of this rank by name. Parameters with the same name are pieces or copies of one parameter,
+and pieces are identified by their place in the mesh. Gradients are random, the same for copies.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from adai_dist import AdaiV2
 from tests.distributed.recorded import names_of
 
-Tell = Callable[[AdaiV2], None]
+Configure = Callable[[AdaiV2], None]
 
 
 class Model(nn.Module):
-    """Parameters by name, 24 elements each, with values that follow from the name."""
+    """A model with parameters by name, of 24 elements each, with values derived from the name."""
 
     def __init__(self, *names: str) -> None:
         super().__init__()
@@ -42,12 +42,12 @@ def seeded(text: str) -> torch.Generator:
 
 
 def scale_of(name: str) -> float:
-    """Parameters have gradients of different sizes, so that a wrong weight shows."""
+    """Return the magnitude of a parameter's gradient; they differ, so that a wrong weight shows."""
     return 0.2 + zlib.crc32(name.split("@")[0].encode()) % 7
 
 
 def on_mesh(name: str, mesh: DeviceMesh, *placements: Placement) -> nn.Module:
-    """One parameter, a DTensor."""
+    """Return one parameter as a DTensor."""
     model = Model(name)
     model.register_parameter(name, nn.Parameter(distribute_tensor(value_of(name), mesh, placements)))
     return model
@@ -58,7 +58,7 @@ def mesh_of(*shape: int, names: str = "") -> DeviceMesh:
 
 
 def subgroup(*all_ranks: list[int]) -> Any:
-    """The process group with this rank, of those that all ranks make. Collective: all ranks."""
+    """Make these process groups and return the one with this rank. Collective: all ranks."""
     groups = [dist.new_group(ranks) for ranks in all_ranks]
     return next(g for g, ranks in zip(groups, all_ranks, strict=True) if dist.get_rank() in ranks)
 
@@ -66,9 +66,9 @@ def subgroup(*all_ranks: list[int]) -> Any:
 @dataclass(frozen=True)
 class Made:
     modules: list[nn.Module]
-    tell: Tell = lambda optimizer: None
+    configure: Configure = lambda optimizer: None
     is_reversed: bool = False
-    """Whether the optimizer gets the parameters in the opposite order."""
+    """Whether the optimizer gets the parameters in reverse order."""
 
     def names(self) -> dict[Tensor, str]:
         names: dict[Tensor, str] = {}
@@ -83,18 +83,18 @@ class Layout:
     world_size: int
     make: Callable[[], Made]
     outcome: str = "exact"
-    """Or what the error message, or the warning, has to say."""
+    """Text of the error message or of the warning; empty if the mean is exact."""
 
     @property
     def is_refused(self) -> bool:
         return self.outcome.startswith(REFUSED)
 
 
-REFUSED = "the mean over all parameters needs to know"
+REFUSED = "the mean over all parameters requires knowing"
 OTHERS = "hold different parameters, and each take the mean over their own"
-COPIES = "are taken to hold copies of the parameters that are not sharded over them"
-TIED = "are taken to hold different parameters, but 1 of them are the same on several"
-UNLIKE = "add up their means over different ones"
+COPIES = "are assumed to hold copies of the parameters that are not sharded over them"
+TIED = "are assumed to hold different parameters, but 1 of them are the same on several"
+UNLIKE = "reduce their means over different ones"
 
 
 def rank() -> int:
@@ -108,11 +108,11 @@ def copies() -> Made:
     return Made([Model("a", "b")])
 
 
-def stages_untold() -> Made:
+def unconfigured_stages() -> Made:
     return Made([Model(f"stage{rank()}")])
 
 
-def stages_told() -> Made:
+def configured_stages() -> Made:
     return Made([Model(f"stage{rank()}")], lambda optimizer: optimizer.configure_sharding(stages=dist.group.WORLD))
 
 
@@ -124,11 +124,11 @@ def tied_stages(num_replicas: Any) -> Callable[[], Made]:
         def of_param(param: Tensor) -> int | None:
             return num_replicas if param is tied else None
 
-        def tell(optimizer: AdaiV2) -> None:
-            told = {"num_replicas": of_param} if num_replicas else {}
-            optimizer.configure_sharding(stages=dist.group.WORLD, **told)
+        def configure(optimizer: AdaiV2) -> None:
+            replicas = {"num_replicas": of_param} if num_replicas else {}
+            optimizer.configure_sharding(stages=dist.group.WORLD, **replicas)
 
-        return Made([model], tell)
+        return Made([model], configure)
 
     return make
 
@@ -146,19 +146,19 @@ def marked(name: str, value: bool) -> Callable[[], Made]:
     return make
 
 
-def marked_and_told() -> Made:
+def marked_and_configured() -> Made:
     model = Model(f"part{rank()}", "norm")
     part = getattr(model, f"part{rank()}")
     part.tensor_model_parallel = True
 
-    def tell(optimizer: AdaiV2) -> None:
+    def configure(optimizer: AdaiV2) -> None:
         optimizer.configure_sharding(num_replicas=lambda param: 1 if param is part else None)
 
-    return Made([model], tell)
+    return Made([model], configure)
 
 
 def models_of_their_own() -> Made:
-    """Every rank has a model of its own and says so."""
+    """Make a separate model on every rank, configured as such."""
     own = subgroup(*([r] for r in range(dist.get_world_size())))
     return Made([Model("shared")], lambda optimizer: optimizer.configure_sharding(own))
 
@@ -175,7 +175,7 @@ def fsdp2_beside_plain_experts() -> Made:
 
 
 def one_rank_mesh_beside_fsdp2() -> Made:
-    """A parameter on a mesh of rank 0 alone."""
+    """Make a parameter on a mesh of rank 0 only."""
     whole = mesh_of(dist.get_world_size())
     mine = DeviceMesh("cpu", [0])
     modules: list[nn.Module] = [fully_shard(Model("a"), mesh=whole)]
@@ -185,7 +185,7 @@ def one_rank_mesh_beside_fsdp2() -> Made:
 
 
 def some_ranks_only() -> Made:
-    """The last rank has a model of its own."""
+    """Make a separate model on the last rank."""
     num_ranks = dist.get_world_size() - 1
     mesh = DeviceMesh("cpu", list(range(num_ranks)))
     if rank() < num_ranks:
@@ -194,7 +194,7 @@ def some_ranks_only() -> Made:
 
 
 def with_empty_shards() -> Made:
-    """Parameters with fewer rows than ranks: some ranks hold nothing of them."""
+    """Make parameters with fewer rows than ranks, so that some ranks hold no elements."""
     model = Model("a")
     model.register_parameter("b", nn.Parameter(value_of("b")[:1].clone()))
     return Made([fully_shard(model, mesh=mesh_of(dist.get_world_size()))])
@@ -203,8 +203,8 @@ def with_empty_shards() -> Made:
 # -- two meshes --------------------------------------------------------------------------------------------------------
 
 
-def experts_in_modules(told: bool) -> Callable[[], Made]:
-    """Experts as ordinary modules of each rank, sharded over "efsdp"; the rest over all ranks."""
+def experts_in_modules(is_configured: bool) -> Callable[[], Made]:
+    """Make experts as ordinary modules of each rank, sharded over "efsdp", and the rest sharded over all ranks."""
 
     def make() -> Made:
         mesh = mesh_of(2, 2, names="ep efsdp")
@@ -212,38 +212,38 @@ def experts_in_modules(told: bool) -> Callable[[], Made]:
         rest = fully_shard(Model("a"), mesh=mesh_of(4))
         experts = set(expert.parameters())
 
-        def tell(optimizer: AdaiV2) -> None:
-            if told:
+        def configure(optimizer: AdaiV2) -> None:
+            if is_configured:
                 optimizer.configure_sharding(num_replicas=lambda param: 1 if param in experts else None)
 
-        return Made([rest, expert], tell)
+        return Made([rest, expert], configure)
 
     return make
 
 
 def flattened_experts_in_modules() -> Made:
-    """The same with both meshes from one."""
+    """Make the same, with both meshes flattened from one."""
     mesh = mesh_of(2, 2, names="ep efsdp")
     expert = fully_shard(Model(f"expert{mesh['ep'].get_local_rank()}"), mesh=mesh["efsdp"])
     return Made([fully_shard(Model("a"), mesh=mesh["ep", "efsdp"]._flatten("fsdp")), expert])
 
 
 def experts_within_hsdp() -> Made:
-    """Experts as ordinary modules, sharded over one dimension of the mesh that the rest is copied and sharded over."""
+    """Make experts as ordinary modules, sharded over one dimension of the mesh of the rest, which uses HSDP."""
     mesh = mesh_of(2, 2, names="ep fsdp")
     expert = fully_shard(Model(f"expert{mesh['ep'].get_local_rank()}"), mesh=mesh["fsdp"])
     return Made([fully_shard(Model("a"), mesh=mesh), expert])
 
 
 def dtensor_experts() -> Made:
-    """Experts as DTensors over all dimensions of their mesh; the rest over all ranks."""
+    """Make experts as DTensors over all dimensions of their mesh, and the rest sharded over all ranks."""
     mesh = mesh_of(2, 2, names="efsdp ep")
     expert = fully_shard(on_mesh("experts", mesh["ep"], Shard(0)), mesh=mesh["efsdp"])
     return Made([fully_shard(Model("a"), mesh=mesh_of(4)), expert])
 
 
 def a_part_of_the_ranks() -> Made:
-    """One parameter over all ranks, another one over the first two alone, which the others do not have."""
+    """Shard one parameter over all ranks, and another one over the first two, which the others do not have."""
     whole, part = mesh_of(4), DeviceMesh("cpu", [0, 1])
     modules: list[nn.Module] = [fully_shard(Model("a"), mesh=whole)]
     if rank() < 2:
@@ -257,7 +257,7 @@ def a_part_of_the_ranks_named_by_all() -> Made:
 
 
 def a_part_of_the_ranks_copied() -> Made:
-    """Copies instead of shards make no difference: the other ranks may hold anything."""
+    """Replicate instead of shard, which makes no difference: the other ranks may hold anything."""
     whole, part = mesh_of(4), DeviceMesh("cpu", [0, 1])
     modules: list[nn.Module] = [fully_shard(Model("a"), mesh=whole)]
     if rank() < 2:
@@ -266,7 +266,7 @@ def a_part_of_the_ranks_copied() -> Made:
 
 
 def crossing_meshes() -> Made:
-    """Two meshes that have rank 0 in common; ranks 1 and 2 are in one of them."""
+    """Make two meshes that share rank 0; ranks 1 and 2 are in one of them."""
     first, second = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [0, 2])
     modules: list[nn.Module] = []
     if rank() in (0, 1):
@@ -276,16 +276,16 @@ def crossing_meshes() -> Made:
     return Made(modules)
 
 
-def fsdp2_stages(told: bool) -> Callable[[], Made]:
+def fsdp2_stages(is_configured: bool) -> Callable[[], Made]:
     def make() -> Made:
         mesh = mesh_of(2, 2, names="pp dp")
         stage = fully_shard(Model(f"stage{mesh['pp'].get_local_rank()}"), mesh=mesh["dp"])
 
-        def tell(optimizer: AdaiV2) -> None:
-            if told:
+        def configure(optimizer: AdaiV2) -> None:
+            if is_configured:
                 optimizer.configure_sharding(stages=mesh["pp"].get_group())
 
-        return Made([stage], tell)
+        return Made([stage], configure)
 
     return make
 
@@ -295,29 +295,29 @@ def tied_fsdp2_stages() -> Made:
     stage = fully_shard(Model(f"stage{mesh['pp'].get_local_rank()}", "tied"), mesh=mesh["dp"])
     tied = stage.tied
 
-    def tell(optimizer: AdaiV2) -> None:
+    def configure(optimizer: AdaiV2) -> None:
         optimizer.configure_sharding(
             stages=mesh["pp"].get_group(), num_replicas=lambda param: 2 if param is tied else None
         )
 
-    return Made([stage], tell)
+    return Made([stage], configure)
 
 
 def unequal_stages() -> Made:
-    """The first stage is sharded, the last one copied."""
+    """Shard the first stage and replicate the last one."""
     stages, part = subgroup([0, 2], [1, 3]), DeviceMesh("cpu", [0, 1])
     stage = on_mesh("stage0", part, Shard(0)) if rank() < 2 else Model("stage1")
     return Made([stage], lambda optimizer: optimizer.configure_sharding(stages=stages))
 
 
 def replicas_by_hand() -> Made:
-    """FSDP2 within halves, which hold the same and are kept equal by other means."""
+    """Use FSDP2 within halves that are copies of each other, kept equal by the test."""
     mesh = mesh_of(2, 2, names="replica fsdp")
     return Made([fully_shard(Model("a", "b"), mesh=mesh["fsdp"])])
 
 
 def context_parallel() -> Made:
-    """Parameters are sharded over data and context parallel ranks together."""
+    """Shard parameters over data- and context-parallel ranks together."""
     mesh = mesh_of(2, dist.get_world_size() // 2, names="dp cp")
     return Made([fully_shard(Model("a", "b"), mesh=mesh["dp", "cp"]._flatten("dp_cp"))])
 
@@ -327,7 +327,7 @@ def hsdp() -> Made:
 
 
 def tensor_parallel_and_fsdp2(is_reversed: bool) -> Callable[[], Made]:
-    """Norms on the data-parallel dimension alone, as without sequence parallelism."""
+    """Distribute norms over the data-parallel dimension only, as without sequence parallelism."""
 
     def make() -> Made:
         mesh = mesh_of(dist.get_world_size() // 2, 2, names="dp tp")
@@ -343,7 +343,7 @@ def tensor_parallel_and_fsdp2(is_reversed: bool) -> Callable[[], Made]:
 
 
 def three_dimensions() -> Made:
-    """Stages of tensor-parallel, sharded parameters."""
+    """Make stages of tensor-parallel, sharded parameters."""
     mesh = mesh_of(2, 2, 2, names="pp dp tp")
     stage = mesh["pp"].get_local_rank()
     linear = fully_shard(on_mesh(f"linear{stage}", mesh["tp"], Shard(0)), mesh=mesh["dp"])
@@ -351,7 +351,7 @@ def three_dimensions() -> Made:
     return Made([linear, norm], lambda optimizer: optimizer.configure_sharding(stages=mesh["pp"].get_group()))
 
 
-def three_dimensions_untold() -> Made:
+def three_dimensions_unconfigured() -> Made:
     return Made(three_dimensions().modules)
 
 
@@ -364,7 +364,7 @@ def hsdp_and_tensor_parallel() -> Made:
 
 
 def experts_within_replicas() -> Made:
-    """Two replicas of DTensor experts and a sharded rest; the experts do not mention the replicas."""
+    """Make two replicas of DTensor experts and a sharded rest; the mesh of the experts lacks the replicas."""
     mesh = mesh_of(2, 2, 2, names="replicate efsdp ep")
     expert = fully_shard(on_mesh("experts", mesh["ep"], Shard(0)), mesh=mesh["efsdp"])
     return Made([fully_shard(Model("a"), mesh=mesh_of(2, 4, names="replicate shard")), expert])
@@ -379,33 +379,33 @@ LAYOUTS = {
     "copies, 2": Layout(2, copies),
     "fsdp2, 2": Layout(2, fsdp2),
     "fsdp2 beside plain experts, 2": Layout(2, fsdp2_beside_plain_experts, COPIES),
-    "stages, told, 2": Layout(2, stages_told),
-    "stages, untold, 2": Layout(2, stages_untold, OTHERS),
-    "a tied embedding, told, 2": Layout(2, tied_stages(2)),
-    "a tied embedding, untold, 2": Layout(2, tied_stages(None), TIED),
+    "stages, configured, 2": Layout(2, configured_stages),
+    "stages, unconfigured, 2": Layout(2, unconfigured_stages, OTHERS),
+    "a tied embedding, configured, 2": Layout(2, tied_stages(2)),
+    "a tied embedding, unconfigured, 2": Layout(2, tied_stages(None), TIED),
     "plain tensor parallelism, 2": Layout(2, unmarked_tensor_parallel, OTHERS),
     "marked by Megatron, 2": Layout(2, marked("tensor_model_parallel", True), REFUSED),
     "marked by DeepSpeed, 2": Layout(2, marked("model_parallel", True), REFUSED),
     "experts marked by Megatron, 2": Layout(2, marked("allreduce", False), REFUSED),
     "marked for no reason, 2": Layout(2, marked("tensor_model_parallel", False), OTHERS),
-    "marked and told, 2": Layout(2, marked_and_told),
-    "models of their own, told, 2": Layout(2, models_of_their_own),
+    "marked and configured, 2": Layout(2, marked_and_configured),
+    "models of their own, configured, 2": Layout(2, models_of_their_own),
     "a mesh of one rank, 2": Layout(2, one_rank_mesh_beside_fsdp2, COPIES),
     "copies, 4": Layout(4, copies),
-    "stages, told, 4": Layout(4, stages_told),
-    "stages, untold, 4": Layout(4, stages_untold, OTHERS),
-    "a tied embedding, told, 4": Layout(4, tied_stages(2)),
-    "a tied embedding, untold, 4": Layout(4, tied_stages(None), TIED),
-    "experts in modules, 4": Layout(4, experts_in_modules(told=False), REFUSED),
-    "experts in modules, told, 4": Layout(4, experts_in_modules(told=True)),
+    "stages, configured, 4": Layout(4, configured_stages),
+    "stages, unconfigured, 4": Layout(4, unconfigured_stages, OTHERS),
+    "a tied embedding, configured, 4": Layout(4, tied_stages(2)),
+    "a tied embedding, unconfigured, 4": Layout(4, tied_stages(None), TIED),
+    "experts in modules, 4": Layout(4, experts_in_modules(is_configured=False), REFUSED),
+    "experts in modules, configured, 4": Layout(4, experts_in_modules(is_configured=True)),
     "experts in modules, one mesh, 4": Layout(4, flattened_experts_in_modules, REFUSED),
     "experts in modules within HSDP, 4": Layout(4, experts_within_hsdp, COPIES),
     "experts as DTensors, 4": Layout(4, dtensor_experts),
     "a part of the ranks, 4": Layout(4, a_part_of_the_ranks, REFUSED),
     "a part of the ranks, named by all, 4": Layout(4, a_part_of_the_ranks_named_by_all, REFUSED),
     "copies on a part of the ranks, 4": Layout(4, a_part_of_the_ranks_copied, REFUSED),
-    "fsdp2 stages, untold, 4": Layout(4, fsdp2_stages(told=False), OTHERS),
-    "fsdp2 stages, told, 4": Layout(4, fsdp2_stages(told=True)),
+    "fsdp2 stages, unconfigured, 4": Layout(4, fsdp2_stages(is_configured=False), OTHERS),
+    "fsdp2 stages, configured, 4": Layout(4, fsdp2_stages(is_configured=True)),
     "tied fsdp2 stages, 4": Layout(4, tied_fsdp2_stages),
     "unequal stages, 4": Layout(4, unequal_stages),
     "replicas by hand, 4": Layout(4, replicas_by_hand),
@@ -414,13 +414,13 @@ LAYOUTS = {
     "tensor parallel and fsdp2, 4": Layout(4, tensor_parallel_and_fsdp2(is_reversed=False)),
     "in another order, 4": Layout(4, tensor_parallel_and_fsdp2(is_reversed=True)),
     "empty shards, 4": Layout(4, with_empty_shards),
-    # Last: ranks count their optimizers, and rank 3 has none here.
+    # Last, as ranks number their means, and rank 3 has none here.
     "crossing meshes, 4": Layout(4, crossing_meshes, UNLIKE),
     "three of the ranks, 4": Layout(4, some_ranks_only),
     "context parallel, 8": Layout(8, context_parallel),
     "tensor parallel and fsdp2, 8": Layout(8, tensor_parallel_and_fsdp2(is_reversed=True)),
     "three dimensions, 8": Layout(8, three_dimensions),
-    "three dimensions, untold, 8": Layout(8, three_dimensions_untold, OTHERS),
+    "three dimensions, unconfigured, 8": Layout(8, three_dimensions_unconfigured, OTHERS),
     "hsdp and tensor parallel, 8": Layout(8, hsdp_and_tensor_parallel),
     "experts within replicas, 8": Layout(8, experts_within_replicas),
     "three-dimensional shards, 8": Layout(8, three_dimensional_shards),

@@ -1,4 +1,4 @@
-"""A small language model with everything that layouts stumble over, in all ways in which torch trains it."""
+"""A small language model with the features that are hard for layouts, trained in all of torch's ways."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MIXED: dict[str, Any] = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.fl
 
 
 class Frozen(nn.Linear):
-    """Of a class of its own, so that FSDP1 can wrap it apart: its flat parameters train whole or not at all."""
+    """A separate class, so that FSDP1 can wrap it separately: a flat parameter is trained completely or not at all."""
 
 
 class Block(nn.Module):
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class OddModel(nn.Module):
-    """Tied weights, frozen ones, some that are never used, and a parameter of one element."""
+    """A model with tied, frozen and unused weights, and a parameter of one element."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def fsdp1(use_orig_params: bool, **options: Any) -> Callable[[OddModel], nn.Modu
 
 
 def tp(model: OddModel) -> nn.Module:
-    """Matrices of the blocks cut, the others plain copies; every rank sees the same batch."""
+    """Apply tensor parallelism to the matrices of the blocks; the rest are plain copies; all ranks see one batch."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in model.blocks:
         parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
@@ -95,7 +95,7 @@ def tp(model: OddModel) -> nn.Module:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train: the layout, the dtype of the parameters, and how gradients are accumulated."""
+    """One way to train: layout, dtype of the parameters, and gradient accumulation."""
 
     wrap: Callable[[OddModel], nn.Module]
     dtype: torch.dtype = torch.float64
@@ -129,7 +129,7 @@ WAYS: dict[str, Way] = {
 
 
 def accumulating(wrapped: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
-    """Communicate gradients with the last micro-batch alone, each engine in its own words."""
+    """Reduce gradients with the last micro-batch only, as each engine spells it."""
     if isinstance(wrapped, (DistributedDataParallel, FSDP)):
         return nullcontext() if is_last else wrapped.no_sync()
     if hasattr(wrapped, "set_requires_gradient_sync"):

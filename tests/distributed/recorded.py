@@ -1,7 +1,7 @@
-"""Real gradients, recorded rank by rank as the optimizer sees them, and the oracle's steps with them.
+"""Real gradients, recorded on each rank as the optimizer sees them, and the oracle's steps with them.
 
-Apart from the mean the algorithm works element by element. So the oracle takes what each rank holds for parameters of
-their own, whatever the layout; copies are compared and count once.
+Except for the mean, the algorithm is element-wise. So the oracle treats the elements of each rank as separate
+parameters, whatever the layout; copies are compared and count once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Values = dict[str, np.ndarray[Any, Any]]
 
 @dataclass
 class Recording:
-    """What one rank held; the names tell pieces of parameters apart, and are the same for copies."""
+    """The record of one rank; names are different for pieces of a parameter, and the same for copies."""
 
     starts: Values
     groups: list[tuple[dict[str, Any], list[str]]]
@@ -43,8 +43,8 @@ class Recorder:
     """Records the steps of the optimizers of one rank.
 
     Args:
-        optimizers: of this rank, each stepped once per step, with one mean.
-        names: of all their parameters; those of pieces must differ between ranks, those of copies must not.
+        optimizers: optimizers of this rank, each stepped once per step, with one mean.
+        names: names of all their parameters; they must differ between ranks for pieces, and not for copies.
     """
 
     def __init__(self, optimizers: Iterable[AdaiV2], names: dict[Tensor, str]) -> None:
@@ -78,7 +78,7 @@ class Recorder:
 
 
 def real_elements(param: Tensor, tensor: Tensor) -> np.ndarray[Any, Any]:
-    """This rank's elements of a parameter or of its gradient, float64, without FSDP1's padding."""
+    """Return this rank's elements of a parameter or gradient, float64, without FSDP1's padding."""
     if isinstance(tensor, DTensor) and isinstance(param, DTensor):
         tensor = tensor.detach().redistribute(param.device_mesh, param.placements)
     tensor = full(local(tensor))
@@ -87,7 +87,7 @@ def real_elements(param: Tensor, tensor: Tensor) -> np.ndarray[Any, Any]:
 
 
 def names_of(model: nn.Module) -> dict[Tensor, str]:
-    """Parameters by their names, pieces told apart by where they lie: DTensors in their mesh, plain ones are copies."""
+    """Name the parameters; DTensor pieces are numbered by their place in the mesh, plain tensors are copies."""
     return {parameter: f"{name}@{_piece(parameter)}" for name, parameter in model.named_parameters()}
 
 
@@ -103,7 +103,7 @@ def _piece(parameter: Tensor) -> tuple[int, ...]:
 
 
 def fsdp1_names_of(model: nn.Module) -> dict[Tensor, str]:
-    """The same for a model whose parameters are all sharded by FSDP1, which can be asked about the pieces."""
+    """Name the parameters of a model that FSDP1 shards, from its handles."""
     pieces: dict[Tensor, int] = {}
     for module in FSDP.fsdp_modules(model):
         handle = module._handle
@@ -114,9 +114,9 @@ def fsdp1_names_of(model: nn.Module) -> dict[Tensor, str]:
 
 
 def follow(recordings: list[Recording], rounding: float) -> float:
-    """The worst relative error of a parameter, after the oracle has taken the same steps with the same gradients.
+    """Return the largest relative error of a parameter, after the oracle's steps with the same gradients.
 
-    Asserts that copies are equal to the last bit, and that means and norms are the oracle's within ``rounding``.
+    Asserts that copies are bitwise equal, and that means and norms are the oracle's within ``rounding``.
     """
     starts, ends = merged([r.starts for r in recordings]), merged([r.ends for r in recordings])
     groups: list[OracleGroup] = []
@@ -144,7 +144,7 @@ def follow(recordings: list[Recording], rounding: float) -> float:
 
 
 def merged(of_ranks: list[Any]) -> dict[str, Any]:
-    """The pieces of all ranks, after a check that copies are equal."""
+    """Return the pieces of all ranks, after checking that copies are equal."""
     together: dict[str, Any] = {}
     for of_rank in of_ranks:
         for name, value in of_rank.items():

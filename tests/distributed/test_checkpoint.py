@@ -71,13 +71,13 @@ def load_and_go_on(layout: str, folder: str) -> dict[str, Walk]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Walk]]:
-    """A checkpoint of two FSDP2 ranks, and where these ranks went without interruption."""
+    """Return a checkpoint of two FSDP2 ranks, and the result of these ranks without interruption."""
     folder = tmp_path_factory.mktemp("checkpoint")
     return folder, run_ranks(save_and_go_on, 2, "fsdp2-2", str(folder))[0]
 
 
 @pytest.mark.parametrize("layout", ["fsdp2-2", "hsdp-2x2", "tp-fsdp2-2x2"])
-def test_a_checkpoint_of_two_ranks_goes_on_over_two_mesh_dimensions(
+def test_a_checkpoint_of_two_ranks_continues_over_two_mesh_dimensions(
     layout: str, saved: tuple[Path, dict[str, Walk]]
 ) -> None:
     folder, uninterrupted = saved
@@ -115,8 +115,8 @@ FRESH: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("layout", ["plain-1", "fsdp2-2", "hsdp-2x2"])
-def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(layout: str) -> None:
-    """torch makes a step with zero gradients and zero lr to have the states created."""
+def test_reading_the_state_of_a_fresh_optimizer_changes_nothing(layout: str) -> None:
+    """torch takes a step with zero gradients and zero lr to initialise the states."""
     for walks in run_ranks(step_on_a_fresh_optimizer, LAYOUTS[layout].world_size, layout):
         for name, hyper in FRESH.items():
             problem = replace(SHARDED.with_all(**hyper), steps=8)

@@ -1,4 +1,4 @@
-"""Checkpoints that wander from engine to engine, and all the ways in which torch takes them out and puts them back."""
+"""Checkpoints that move from engine to engine, and all of torch's ways to read and restore a state."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ CHAIN = ("fsdp2", "ddp", "fsdp1-orig", "plain", "fsdp1-flat", "fsdp2")
 
 
 def wander(folder: str) -> Walk:
-    """Two steps in every engine; `plain` is one process by itself, the other rank waits."""
+    """Take two steps in every engine; `plain` is a single process, while the other rank waits."""
     for index, layout in enumerate(CHAIN):
         alone = layout == "plain"
         if not alone or dist.get_rank() == 0:
             training = Training(layout, PROBLEM)
             if index:
-                training.spoil()
+                training.corrupt()
                 training.load(f"{folder}/{index - 1}", alone)
             training.train(2 * index, min(2 * index + 2, PROBLEM.steps))
             training.save(f"{folder}/{index}", alone)
@@ -55,7 +55,7 @@ def wander(folder: str) -> Walk:
     return training.seen()
 
 
-def test_a_checkpoint_wanders_through_all_engines(tmp_path: Any) -> None:
+def test_a_checkpoint_moves_through_all_engines(tmp_path: Any) -> None:
     assert 2 * len(CHAIN) >= PROBLEM.steps + 2, "the last engine only loads"
     for walk in run_ranks(wander, 2, str(tmp_path)):
         error = worst_relative_error(walk.parameters, oracle(), PROBLEM)
@@ -63,17 +63,17 @@ def test_a_checkpoint_wanders_through_all_engines(tmp_path: Any) -> None:
         assert error < 1e-13  # measured: 1.4e-15
 
 
-# -- torch's ways of taking a state out and putting it back -----------------------------------------------------------
+# -- torch's ways to read and restore a state --------------------------------------------------------------------------
 
 Carry = Callable[[Training, Training], None]
-"""Moves everything from one training to another of the same layout."""
+"""Copy the state from one training to another of the same layout."""
 
 
 def through_options(load: dict[str, Any] | None = None, **options: Any) -> Carry:
     def carry(old: Training, new: Training) -> None:
         taken = get_state_dict(old.wrapped, old.optimizer, options=StateDictOptions(**options))
-        model_state, optimizer_state = copy.deepcopy(taken)  # or both would go on with the same tensors
-        # Not set_state_dict(): with an empty dict on the other ranks it takes the model for left out, and they hang.
+        model_state, optimizer_state = copy.deepcopy(taken)  # otherwise both would share the same tensors
+        # Not set_state_dict(): given an empty dict on the other ranks, it skips the model there, and they hang.
         load_options = StateDictOptions(**options, **(load or {}))
         set_model_state_dict(new.wrapped, model_state, options=load_options)
         set_optimizer_state_dict(new.wrapped, new.optimizer, optimizer_state, options=load_options)
@@ -82,7 +82,7 @@ def through_options(load: dict[str, Any] | None = None, **options: Any) -> Carry
 
 
 def through_a_file(old: Training, new: Training) -> None:
-    """Each rank its own, as torch.save writes it and torch.load reads it without unpickling objects."""
+    """Save and load on each rank, with torch.save and torch.load(weights_only=True)."""
     file = io.BytesIO()
     model_state = old.wrapped.state_dict()
     torch.save(copy.deepcopy({"model": model_state, "optimizer": old.optimizer.state_dict()}), file)
@@ -111,12 +111,12 @@ WAYS: dict[str, tuple[Carry, tuple[str, ...]]] = {
     "sharded": (through_options(), ENGINES),
     "flattened": (through_options(flatten_optimizer_state_dict=True), ENGINES),
     "full": (through_options(full_state_dict=True), ENGINES),
-    # Elsewhere torch 2.13 raises KeyError 'param_groups.0.params.0', with Adam just as well.
+    # In the other layouts torch 2.13 raises KeyError 'param_groups.0.params.0', with Adam too.
     "flattened and full": (
         through_options(full_state_dict=True, flatten_optimizer_state_dict=True),
         ("fsdp1-orig", "fsdp1-flat"),
     ),
-    # Not with FSDP1: on the CPU torch 2.13 returns one and the same tensor for all states of a parameter.
+    # Not with FSDP1: on the CPU torch 2.13 returns the same tensor for all states of a parameter.
     "full on the main rank": (
         through_options(full_state_dict=True, cpu_offload=True, load={"broadcast_from_rank0": True}),
         ("ddp", "fsdp2"),
@@ -135,14 +135,14 @@ WAYS: dict[str, tuple[Carry, tuple[str, ...]]] = {
 
 
 def carried(way: str) -> list[tuple[str, Walk, Walk]]:
-    """For each engine and dtype: where a training went, and where one that was carried over went."""
+    """Return, by engine and dtype, the results of a training and of one that was restored from it."""
     carry, engines = WAYS[way]
     walks: list[tuple[str, Walk, Walk]] = []
     for layout in engines:
         for dtype, problem in PROBLEMS.items():
             old, new = Training(layout, problem), Training(layout, problem)
             old.train(0, SAVED_AFTER)
-            new.spoil()
+            new.corrupt()
             carry(old, new)
             wide = torch.float64 if dtype == "float64" else torch.float32
             assert new.state_dtypes() == {wide}, f"{layout}: {new.state_dtypes()}"
@@ -156,10 +156,10 @@ def carry_in_all_ways() -> dict[str, list[tuple[str, Walk, Walk]]]:
     return {way: carried(way) for way in WAYS}
 
 
-def test_every_way_of_torch_brings_every_bit_back() -> None:
+def test_every_way_of_torch_restores_the_state_bitwise() -> None:
     for ways in run_ranks(carry_in_all_ways, 2):
         assert ways.keys() == WAYS.keys()
         for way, walks in ways.items():
             for where, old, new in walks:
-                print(way, where)  # shown where the next line fails
+                print(way, where)  # shown if the next line fails
                 assert_same_bits(old, new)

@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint with damaged and foreign checkpoints: nothing changes when they are loaded as a copy."""
+"""Damaged and foreign torch.distributed.checkpoint folders change nothing when they are loaded into a copy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DAMAGES = {"truncated": truncate, "no metadata": lose_metadata, "a file lost": l
 
 
 def load_damaged(folder: str) -> list[str]:
-    """Tries every damaged checkpoint; the errors that torch raised."""
+    """Load every damaged checkpoint and return the errors that torch raised."""
     errors: list[str] = []
     training = Training("fsdp2", PROBLEM)
     training.train(0, SAVED_AFTER)
@@ -62,7 +62,7 @@ def load_damaged(folder: str) -> list[str]:
     return errors
 
 
-def test_a_damaged_checkpoint_that_is_loaded_as_a_copy_changes_nothing(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_that_is_loaded_into_a_copy_changes_nothing(tmp_path: Path) -> None:
     for errors in run_ranks(load_damaged, 2, str(tmp_path)):
         print(errors)
         assert len(errors) == len(DAMAGES) + 1

@@ -22,7 +22,7 @@ ENGINES = ("ddp", "fsdp2", "fsdp1-orig", "fsdp1-flat")
 
 
 def some_retire() -> Problem:
-    """At eps=0.9 the products of "first" are gone for float64 after 17 steps at the latest, those of the others not."""
+    """Make a training with eps=0.9, at which the float64 products of "first" retire after at most 17 steps."""
     groups = ((PROBLEM.groups[0][0] | {"eps": 0.9}, PROBLEM.groups[0][1]), *PROBLEM.groups[1:])
     return replace(PROBLEM, groups=groups, steps=24)
 
@@ -36,8 +36,8 @@ def num_retired(training: Training) -> int:
 
 
 def save(folder: str) -> dict[str, Walk]:
-    """Both kinds save; where one that retires nothing goes is what all others must come to."""
-    retirement.STEPS_BETWEEN_LOOKS = 1
+    """Save with and without retirement; all must reach the result of a training without retirement."""
+    retirement.STEPS_BETWEEN_CHECKS = 1
     ends: dict[str, Walk] = {}
     for layout in ENGINES:
         of_both: list[Walk] = []
@@ -57,13 +57,13 @@ def save(folder: str) -> dict[str, Walk]:
 
 
 def load(folder: str, ends: dict[str, Walk]) -> None:
-    retirement.STEPS_BETWEEN_LOOKS = 1
+    retirement.STEPS_BETWEEN_CHECKS = 1
     oracle = some_retire().solve()[0]
     for index, layout in enumerate(ENGINES):
         for saved in (layout, ENGINES[index - 1]):
             for was_retired, retires in ((True, False), (False, True)):
                 training = Training(layout, some_retire(), retire_beta1_prod=retires)
-                training.spoil()
+                training.corrupt()
                 training.load(f"{folder}/{saved}-{was_retired}")
                 training.train(SAVED_AFTER, training.problem.steps)
                 assert (num_retired(training) > 0) == retires
@@ -74,7 +74,7 @@ def load(folder: str, ends: dict[str, Walk]) -> None:
                         np.testing.assert_array_equal(seen.parameters[name], parameter)
 
 
-def test_retired_and_whole_products_load_into_each_other(tmp_path: Any) -> None:
+def test_checkpoints_with_and_without_retired_products_are_interchangeable(tmp_path: Any) -> None:
     ends = run_ranks(save, 2, str(tmp_path))[0]
     for num_ranks in (2, 3):
         run_ranks(load, num_ranks, str(tmp_path), ends)

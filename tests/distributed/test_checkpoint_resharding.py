@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint: what N ranks saved, M ranks go on from, in the same layout and in any other."""
+"""torch.distributed.checkpoint: M ranks continue a checkpoint of N ranks, in the same layout and in any other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORLD_SIZES = (1, 2, 3, 4)
 
 
 class Wanted(NamedTuple):
-    """A checkpoint, and in which layout to load it."""
+    """A checkpoint, and the layout in which to load it."""
 
     layout_saved: str
     ranks_saved: int
@@ -32,14 +32,14 @@ class Wanted(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What one training saw."""
+    """The observations of one training."""
 
     at_checkpoint: Walk
     at_end: Walk
 
 
 def save_and_go_on(folder: str) -> dict[tuple[str, str], Run] | None:
-    """One checkpoint per layout and dtype, and where the ranks went from there without interruption."""
+    """Save one checkpoint per layout and dtype, and return the results without interruption."""
     runs: dict[tuple[str, str], Run] = {}
     for layout in LAYOUTS:
         for dtype, problem in PROBLEMS.items():
@@ -57,7 +57,7 @@ def load_and_go_on(folder: str, wanted: list[Wanted]) -> list[Run] | None:
     for layout_saved, ranks_saved, dtype, layout in wanted:
         problem = PROBLEMS[dtype]
         training = Training(layout, problem)
-        training.spoil()
+        training.corrupt()
         training.load(f"{folder}/{layout_saved}-{ranks_saved}-{dtype}")
         assert training.state_dtypes() == {torch.float64 if dtype == "float64" else torch.float32}
         at_checkpoint = training.seen()
@@ -67,7 +67,7 @@ def load_and_go_on(folder: str, wanted: list[Wanted]) -> list[Run] | None:
 
 
 def wanted_of(num_ranks: int) -> list[Wanted]:
-    """Every number of ranks in the same layout; of two ranks in all others on two ranks, in one other elsewhere."""
+    """Return the pairs: all numbers of ranks in the same layout; all layouts on two ranks, one other elsewhere."""
     wanted = [Wanted(layout, n, "float64", layout) for n in WORLD_SIZES for layout in LAYOUTS]
     wanted += [Wanted(layout, num_ranks, "bfloat16", layout) for layout in LAYOUTS]
     wanted += [Wanted(layout, 3, "bfloat16", "plain") for layout in LAYOUTS if num_ranks == 1]
@@ -79,7 +79,7 @@ def wanted_of(num_ranks: int) -> list[Wanted]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, dict[tuple[str, str], Run]]]:
-    """The checkpoints of all layouts on 1 to 4 ranks, and where each went without interruption."""
+    """Save the checkpoints of all layouts on 1 to 4 ranks, with the results without interruption."""
     folder = tmp_path_factory.mktemp("checkpoints")
     runs = {n: run_ranks(save_and_go_on, n, str(folder))[0] for n in WORLD_SIZES}
     return folder, {n: of_main for n, of_main in runs.items() if of_main is not None}
@@ -91,7 +91,7 @@ def oracle() -> Any:
 
 
 @pytest.mark.parametrize("num_ranks", WORLD_SIZES)
-def test_what_any_number_of_ranks_saved_goes_on_with_any_other(num_ranks: int, saved: Any) -> None:
+def test_a_checkpoint_of_any_number_of_ranks_continues_on_any_other(num_ranks: int, saved: Any) -> None:
     folder, uninterrupted = saved
     wanted = wanted_of(num_ranks)
     runs = run_ranks(load_and_go_on, num_ranks, str(folder), wanted)[0]

@@ -1,4 +1,4 @@
-"""configure_sharding: plain parameters of which the ranks hold different ones, or known numbers of copies."""
+"""configure_sharding with plain parameters that differ between ranks, or have known numbers of copies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.distributed
 
 PROBLEM = replace(SHARDED, steps=25, max_grad_norm=MAX_NORM)
 REPLICATED = {"root.table", "first.bias"}
-# The same hyperparameters and a gradient in every step for all: ZeroRedundancyOptimizer knows one group of its own.
+# Same hyperparameters, and a gradient in every step: ZeroRedundancyOptimizer has a single group.
 UNIFORM = Problem(
     groups=tuple(
         (SHARDED.groups[0][0], tuple(replace(spec, missing_every=None, first_step=0) for spec in specs))
@@ -40,7 +40,7 @@ UNIFORM = Problem(
 
 
 def owned_names(distribution: str) -> list[str]:
-    """Which parameters this rank holds."""
+    """Return the parameters that this rank holds."""
     names = [spec.name for spec in PROBLEM.specs()]
     if distribution == "all on rank zero":
         return names if dist.get_rank() == 0 else []
@@ -120,7 +120,7 @@ def test_one_process_group_serves_dtensors_and_plain_parameters_with_one_collect
 
 
 def means_of_separate_groups() -> tuple[float, float]:
-    """Each rank alone, then both together; rank r has gradients of size r + 1."""
+    """Step each rank separately, then both together; rank r has gradients of size r + 1."""
     alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
     parameter = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
     parameter.grad = torch.full((4,), dist.get_rank() + 1.0, dtype=torch.float64)
@@ -134,7 +134,7 @@ def means_of_separate_groups() -> tuple[float, float]:
     return mean_alone, optimizer.inertia_mean.item()
 
 
-def test_the_process_group_decides_who_shares_the_mean() -> None:
+def test_the_ranks_of_the_process_group_share_the_mean() -> None:
     (first, together), (second, also_together) = run_ranks(means_of_separate_groups, 2)
     assert (first, second) == pytest.approx((1.0, 4.0), rel=1e-15)
     assert together == also_together == pytest.approx(2.5, rel=1e-15)
@@ -177,7 +177,7 @@ def test_wrong_settings_are_refused_with_their_name_and_value() -> None:
         of_num_replicas = {"text", "float", "bool", "zero", "many", "function", "more than stages"}
         of_the_others = {"foreign", "two ways", "no module", "no group", "foreign stages"}
         assert set(messages) == of_num_replicas | of_the_others
-        assert messages["two ways"].startswith("ValueError: process_group says all there is to say")
+        assert messages["two ways"].startswith("ValueError: process_group must be given without model and stages")
         assert messages["no module"].startswith("TypeError: model must be a torch.nn.Module, got Adai")
         assert messages["no group"].startswith("TypeError: stages must be a torch.distributed.ProcessGroup, got [0, 1]")
         assert messages["foreign stages"].startswith("ValueError: stages must contain this rank")
@@ -224,7 +224,7 @@ def walk_after_reset() -> dict[str, Any]:
     return gather(model, optimizer).parameters
 
 
-def test_without_arguments_it_goes_back_to_what_the_tensors_say() -> None:
+def test_without_arguments_the_sharding_is_read_from_the_tensors_again() -> None:
     oracle, _ = PROBLEM.solve()
     for parameters in run_ranks(walk_after_reset, 2):
         assert worst_relative_error(parameters, oracle, PROBLEM) < 1e-13

@@ -19,7 +19,7 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE |
 
 
 def save_and_load(folder: str) -> list[bool]:
-    """Whether parameters and states that were spoilt after the save are back, after each of the examples."""
+    """Return whether each example restores parameters and states that were overwritten after the save."""
     model, wrapped, optimizer = make("fsdp2-2", SHARDED)
     backward(wrapped, optimizer, 0)
     optimizer.step()
@@ -40,6 +40,6 @@ def save_and_load(folder: str) -> list[bool]:
     return whole
 
 
-def test_every_example_brings_back_what_was_saved(tmp_path: Path) -> None:
+def test_every_example_restores_what_was_saved(tmp_path: Path) -> None:
     assert len(EXAMPLES) == 2
     assert run_ranks(save_and_load, 2, str(tmp_path)) == [[True, True]] * 2

@@ -1,4 +1,4 @@
-"""The example of docs/engines.md, on two ranks, against one process that has the whole model."""
+"""The example of docs/engines.md on two ranks, compared with one process that has the whole model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def names_of_example(model: nn.Module) -> dict[str, Any]:
 
 
 def walk() -> dict[str, Any]:
-    """The example's engine, and beside it an optimizer with the whole model and the gradients of both ranks."""
+    """Run the example's engine, and an optimizer with the whole model and the gradients of both ranks."""
     model = make_model()
     whole = copy.deepcopy(model)
     engine = names_of_example(model)["engine"]
@@ -90,7 +90,7 @@ def errors() -> list[str]:
     return found
 
 
-def test_what_the_engine_rules_out_is_refused() -> None:
+def test_calls_that_the_engine_does_not_support_are_refused() -> None:
     for messages in run_ranks(errors, 2):
         assert [re.sub(r".*got (a step|[a-z_]+\(\)).*", r"\1", message) for message in messages] == [
             "a step",

@@ -28,7 +28,7 @@ class Model(nn.Module):
 
 
 def run_all() -> list[list[float]]:
-    """The means of all optimizers, after a step with gradients of 1 on rank 0 and of 2 on rank 1."""
+    """Return the means of all optimizers after a step with gradients of 1 on rank 0 and of 2 on rank 1."""
     means: list[list[float]] = []
     for example in EXAMPLES:
         mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("pp", "dp"))
@@ -59,7 +59,7 @@ def test_the_ranks_of_every_example_share_one_mean() -> None:
     assert first == second
     fsdp1, pipeline, interleaved, tied, experts = first
     num_elements, num_of_experts = 23, 15
-    first_piece = 12  # of the flat parameter; the second one has 11 and padding
+    first_piece = 12  # elements of the flat parameter; the second shard has 11 and padding
     assert fsdp1 == pytest.approx([(first_piece + 4 * (num_elements - first_piece)) / num_elements], rel=1e-5)
     assert pipeline == pytest.approx([2.5], rel=1e-6)
     assert interleaved == pytest.approx([2.5, 2.5], rel=1e-6)

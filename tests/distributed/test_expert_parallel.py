@@ -1,4 +1,4 @@
-"""Experts on different ranks, two ranks wide, in two replicas: one mean over the experts and everything else."""
+"""Experts on two ranks, in two replicas: one mean over the experts and everything else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VOCABULARY, WIDTH, HIDDEN, NUM_EXPERTS, BATCH, STEPS = 11, 6, 5, 4, 16, 8
 
 
 class Experts(nn.Module):
-    """This rank's half of the experts, and tokens that travel to the rank of their expert and back."""
+    """This rank's half of the experts; tokens are exchanged with the rank of their expert."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Experts(nn.Module):
         self.process_group = mesh.get_group()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Args: tokens: shape (tokens of this rank, WIDTH), in order of their expert, equally many for each."""
+        """Args: tokens: shape (tokens of this rank, WIDTH), sorted by expert, equally many for each."""
         arrived = all_to_all_single_autograd(tokens, None, None, self.process_group)
         # (sender, my expert, token) -> (my expert, sender and token)
         by_expert = arrived.unflatten(0, (2, NUM_EXPERTS // 2, -1)).transpose(0, 1).flatten(1, 2)
@@ -74,21 +74,21 @@ def average(parameters: list[Tensor], process_group: Any) -> None:
 
 
 Prepared = tuple[Callable[[AdaiV2], None], Callable[[], None]]
-"""What the optimizer is told, and what happens to the gradients after the backward pass."""
+"""Configuration of the optimizer, and the reduction of gradients after the backward pass."""
 
 
 def plain(model: MixtureOfExperts, mesh: DeviceMesh) -> Prepared:
     experts = set(model.experts.parameters())
     others = [p for p in model.parameters() if p not in experts]
 
-    def tell(optimizer: AdaiV2) -> None:
+    def configure(optimizer: AdaiV2) -> None:
         optimizer.configure_sharding(num_replicas=lambda parameter: 2 if parameter in experts else None)
 
     def average_all() -> None:
         average(list(experts), mesh["dp"].get_group())
         average(others, None)
 
-    return tell, average_all
+    return configure, average_all
 
 
 def as_dtensors(model: MixtureOfExperts, mesh: DeviceMesh) -> None:
@@ -104,7 +104,7 @@ def dtensors(model: MixtureOfExperts, mesh: DeviceMesh) -> Prepared:
 
 
 def dtensors_and_fsdp2(model: MixtureOfExperts, mesh: DeviceMesh) -> Prepared:
-    """As in torchtitan: experts sharded over the replicas, the rest over all ranks."""
+    """Shard as torchtitan does: experts over the replicas, the rest over all ranks."""
     as_dtensors(model, mesh)
     fully_shard(model.experts, mesh=mesh["dp"])
     fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
@@ -112,13 +112,13 @@ def dtensors_and_fsdp2(model: MixtureOfExperts, mesh: DeviceMesh) -> Prepared:
 
 
 LAYOUTS = {"plain": (plain, 1), "DTensors": (dtensors, 1), "DTensors, FSDP2": (dtensors_and_fsdp2, 3)}
-"""With the number of all-reduces of a step."""
+"""Ways to place the experts, with the number of all-reduces of a step."""
 
 
 def train(layout: str) -> tuple[Recording, list[list[tuple[str, int]]]]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
     model = MixtureOfExperts(mesh["ep"]).double()
-    tell, after_backward = LAYOUTS[layout][0](model, mesh)
+    configure, after_backward = LAYOUTS[layout][0](model, mesh)
     optimizer = AdaiV2(
         [
             {"params": list(model.experts.parameters()), "lr": 0.2},
@@ -128,8 +128,8 @@ def train(layout: str) -> tuple[Recording, list[list[tuple[str, int]]]]:
         dampening=0.5,
         max_grad_norm=0.5,
     )
-    tell(optimizer)
-    # Plain experts are pieces of one tensor as much as DTensors are.
+    configure(optimizer)
+    # Plain experts are pieces of one tensor, like DTensors.
     here = f" of {mesh['ep'].get_local_rank()}"
     names = {p: name + (here if name.startswith("experts.") else "") for p, name in names_of(model).items()}
     recorder = Recorder([optimizer], names)
@@ -164,8 +164,8 @@ def test_experts_and_everything_else_share_one_mean(layout: str) -> None:
         assert of_rank[layout][1] == [[("allreduce_", 64)] * LAYOUTS[layout][1]] * STEPS
 
 
-def test_experts_taken_for_copies_would_step_with_another_mean() -> None:
-    """So that the test above is known to bite: the experts' share in the mean is far from the others'."""
+def test_treating_experts_as_copies_would_give_another_mean() -> None:
+    """Check that the test above can fail: the second moments of experts differ much from the others."""
     recording = ranks()[0]["plain"][0]
     sizes = {name: value.size for name, value in recording.starts.items()}
     squares = {name: float((g**2).sum()) for name, g in recording.gradients[0].items() if g is not None}

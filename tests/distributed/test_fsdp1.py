@@ -1,4 +1,4 @@
-"""FSDP1 in all its strategies, with flat and with original parameters: the oracle's trajectory."""
+"""FSDP1 in all strategies, with flat and with original parameters, follows the oracle's trajectory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLIPPED = UnderFSDP1.of(replace(SHARDED, steps=14, max_grad_norm=MAX_NORM))
 PROBLEMS: dict[str, UnderFSDP1] = {"float64": CLIPPED, "float32": replace(CLIPPED, dtype=torch.float32)}
 # Relative to the distance travelled by the worst parameter.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
-# Of means and norms. With three ranks the gradients are rounded once more, when FSDP1 divides their sum by 3.
+# Relative to means and norms. On three ranks FSDP1 divides gradients by 3, which rounds once more.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -34,7 +34,7 @@ def walk_all(world_size: int) -> dict[str, dict[str, Walk]]:
 
 @functools.cache
 def walks_of_all_ranks(world_size: int) -> list[dict[str, dict[str, Walk]]]:
-    """Taken once for the tests that look at them, in one world for all layouts of its size."""
+    """Run all layouts once, in one world per number of ranks."""
     return run_ranks(walk_all, world_size, world_size)
 
 
@@ -60,8 +60,8 @@ def test_every_strategy_follows_the_oracle(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_states_gathered_for_a_checkpoint_are_the_oracles(layout: str) -> None:
-    """On a rank without an element of a parameter FSDP1 leaves out its gradient; it gathers from the other ranks."""
+def test_states_gathered_for_a_checkpoint_equal_the_oracles(layout: str) -> None:
+    """FSDP1 sets no gradient on a rank without elements of a parameter; it gathers from the other ranks."""
     oracle, _ = PROBLEMS["float64"].solve()
     for walks in walks_in(layout):
         states = walks["float64"].states
@@ -75,7 +75,7 @@ def test_states_gathered_for_a_checkpoint_are_the_oracles(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_step_makes_one_all_reduce_and_a_second_where_the_shards_are_copied(layout: str) -> None:
+def test_a_step_makes_one_all_reduce_and_a_second_one_for_replicated_shards(layout: str) -> None:
     expected = LAYOUTS[layout].num_all_reduces
     for walks in walks_in(layout):
         for seen in walks.values():

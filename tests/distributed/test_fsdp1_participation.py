@@ -1,4 +1,4 @@
-"""FSDP1 where ranks hold nothing, blocks rest, gradients are bad or clipped, and stages stand beside each other."""
+"""FSDP1 with empty ranks, blocks without gradients, non-finite or clipped gradients, and pipeline stages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.spawn import run_ranks
 pytestmark = pytest.mark.distributed
 
 KINDS = {"orig": True, "flat": False}
-# Three and four elements in all: of four ranks some hold nothing of a block, and the last nothing at all.
+# Three and four elements: some of four ranks hold no element of a block, and the last rank none at all.
 TINY = UnderFSDP1.of(
     Problem(
         (
@@ -36,7 +36,7 @@ TINY = UnderFSDP1.of(
         max_grad_norm=1.0,
     )
 )
-# Blocks rest in some steps, whole ones and parts of them.
+# In some steps, blocks or parts of them have no gradient.
 GAPS = UnderFSDP1.of(
     Problem(
         (
@@ -58,7 +58,7 @@ BAD_STEPS = {0: math.nan, 4: math.inf}
 
 @dataclass
 class Clipped:
-    """Norms of the same gradients by the optimizer and by FSDP1 itself, and where the optimizer's clipping led to."""
+    """Norms of the same gradients by optimizer and by FSDP1, and the result of the optimizer's clipping."""
 
     by_optimizer: list[float] = field(default_factory=list)
     by_fsdp1: list[float] = field(default_factory=list)
@@ -76,22 +76,22 @@ def clip_before_steps(layout: Layout) -> Clipped:
     return clipped
 
 
-def spoil(layout: Layout) -> Walk:
-    """One bad element on the last rank alone, in the table of the model."""
+def corrupt(layout: Layout) -> Walk:
+    """Train with one non-finite element on the last rank only, in the table of the model."""
     steps = iter(range(CLIPPED.steps))
 
-    def spoil_one_element(model: Prescribed, wrapped: FSDP, optimizer: AdaiV2) -> None:
+    def corrupt_one_element(model: Prescribed, wrapped: FSDP, optimizer: AdaiV2) -> None:
         step = next(steps)
         table = model.by_name()["root.table"] if layout.use_orig_params else wrapped._flat_param
         if step in BAD_STEPS and dist.get_rank() == dist.get_world_size() - 1:
             assert table.grad is not None
             table.grad.view(-1)[0] = BAD_STEPS[step]
 
-    return walk(layout, CLIPPED, spoil_one_element)
+    return walk(layout, CLIPPED, corrupt_one_element)
 
 
 def scale_losses(layout: Layout) -> tuple[dict[str, Any], int]:
-    """With torch's scaler for FSDP1; one inf on the last rank in step 2, which all skip."""
+    """Train with torch's scaler for FSDP1, with one inf on the last rank in step 2, which all ranks skip."""
     model = Prescribed(CLIPPED)
     wrapped = wrap(model, layout)
     optimizer = AdaiV2(param_groups(model, wrapped, layout), lr=1.0, max_grad_norm=MAX_NORM)
@@ -99,8 +99,8 @@ def scale_losses(layout: Layout) -> tuple[dict[str, Any], int]:
     scaler = ShardedGradScaler("cpu", init_scale=1024.0)
     for step in range(CLIPPED.steps):
         optimizer.zero_grad()
-        spoiling = math.inf if step == 2 and dist.get_rank() == dist.get_world_size() - 1 else 1.0
-        scaler.scale(wrapped(step) * spoiling).backward()
+        factor = math.inf if step == 2 and dist.get_rank() == dist.get_world_size() - 1 else 1.0
+        scaler.scale(wrapped(step) * factor).backward()
         scaler.step(optimizer)
         scaler.update()
     return whole_parameters(model, wrapped), int(scaler.get_scale())
@@ -112,7 +112,11 @@ def walk_all(world_size: int) -> dict[str, dict[str, Any]]:
         layout = Layout(world_size, use_orig_params)
         found[kind] = {name: walk(layout, problem) for name, problem in PROBLEMS.items()}
         if world_size == 2:
-            found[kind] |= {"clipped": clip_before_steps(layout), "bad": spoil(layout), "scaled": scale_losses(layout)}
+            found[kind] |= {
+                "clipped": clip_before_steps(layout),
+                "bad": corrupt(layout),
+                "scaled": scale_losses(layout),
+            }
         else:
             found[kind] |= {"stage": walk_one_stage(layout)}
     return found
@@ -126,7 +130,7 @@ def walks(world_size: int) -> list[dict[str, dict[str, Any]]]:
 @pytest.mark.parametrize("problem_name", PROBLEMS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_every_rank_joins_whatever_it_holds(world_size: int, kind: str, problem_name: str) -> None:
+def test_every_rank_takes_part_whatever_it_holds(world_size: int, kind: str, problem_name: str) -> None:
     problem = PROBLEMS[problem_name]
     oracle, seen = problem.solve()
     for of_rank in walks(world_size):
@@ -138,7 +142,7 @@ def test_every_rank_joins_whatever_it_holds(world_size: int, kind: str, problem_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_norm_is_that_of_fsdp1_and_clips_like_the_oracle(kind: str) -> None:
+def test_the_norm_equals_that_of_fsdp1_and_clipping_follows_the_oracle(kind: str) -> None:
     oracle, seen = replace(CLIPPED, dtype=torch.float32).solve()
     for of_rank in walks(2):
         clipped = of_rank[kind]["clipped"]
@@ -156,7 +160,7 @@ def oracle_without(steps: set[int]) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_ranks_skip_what_one_rank_spoilt(kind: str) -> None:
+def test_all_ranks_skip_a_step_that_one_rank_corrupted(kind: str) -> None:
     oracle = oracle_without(set(BAD_STEPS))
     for of_rank in walks(2):
         walked = of_rank[kind]["bad"]
@@ -166,7 +170,7 @@ def test_all_ranks_skip_what_one_rank_spoilt(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_sharded_grad_scaler_unscales_and_skips_alike_on_all_ranks(kind: str) -> None:
+def test_the_sharded_grad_scaler_unscales_and_skips_on_all_ranks(kind: str) -> None:
     oracle = oracle_without({2})
     for of_rank in walks(2):
         parameters, scale = of_rank[kind]["scaled"]
@@ -175,7 +179,7 @@ def test_the_sharded_grad_scaler_unscales_and_skips_alike_on_all_ranks(kind: str
 
 
 def walk_one_stage(layout: Layout) -> tuple[int, dict[str, Any]]:
-    """The blocks "first" and "second" are two stages, each sharded over two ranks of its own."""
+    """Train the blocks "first" and "second" as two stages, each sharded over two ranks."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "shard"))
     stage = mesh["stage"].get_local_rank()
     model = Prescribed(replace(CLIPPED, groups=(CLIPPED.groups[stage],)))
@@ -196,7 +200,7 @@ def walk_one_stage(layout: Layout) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stages_that_are_sharded_by_fsdp1_share_one_mean(kind: str) -> None:
+def test_stages_sharded_by_fsdp1_share_one_mean(kind: str) -> None:
     problem = replace(CLIPPED, groups=CLIPPED.groups[:2])
     oracle, _ = problem.solve()
     parameters: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Steps that others make to have states created, with neither gradients nor learning rate, leave nothing behind."""
+"""State-initialisation steps, with neither gradients nor learning rate, leave no trace."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_model() -> nn.Module:
 
 
 def make(model: nn.Module, num_optimizers: int, **options: Any) -> list[AdaiV2]:
-    """One optimizer for all, or several that share the mean."""
+    """One optimizer for all parameters, or several that share the mean."""
     params = list(model.parameters())
     options = {"lr": 0.5, "dampening": 0.5} | options
     optimizers = [AdaiV2(params[k::num_optimizers], **copy.deepcopy(options)) for k in range(num_optimizers)]
@@ -57,7 +57,7 @@ def train(model: nn.Module, optimizers: list[AdaiV2], first: int, last: int) -> 
             optimizer.zero_grad()
         data = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
         model(data).square().mean().backward()
-        for k in range(len(optimizers)):  # another one begins each time
+        for k in range(len(optimizers)):  # another one steps first each time
             optimizers[(step + k) % len(optimizers)].step()
 
 
@@ -71,7 +71,7 @@ def by_reading_state_dicts(model: nn.Module, optimizers: list[AdaiV2]) -> None:
 
 
 def by_the_last_alone(_: nn.Module, optimizers: list[AdaiV2]) -> None:
-    """The others do not step: nothing may wait for them."""
+    """Take a step with one optimizer only; nothing may wait for the others."""
     _init_optim_state(optimizers[-1])
 
 
@@ -93,7 +93,7 @@ def by_hand(optimizer: AdaiV2) -> None:
 
 
 def after_a_clip(_: nn.Module, optimizers: list[AdaiV2]) -> None:
-    """What was clipped is dropped with its gradients."""
+    """Clip before the step; the clipping is dropped with the gradients."""
     for optimizer in optimizers:
         for param in optimizer.params():
             param.grad = torch.ones_like(param)
@@ -116,7 +116,7 @@ IDLE: dict[str, Callable[[nn.Module, list[AdaiV2]], None]] = {
 @pytest.mark.parametrize("num_optimizers", [1, 3])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("idle", IDLE)
-def test_training_goes_on_as_without_it(idle: str, options: str, num_optimizers: int) -> None:
+def test_training_continues_as_without_the_step(idle: str, options: str, num_optimizers: int) -> None:
     models = [make_model() for _ in range(2)]
     sets = [make(model, num_optimizers, **OPTIONS[options]) for model in models]
     IDLE[idle](models[0], sets[0])
@@ -136,7 +136,7 @@ def test_training_goes_on_as_without_it(idle: str, options: str, num_optimizers:
 
 
 @pytest.mark.parametrize("num_optimizers", [1, 3])
-def test_states_that_are_loaded_after_it_are_those_of_the_next_step(num_optimizers: int) -> None:
+def test_states_loaded_after_it_are_used_by_the_next_step(num_optimizers: int) -> None:
     model = make_model()
     optimizers = make(model, num_optimizers)
     train(model, optimizers, 0, STEPS)
@@ -150,13 +150,13 @@ def test_states_that_are_loaded_after_it_are_those_of_the_next_step(num_optimize
     for optimizer, state_dict in zip(resumed, saved[1], strict=True):
         for state, param_id in zip(optimizer.state.values(), state_dict["state"], strict=True):
             for name, value in state_dict["state"][param_id].items():
-                state[name].data.copy_(value)  # as a checkpoint library reads into tensors that are there
+                state[name].data.copy_(value)  # in place, as checkpoint libraries load into existing tensors
     train(other, resumed, STEPS, 2 * STEPS)
     for param, expected in zip(other.parameters(), model.parameters(), strict=True):
         assert torch.equal(param, expected)
 
 
-def test_undefined_steps_are_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_undefined_steps_are_counted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     param = nn.Parameter(torch.ones(3))
     optimizer = AdaiV2([param], lr=0.1, weight_decay=0.1)
     with caplog.at_level(logging.WARNING, logger="adai_dist"):
@@ -170,7 +170,7 @@ def test_undefined_steps_are_counted_and_said_once(caplog: pytest.LogCaptureFixt
 
 
 def resumed_and_whole(num_optimizers: int) -> tuple[list[Any], list[Any]]:
-    """FSDP2 with DCP's own functions: into optimizers that have not stepped. Collective: all ranks."""
+    """Load with DCP's functions into FSDP2 optimizers that have not stepped. Collective: all ranks."""
 
     def sharded() -> tuple[nn.Module, list[AdaiV2]]:
         model = make_model()
@@ -190,6 +190,6 @@ def resumed_and_whole(num_optimizers: int) -> tuple[list[Any], list[Any]]:
 
 
 @pytest.mark.parametrize("num_optimizers", [1, 3])
-def test_a_resumed_run_has_the_bits_of_the_uninterrupted_one(num_optimizers: int) -> None:
+def test_a_resumed_run_is_bitwise_equal_to_the_uninterrupted_one(num_optimizers: int) -> None:
     for resumed, whole in run_ranks(resumed_and_whole, 2, num_optimizers):
         assert all((a == b).all() for a, b in zip(resumed, whole, strict=True))

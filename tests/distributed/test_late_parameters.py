@@ -32,7 +32,7 @@ WORLD_SIZES = {
     for name in ("ddp-2", "fsdp2-2", "fsdp2-beside-plain-2", "tp-2", "hsdp-2x2", "tp-fsdp2-2x2", *FSDP1)
 }
 LATE_GROUP = {spec.name for spec in PROBLEM.groups[-1][1]}
-# FSDP1's flat parameters train whole or not at all.
+# FSDP1's flat parameters are trained completely or not at all.
 THAWED = {"first.bias", "root.table"}
 THAWED_BLOCK = {spec.name for spec in PROBLEM.groups[1][1]}
 CASES = ("a group is added", "parameters thaw", "made before wrapping")
@@ -68,7 +68,7 @@ def walk(layout: str, case: str) -> dict[str, Any]:
     if case == "parameters thaw":
         freeze(model, thawed(layout))
     wrapped = wrap(layout, model)
-    if case == "parameters thaw" and layout not in FSDP1:  # DTensors are made anew, and trainable
+    if case == "parameters thaw" and layout not in FSDP1:  # creates new DTensors, which are trainable
         freeze(model, thawed(layout))
     groups = early if case == "made before wrapping" else param_groups(layout, model, wrapped)
     frozen = [p for group in groups for p in group["params"] if not p.requires_grad]
@@ -91,7 +91,7 @@ def walk(layout: str, case: str) -> dict[str, Any]:
 
 
 def can(layout: str, case: str) -> bool:
-    """Only DDP and FSDP1 with original parameters keep the parameters that the optimizer knows."""
+    """Return whether the layout keeps the parameters; only DDP and FSDP1 with original parameters do."""
     return case != "made before wrapping" or layout in ("ddp-2", "fsdp1-orig-2")
 
 
@@ -126,7 +126,7 @@ def test_parameters_that_join_late_follow_the_oracle(layout: str, case: str) -> 
 
 
 def warnings_of_lost_parameters(layout: str) -> list[str]:
-    """The optimizer keeps parameters that the engine has replaced."""
+    """Step an optimizer whose parameters the engine has replaced."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
@@ -143,7 +143,7 @@ def warnings_of_lost_parameters(layout: str) -> list[str]:
 
 
 @pytest.mark.parametrize("layout", ["fsdp2-2", "fsdp1-flat-2"])
-def test_an_optimizer_whose_parameters_were_replaced_says_so_once(layout: str) -> None:
+def test_an_optimizer_whose_parameters_were_replaced_warns_once(layout: str) -> None:
     first, second = run_ranks(warnings_of_lost_parameters, 2, layout)
     assert len(first) == 1
     assert "wrapped model" in first[0]

@@ -1,4 +1,4 @@
-"""Parameters in bfloat16 are told of where nobody keeps float32 ones, and nowhere else."""
+"""bfloat16 parameters are warned about unless a layout keeps float32 master parameters."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def train(kind: str) -> list[str]:
         model = FullyShardedDataParallel(
             model, mixed_precision=MixedPrecision(torch.bfloat16), use_orig_params=True, device_id=torch.device("cpu")
         )
-    told: list[str] = []
+    logged: list[str] = []
     listener = logging.Handler()
-    listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    listener.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("adai_dist").addHandler(listener)
     optimizer = AdaiW(model.parameters(), lr=0.1)
     if kind == "mixed, fsdp1":
@@ -38,15 +38,15 @@ def train(kind: str) -> list[str]:
         optimizer.step()
         optimizer.zero_grad()
     logging.getLogger("adai_dist").removeHandler(listener)
-    return told
+    return logged
 
 
 def train_all() -> dict[str, list[str]]:
     return {kind: train(kind) for kind in ("bf16", "mixed", "mixed, fsdp1")}
 
 
-def test_pure_bfloat16_is_told_by_the_main_rank_and_mixed_precision_is_not() -> None:
+def test_the_main_rank_warns_about_pure_bfloat16_and_not_about_mixed_precision() -> None:
     main, other = run_ranks(train_all, 2)
     assert other == {"bf16": [], "mixed": [], "mixed, fsdp1": []}
-    assert {kind: len(told) for kind, told in main.items()} == {"bf16": 1, "mixed": 0, "mixed, fsdp1": 0}
+    assert {kind: len(logged) for kind, logged in main.items()} == {"bf16": 1, "mixed": 0, "mixed, fsdp1": 0}
     assert "parameters are stepped in bfloat16, 4 of 4 on this rank" in main["bf16"][0]

@@ -1,5 +1,4 @@
-"""The mean is exact where the meshes decide who holds what, refused where they cannot, and warned about where only the
-other ranks know."""
+"""The mean is exact if the meshes define it, refused if they do not, and warned about if other ranks contradict it."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from adai_dist import AdaiV2
-from adai_dist.sharding.comparison import LOOKS
+from adai_dist.sharding.assumption_check import CHECK_STEPS
 from tests.distributed.mesh_layouts import LAYOUTS, OTHERS, gradient_of
 from tests.distributed.recorded import Recorder, Recording, follow
 from tests.spawn import run_ranks
@@ -24,7 +23,7 @@ WORLD_SIZES = (2, 4, 8)
 
 @dataclass
 class Seen:
-    """What one rank saw of a layout."""
+    """The observations of one rank in a layout."""
 
     recording: Recording | None
     error: str
@@ -32,7 +31,7 @@ class Seen:
 
 
 def walk(layout: str) -> Seen:
-    """Some steps; the ranks keep together, as by their data. Collective: all ranks."""
+    """Take some steps, synchronised as in training. Collective: all ranks."""
     made = LAYOUTS[layout].make()
     names = made.names()
     records: list[logging.LogRecord] = []
@@ -42,9 +41,9 @@ def walk(layout: str) -> Seen:
     seen = Seen(None, "", [])
     if names:
         optimizer = AdaiV2(list(names), lr=0.3, dampening=0.5, max_grad_norm=20.0)
-        made.tell(optimizer)
+        made.configure(optimizer)
         recorder = Recorder([optimizer], names)
-    for step in range(LOOKS[-1]):
+    for step in range(CHECK_STEPS[-1]):
         if names and not seen.error:
             for param, name in names.items():
                 param.grad = gradient_of(param, name, step)
@@ -83,7 +82,9 @@ def test_the_mean_is_exact_or_refused_or_warned_about(name: str) -> None:
         assert all(one.error for one in seen), "refused on all ranks"
         assert any(one.error.startswith(layout.outcome) and "configure_sharding(" in one.error for one in seen)
         for one in seen:
-            assert one.error.startswith((layout.outcome, "all ranks that share the mean must be able to tell"))
+            assert one.error.startswith(
+                (layout.outcome, "all ranks that share the mean must know which ranks hold what")
+            )
     else:
         assert [one.error for one in seen] == [""] * len(seen)
         assert [one.warnings for one in seen[1:]] == [[]] * (len(seen) - 1), "rank 0 alone"
@@ -93,12 +94,12 @@ def test_the_mean_is_exact_or_refused_or_warned_about(name: str) -> None:
 
 
 def by_mean(recordings: list[Recording], name: str) -> list[list[Recording]]:
-    """All ranks together, but where each has a model of its own."""
+    """Return the ranks that share a mean: all of them, unless each has a separate model."""
     return [[one] for one in recordings] if name.startswith("models of their own") else [recordings]
 
 
 def step_by_turns(stepping: tuple[int, ...]) -> list[str]:
-    """Only some of the ranks step, each a model of its own size. Collective: none."""
+    """Step on some ranks only, each with a model of different size. Collective: none."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = records.append  # type: ignore[method-assign]
@@ -106,19 +107,19 @@ def step_by_turns(stepping: tuple[int, ...]) -> list[str]:
     if dist.get_rank() in stepping:
         model = torch.nn.Linear(2, 2 + dist.get_rank())
         optimizer = AdaiV2(model.parameters(), lr=0.1)
-        for _ in range(LOOKS[-1]):
+        for _ in range(CHECK_STEPS[-1]):
             model(torch.ones(2)).sum().backward()
             optimizer.step()
     return [record.getMessage() for record in records]
 
 
 @pytest.mark.parametrize("stepping", [(), (0,), (1,), (1, 2)])
-def test_nobody_waits_for_ranks_that_do_not_step(stepping: tuple[int, ...]) -> None:
+def test_no_rank_waits_for_ranks_that_do_not_step(stepping: tuple[int, ...]) -> None:
     assert run_ranks(step_by_turns, 3, stepping) == [[], [], []]
 
 
 def step_after_another_rank() -> list[str]:
-    """Rank 0 steps after rank 1, and rank 2 never."""
+    """Step rank 0 after rank 1, and rank 2 never."""
     if dist.get_rank() == 0:
         dist.barrier()
     seen = step_by_turns((0, 1))

@@ -1,4 +1,4 @@
-"""A DTensor parameter whose gradient some ranks lack, as experts to which no token was sent: no count falls behind."""
+"""DTensor gradients that are missing on some ranks, as for experts without tokens: step counts stay equal."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from adai_dist import AdaiV2
+from adai_dist.sharding.missing_gradients import CHECKSUM_MODULUS, checksum_terms
 from adai_dist.sharding.plan import plan_sharding
-from adai_dist.sharding.presence import MODULUS, shares
 from tests.oracle import Oracle, OracleGroup
 from tests.spawn import run_ranks
 
@@ -37,12 +37,12 @@ def gradient(name: str, step: int) -> Tensor:
 
 
 def lacks(rank: int, step: int) -> bool:
-    """Whether no token was sent to the experts of this rank."""
+    """Return whether no token was routed to the experts of this rank."""
     return step >= FIRST_MISSING and (step + rank) % 3 == 0
 
 
 class Model(nn.Module):
-    """Experts over all ranks, and a plain rest."""
+    """A model with experts over all ranks, and a plain rest."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Model(nn.Module):
 
 
 def put_gradients(model: Model, step: int, world_size: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Give this rank its gradients, of which those of experts may be missing; returns all of them, with zeros there."""
+    """Set this rank's gradients, except missing ones of experts; returns all gradients, with zeros for missing ones."""
     whole = {name: gradient(name, step) for name in ("experts", "rest")}
     per_rank = ROWS // world_size
     for rank in range(world_size):
@@ -74,7 +74,7 @@ class Seen:
 
 
 def train(until: int, folder: str | None = None, resumed: bool = False, **options: Any) -> Seen:
-    """Some steps, from the checkpoint in a folder or written into it at the end. Collective: all ranks."""
+    """Take some steps, resuming from or saving to the checkpoint in a folder. Collective: all ranks."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = records.append  # type: ignore[method-assign]
@@ -109,8 +109,8 @@ def train(until: int, folder: str | None = None, resumed: bool = False, **option
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_one_step_is_skipped_and_what_is_missing_counts_as_zeros_from_then_on(world_size: int) -> None:
-    """As in one process, where the gradient of all experts together has zeros for those without tokens."""
+def test_one_step_is_skipped_and_missing_gradients_count_as_zeros_from_then_on(world_size: int) -> None:
+    """The result equals that of one process, where the gradient of all experts has zeros for those without tokens."""
     seen = run_ranks(train, world_size, STEPS)
     names = ("experts", "rest")
     oracle = Oracle(
@@ -136,7 +136,7 @@ def test_one_step_is_skipped_and_what_is_missing_counts_as_zeros_from_then_on(wo
         for name in names:
             np.testing.assert_allclose(of_rank.parameters[name], oracle.parameters[name], rtol=1e-12)
     assert len(seen[0].warnings) == 1
-    assert "a DTensor parameter has its gradient on some ranks of its mesh alone" in seen[0].warnings[0]
+    assert "a DTensor parameter has a gradient on some ranks of its mesh but not on all" in seen[0].warnings[0]
     assert [of_rank.warnings for of_rank in seen[1:]] == [[]] * (world_size - 1)
 
 
@@ -146,7 +146,7 @@ def save_and_resume(folder: str) -> tuple[Seen, Seen]:
     return train(STEPS, folder, resumed=True, missing_as_zeros=True), whole
 
 
-def test_a_resumed_run_does_not_depend_on_whose_count_was_kept(tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_depend_on_which_ranks_count_was_saved(tmp_path: Path) -> None:
     for resumed, whole in run_ranks(save_and_resume, 2, str(tmp_path)):
         assert whole.counts == resumed.counts == [STEPS, STEPS]
         assert whole.num_skipped == resumed.num_skipped == 0
@@ -155,11 +155,11 @@ def test_a_resumed_run_does_not_depend_on_whose_count_was_kept(tmp_path: Path) -
             np.testing.assert_array_equal(resumed.parameters[name], value)
 
 
-# -- which patterns show -----------------------------------------------------------------------------------------------
+# -- patterns of missing gradients that are detected -------------------------------------------------------------------
 
 
 def patterns() -> dict[str, int]:
-    """How many steps were skipped, by who lacks a gradient, of 2 x 2 ranks."""
+    """Return the number of skipped steps, by the ranks (of 2 x 2) that lack a gradient."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
     rank = dist.get_rank()
     placements = {"sharded": [Shard(0), Shard(1)], "copied": [Replicate(), Shard(0)], "whole": [Replicate()] * 2}
@@ -190,13 +190,13 @@ def patterns() -> dict[str, int]:
     return skipped
 
 
-def test_a_gradient_that_is_missing_on_some_ranks_shows_and_one_that_nobody_has_does_not() -> None:
+def test_a_gradient_missing_on_some_ranks_is_detected_and_one_missing_on_all_is_ignored() -> None:
     for skipped in run_ranks(patterns, 4):
         assert skipped == dict.fromkeys(skipped, 1) | dict.fromkeys(("none", "all ranks", "all of everything"), 0)
 
 
 def step_over_a_part_of_the_mesh() -> tuple[int, float]:
-    """The user names one row of a mesh of 2 x 2 ranks as all that shares the mean."""
+    """Configure one row of a mesh of 2 x 2 ranks as the process group of the mean."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("row", "column"))
     param = nn.Parameter(distribute_tensor(torch.ones(4, 4, dtype=torch.float64), mesh, [Shard(0), Shard(1)]))
     optimizer = AdaiV2([param], lr=0.1)
@@ -206,19 +206,19 @@ def step_over_a_part_of_the_mesh() -> tuple[int, float]:
     return int(optimizer.num_skipped_steps), optimizer.inertia_mean.item()
 
 
-def test_where_the_mean_is_over_a_part_of_the_mesh_nothing_is_missing() -> None:
+def test_missing_gradients_are_not_detected_if_the_mean_is_over_a_part_of_the_mesh() -> None:
     assert run_ranks(step_over_a_part_of_the_mesh, 4) == [(0, pytest.approx(4.0))] * 4
 
 
 def shares_of_ranks() -> list[int]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     params = [nn.Parameter(distribute_tensor(torch.ones(8), mesh, [Shard(0)])) for _ in range(3)]
-    return list(shares(params, plan_sharding(params, None)).values())
+    return list(checksum_terms(params, plan_sharding(params, None)).values())
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_the_shares_of_all_ranks_cancel_and_none_is_zero(world_size: int) -> None:
+def test_the_checksum_terms_of_all_ranks_cancel_and_none_is_zero(world_size: int) -> None:
     by_rank = np.array(run_ranks(shares_of_ranks, world_size))
     assert (by_rank > 0).all()
-    assert (by_rank.sum(0) % MODULUS == 0).all()
-    assert len(set(by_rank[0])) == 3, "parameters of one shape are told apart"
+    assert (by_rank.sum(0) % CHECKSUM_MODULUS == 0).all()
+    assert len(set(by_rank[0])) == 3, "parameters of one shape have different terms"

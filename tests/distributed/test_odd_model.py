@@ -38,7 +38,7 @@ def test_every_way_to_train_follows_the_oracle_with_the_same_gradients(name: str
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp1 original", "fsdp1 flat", "tensor parallel"])
-def test_one_rank_alone_would_have_another_mean(name: str) -> None:
-    """So that the test above is known to bite."""
+def test_the_mean_of_a_single_rank_differs(name: str) -> None:
+    """Check that the test above can fail."""
     with pytest.raises(AssertionError, match="mean of step 0"):
         follow([recordings(2)[0][name]], rounding=1e-2)

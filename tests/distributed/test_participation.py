@@ -1,4 +1,4 @@
-"""Nobody is left waiting: ranks without elements, without gradients and with bad ones take part in every step."""
+"""No rank is left waiting: ranks without elements or gradients and with non-finite ones take part in every step."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.spawn import run_ranks
 
 pytestmark = pytest.mark.distributed
 
-# Three elements in all: of four ranks one holds two, another one, and two hold none.
+# Three elements: of four ranks one holds two, one holds one, and two hold none.
 TINY = Problem(
     (({"lr": 0.3, "dampening": 0.5}, (Spec("first.one", (1,)), Spec("second.two", (2,)), Spec("root.one", (1,)))),),
     steps=12,
 )
-# In every third step no parameter has a gradient, at the start only the last block has any.
+# In every third step no parameter has a gradient, in the first steps only the last block has any.
 GAPS = Problem(
     (
         (
@@ -40,14 +40,14 @@ BAD_STEPS = {0: math.nan, 5: math.inf, 6: -math.inf}
 
 
 def walk_all(layout: str) -> dict[str, Walk]:
-    walks = {"bad": walk(layout, SHORT, spoil_one_element)}
-    if not layout.startswith("tp"):  # which distributes parameters that the other two problems do not have
+    walks = {"bad": walk(layout, SHORT, corrupt_one_element)}
+    if not layout.startswith("tp"):  # it distributes parameters that the other two problems do not have
         walks |= {"tiny": walk(layout, TINY), "gaps": walk(layout, GAPS)}
     return walks
 
 
-def spoil_one_element(model: Prescribed, optimizer: AdaiV2, step: int) -> None:
-    """One bad element on the last rank alone, where it holds a piece of "second.weight"."""
+def corrupt_one_element(model: Prescribed, optimizer: AdaiV2, step: int) -> None:
+    """Make one element non-finite on the last rank only, if it holds a piece of "second.weight"."""
     if step in BAD_STEPS and dist.get_rank() == dist.get_world_size() - 1:
         grad = model.by_name()["second.weight"].grad
         assert grad is not None
@@ -55,7 +55,7 @@ def spoil_one_element(model: Prescribed, optimizer: AdaiV2, step: int) -> None:
 
 
 @pytest.mark.parametrize("layout", ["fsdp2-4", "fsdp2-beside-plain-4", "hsdp-2x2", "tp-fsdp2-2x2", "fsdp2-2"])
-def test_every_rank_joins_whatever_it_holds(layout: str) -> None:
+def test_every_rank_takes_part_whatever_it_holds(layout: str) -> None:
     ranks = run_ranks(walk_all, LAYOUTS[layout].world_size, layout)
     for name, problem in {"tiny": TINY, "gaps": GAPS}.items():
         oracle, seen = problem.solve()
@@ -83,12 +83,12 @@ def log_of_a_bad_step(layout: str) -> list[str]:
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
     logging.getLogger("adai_dist").addHandler(handler)
-    walk(layout, replace(SHORT, steps=8), spoil_one_element)
+    walk(layout, replace(SHORT, steps=8), corrupt_one_element)
     return [record.getMessage() for record in records if record.levelno == logging.WARNING]
 
 
 @pytest.mark.parametrize("layout", ["fsdp2-2", "hsdp-2x2", "tp-fsdp2-2x2"])
-def test_skips_are_told_by_rank_zero_alone(layout: str) -> None:
+def test_only_rank_zero_logs_skips(layout: str) -> None:
     first, *others = run_ranks(log_of_a_bad_step, LAYOUTS[layout].world_size, layout)
     assert len(first) == len(BAD_STEPS).bit_length(), "the first, the second, the fourth ..."
     assert others == [[]] * len(others)
@@ -106,14 +106,14 @@ def log_of_a_bad_step_under_ddp() -> list[str]:
     return [record.getMessage() for record in records]
 
 
-def test_under_ddp_all_ranks_skip_what_one_rank_spoilt() -> None:
+def test_under_ddp_all_ranks_skip_a_step_that_one_rank_corrupted() -> None:
     first, second = run_ranks(log_of_a_bad_step_under_ddp, 2)
     assert len(first) == 1
     assert second == []
 
 
 def steps_around_new_local_tensors() -> float:
-    """FSDP2 replaces the local tensor within a DTensor parameter, for one when the model is moved or loaded anew."""
+    """Replace the local tensor of a DTensor parameter, as FSDP2 does when a model is moved or loaded."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
     parameter = torch.nn.Parameter(distribute_tensor(torch.arange(1.0, 9.0), mesh, [Shard(0)]))
     optimizer = AdaiV2([parameter], lr=0.1)

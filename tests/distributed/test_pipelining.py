@@ -1,4 +1,4 @@
-"""Pipelines of torch.distributed.pipelining, two stages by two replicas: every stage steps with the mean of all."""
+"""torch.distributed.pipelining with two stages and two replicas: every stage steps with the mean of all."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Layer(nn.Module):
 
 
 def make_stage(index: int, num_stages: int) -> nn.Module:
-    """Stages of different sizes, and so of different gradients."""
+    """Make stages of different sizes, and so with different gradients."""
     torch.manual_seed(index)
     layers: list[nn.Module] = [Layer(index)]
     if index == 0:
@@ -72,7 +72,7 @@ CASES = (
 
 
 def train(schedule_name: str, wrapper: str, shares_mean: bool = True) -> tuple[Recording, list[list[tuple[str, int]]]]:
-    """What this rank saw, and the collectives of every step. Collective: all ranks."""
+    """Return the recorded steps of this rank, and the collectives of every step. Collective: all ranks."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
     pp, dp = mesh["pp"], mesh["dp"]
     is_interleaved = schedule_name.startswith("Interleaved")
@@ -130,12 +130,12 @@ def test_all_stages_of_a_pipeline_step_with_one_mean(case: tuple[str, str]) -> N
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_the_stages_of_a_rank_communicate_once_and_over_the_pipeline(case: tuple[str, str]) -> None:
-    num_all_reduces = 2 if case[1] == "fsdp2" else 1  # over the shards of a stage, and over the stages
+    num_all_reduces = 2 if case[1] == "fsdp2" else 1  # one over the shards of a stage, one over the stages
     for of_rank in ranks():
         assert of_rank[case][1] == [[("allreduce_", 64)] * num_all_reduces] * STEPS
 
 
-def test_untold_stages_would_step_with_means_of_their_own() -> None:
-    """So that the tests above are known to bite."""
+def test_unconfigured_stages_would_step_with_separate_means() -> None:
+    """Check that the tests above can fail."""
     first, last = ranks()[0][("alone",)][0].means, ranks()[-1][("alone",)][0].means
     assert min(abs(a - b) / max(a, b) for a, b in zip(first, last, strict=True)) > 0.1

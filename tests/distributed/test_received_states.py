@@ -1,4 +1,4 @@
-"""States that come from another rank by collectives, which torch does not record as writes."""
+"""States that are received from another rank by collectives, which torch does not record as writes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from adai_dist import AdaiV2
-from adai_dist.sharding.ownership import local_tensor
+from adai_dist.sharding.local_tensor import local_tensor
 from tests.problems import to_numpy
 from tests.spawn import run_ranks
 
@@ -29,7 +29,7 @@ def make(seed: int = 0) -> tuple[nn.Module, AdaiV2]:
 
 
 def step(model: nn.Module, optimizer: AdaiV2, number: int, size: float = 1.0) -> None:
-    """The same data on all ranks: what matters is the optimizer."""
+    """Train on the same data on all ranks, as the test is about the optimizer."""
     data = torch.randn(16, 40, generator=torch.Generator().manual_seed(number))
     optimizer.zero_grad()
     (size * model(data).square().mean()).backward()
@@ -37,7 +37,7 @@ def step(model: nn.Module, optimizer: AdaiV2, number: int, size: float = 1.0) ->
 
 
 def idle_step(model: nn.Module, optimizer: AdaiV2) -> None:
-    """As torch.distributed.checkpoint makes it to have the states created."""
+    """Take a state-initialisation step, as torch.distributed.checkpoint does."""
     for param_group in optimizer.param_groups:
         param_group["lr"] = 0.0
     for param in model.parameters():
@@ -72,7 +72,7 @@ def send(model: nn.Module, optimizer: AdaiV2) -> None:
 
 
 def add_up(model: nn.Module, optimizer: AdaiV2) -> None:
-    """What rank 1 has is worth nothing."""
+    """Overwrite the parameters and states of rank 1."""
     for tensor in tensors_of(model, optimizer):
         if dist.get_rank():
             tensor.data.zero_()
@@ -92,7 +92,7 @@ def trained_elsewhere(model: nn.Module, optimizer: AdaiV2) -> None:
         step(model, optimizer, number, size=30.0)
 
 
-# What rank 1 has done before it receives states.
+# What rank 1 does before it receives states.
 RECEIVERS: dict[str, Callable[[nn.Module, AdaiV2], None]] = {
     "idle step": idle_step,
     "states alone": lambda model, optimizer: optimizer.create_states(model.parameters()),
@@ -108,7 +108,7 @@ def clip_and_drop(optimizer: AdaiV2) -> None:
 
 
 def walk(transfer: str, receiver: str) -> dict[str, Any]:
-    """Rank 0 trains on; rank 1 joins late. Collective: both ranks."""
+    """Train on rank 0; rank 1 joins later. Collective: both ranks."""
     model, optimizer = make(seed=dist.get_rank())
     if dist.get_rank() == 0:
         for number in range(STEPS_BEFORE):
@@ -124,7 +124,7 @@ def walk(transfer: str, receiver: str) -> dict[str, Any]:
 
 
 def walk_all() -> tuple[list[Any], dict[tuple[str, str], dict[str, Any]]]:
-    """Uninterrupted, and every case."""
+    """Run the uninterrupted training and every case."""
     model, optimizer = make()
     for number in range(STEPS_BEFORE + STEPS_AFTER):
         step(model, optimizer, number)
@@ -135,7 +135,7 @@ def walk_all() -> tuple[list[Any], dict[tuple[str, str], dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("kernels", ["auto", "off"])
-def test_a_late_rank_goes_on_as_the_one_it_received_from(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_rank_continues_like_the_rank_it_received_from(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAI_DIST_KERNELS", kernels)
     (expected, first), (_, second) = run_ranks(walk_all, 2)
     for case, of_first in first.items():
@@ -145,7 +145,7 @@ def test_a_late_rank_goes_on_as_the_one_it_received_from(kernels: str, monkeypat
 
 
 def average() -> list[tuple[float, float]]:
-    """Local SGD: ranks train alone and average everything now and then; the mean, and what the states say."""
+    """Return the mean and that of the states in local SGD, where ranks average everything every few steps."""
     model, optimizer = make()
     seen: list[tuple[float, float]] = []
     num_elements = sum(param.numel() for param in model.parameters())
@@ -161,7 +161,7 @@ def average() -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("kernels", ["auto", "off"])
-def test_after_averaging_over_ranks_the_mean_is_that_of_the_averages(
+def test_after_averaging_over_ranks_the_mean_equals_that_of_the_averages(
     kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ADAI_DIST_KERNELS", kernels)
@@ -170,14 +170,14 @@ def test_after_averaging_over_ranks_the_mean_is_that_of_the_averages(
             assert mean == pytest.approx(stored, rel=1e-6)
 
 
-def test_shards_are_looked_at_as_well() -> None:
+def test_writes_to_shards_are_detected() -> None:
     for seen in run_ranks(shards_that_are_received, 2):
         for mean, stored in seen:
             assert mean == pytest.approx(stored, rel=1e-6)
 
 
 def shards_that_are_received() -> list[tuple[float, float]]:
-    """FSDP2: shards of exp_avg_sq are written to by a collective; the mean, and what all shards say."""
+    """Return the mean and that of all shards, after a collective has written to FSDP2 shards of exp_avg_sq."""
     model, _ = make()
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     optimizer = AdaiV2(model.parameters(), lr=0.5, dampening=0.5)

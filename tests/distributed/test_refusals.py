@@ -1,4 +1,4 @@
-"""What cannot be exact is refused, on every rank alike, in one clear message."""
+"""Setups in which the mean cannot be exact are refused on every rank, with one clear message."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ def refusal(attempt: Callable[[], Any]) -> str:
 
 
 def optimizer_in_backward(layout: str) -> tuple[str, bool]:
-    """torch's own: one optimizer per parameter, stepped by the backward pass. And whether the parameters stayed."""
-    from torch.distributed.optim import _apply_optimizer_in_backward  # importing it warns, so not in the test process
+    """Run torch's optimizer-in-backward; return the error, and whether the parameters are unchanged."""
+    from torch.distributed.optim import (
+        _apply_optimizer_in_backward,
+    )  # not imported in the test process, as the import warns
 
     model, wrapped, _ = make(layout, FLOAT32)
     before = {name: full(p) for name, p in model.by_name().items()}
@@ -45,7 +47,7 @@ def optimizer_in_backward(layout: str) -> tuple[str, bool]:
 
 
 def step_in_a_hook(layout: str) -> tuple[str, bool]:
-    """As in torch's tutorial."""
+    """Step in gradient hooks, as in torch's tutorial."""
     model, wrapped, optimizer = make(layout, FLOAT32)
     before = {name: full(p) for name, p in model.by_name().items()}
     for parameter in wrapped.parameters():
@@ -56,7 +58,7 @@ def step_in_a_hook(layout: str) -> tuple[str, bool]:
 
 @pytest.mark.parametrize(
     ("attempt", "layout"),
-    # Under FSDP2 torch's own optimizer-in-backward never steps, whatever the optimizer.
+    # Under FSDP2, torch's optimizer-in-backward never steps, with any optimizer.
     [(optimizer_in_backward, "plain-1"), (step_in_a_hook, "plain-1"), (step_in_a_hook, "fsdp2-2")],
 )
 def test_a_step_within_the_backward_pass_is_refused(attempt: Callable[[str], Any], layout: str) -> None:
@@ -80,11 +82,11 @@ def scaled_step(layout: str) -> str:
 
 
 @pytest.mark.parametrize(("layout", "world_size"), [("fsdp2-2", 2), ("tp-fsdp2-2x2", 4)])
-def test_a_grad_scaler_is_refused_where_torch_looks_at_one_gradient_only(layout: str, world_size: int) -> None:
+def test_a_grad_scaler_is_refused_if_torch_checks_only_one_gradient(layout: str, world_size: int) -> None:
     messages = run_ranks(scaled_step, world_size, layout)
     assert len(set(messages)) == 1
     if world_size == 4:
-        assert messages[0].startswith("RuntimeError: torch.amp.GradScaler")
+        assert messages[0].startswith("RuntimeError: with torch.amp.GradScaler")
         assert "bfloat16" in messages[0]
     else:
         assert messages[0] == "not refused"
@@ -108,7 +110,7 @@ def wrong_configurations() -> dict[str, str]:
         messages[name] = refusal(run)
 
     world = init_device_mesh("cpu", (2,)).get_group()
-    attempt("untold")
+    attempt("unconfigured")
     attempt("part of the model", model=model.first)
     attempt("another model", model=nn.Linear(2, 2))
     attempt("no model", model="model")
@@ -123,7 +125,7 @@ def wrong_configurations() -> dict[str, str]:
 
 
 def fsdp1_over_tensor_parallelism() -> None:
-    """FSDP1 flattens the local tensors of DTensors: the other half of the model would be missing from the mean."""
+    """Use FSDP1 over DTensors, whose local tensors it flattens: half of the model would be missing from the mean."""
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
     parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
@@ -135,11 +137,11 @@ def fsdp1_over_tensor_parallelism() -> None:
     optimizer.step()
 
 
-def test_wrong_configurations_are_refused_with_what_to_do() -> None:
+def test_wrong_configurations_are_refused_with_a_remedy() -> None:
     first, second = run_ranks(wrong_configurations, 2)
     for messages in (first, second):
         expected = {
-            "untold": ("RuntimeError", "configure_sharding(model=model)"),
+            "unconfigured": ("RuntimeError", "configure_sharding(model=model)"),
             "part of the model": ("ValueError", "pass the whole model"),
             "another model": ("ValueError", "pass the whole model"),
             "no model": ("TypeError", "model must be a torch.nn.Module, got 'model'"),

@@ -1,4 +1,4 @@
-"""Several optimizers of one model step with one mean, whatever layout their parameters have."""
+"""Several optimizers of one model step with one mean, in any layout of their parameters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLIPPED = replace(SHARDED, steps=24, max_grad_norm=10.0)
 
 
 class Ensemble(torch.optim.Optimizer):
-    """One optimizer per parameter group of the problem; steps them in turn, beginning with another one each time."""
+    """One optimizer per parameter group of the problem, stepped in turn, with another one first each time."""
 
     def __init__(self, optimizers: list[AdaiV2]) -> None:
         self.optimizers = optimizers
@@ -110,7 +110,7 @@ def test_a_skip_is_logged_once_for_all(caplog: pytest.LogCaptureFixture) -> None
     assert torch.equal(params[0], torch.arange(1.0, 4.0))
 
 
-def test_an_optimizer_left_behind_is_told() -> None:
+def test_an_optimizer_that_missed_a_step_raises_an_error() -> None:
     params, optimizers = pair()
     share_mean(optimizers)
     set_gradients(params)
@@ -141,7 +141,7 @@ def test_parameters_that_are_added_later_join_the_mean() -> None:
 
 
 def means_with_a_late_dtensor() -> list[float]:
-    """A plain parameter, a copy on each of two ranks; from the second step on a sharded one in the other optimizer."""
+    """Step a plain parameter on two ranks; from step 2 on, the other optimizer has a sharded parameter."""
     mesh = init_device_mesh("cpu", (2,))
     params, optimizers = pair()
     share_mean(optimizers)
@@ -175,7 +175,7 @@ def test_wrong_uses_are_refused() -> None:
     share_mean(optimizers)
     with pytest.raises(RuntimeError, match=r"pass the arguments to share_mean\(\)"):
         optimizers[0].configure_sharding()
-    with pytest.raises(TypeError, match="must not be copied alone"):
+    with pytest.raises(TypeError, match="must not be copied separately"):
         copy.deepcopy(optimizers[0])
     optimizers[1].max_grad_norm = 1.0
     set_gradients(params)
@@ -184,7 +184,7 @@ def test_wrong_uses_are_refused() -> None:
 
 
 def steps_of_stages() -> list[float]:
-    """Every rank holds a parameter of its own, and a copy of another one is on no rank."""
+    """Give every rank a different parameter, without copies."""
     rank = dist.get_rank()
     param = nn.Parameter(torch.arange(1.0, 3.0 + rank, dtype=torch.float64))
     optimizer = Adai([param], lr=0.1)

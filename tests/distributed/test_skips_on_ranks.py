@@ -1,4 +1,4 @@
-"""Ranks skip alike, name what was not finite, and end alike when nothing else comes."""
+"""All ranks skip together, name what was not finite, and end together after too many consecutive skips."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from adai_dist import AdaiV2
-from adai_dist.sharding.ownership import local_tensor
+from adai_dist.sharding.local_tensor import local_tensor
 from tests.spawn import run_ranks
 from tests.test_skipped_steps import BEYOND, GRADIENT, PARAMETER, STATE
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.distributed
 
 LIMIT = 3
 RANK = 1
-"""The rank that brings the fault in; the other one is the main rank."""
+"""The rank with the fault; the other one is the main rank."""
 
 
 def make(**options: Any) -> tuple[nn.Module, AdaiV2]:
@@ -33,12 +33,12 @@ def make(**options: Any) -> tuple[nn.Module, AdaiV2]:
     return model, AdaiV2(model.named_parameters(), lr=0.1, max_consecutive_skips=LIMIT, **options)
 
 
-def step(model: nn.Module, optimizer: AdaiV2, spoil: Callable[[], object] | None = None) -> str:
-    """One step of the same data on all ranks; what it raised."""
+def step(model: nn.Module, optimizer: AdaiV2, corrupt: Callable[[], object] | None = None) -> str:
+    """Take one step with the same data on all ranks, and return what it raised."""
     optimizer.zero_grad()
     model(torch.randn(8, 6, generator=torch.Generator().manual_seed(1))).square().mean().backward()
-    if spoil is not None:
-        spoil()
+    if corrupt is not None:
+        corrupt()
     try:
         optimizer.step()
     except RuntimeError as error:
@@ -69,10 +69,10 @@ FAULTS: dict[str, tuple[Callable[[AdaiV2], object], str]] = {
 
 
 def walk(fault: str) -> tuple[list[str], list[str], list[bytes]]:
-    """What was raised in each step, what was logged, and the bits of this rank before the fault and in the end."""
-    told: list[str] = []
+    """Return the errors of the steps, the log, and this rank's tensors before the fault and at the end."""
+    logged: list[str] = []
     listener = logging.Handler()
-    listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    listener.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("adai_dist").addHandler(listener)
     model, optimizer = make(weight_decay=0.1, decoupled=fault != "parameter")
     raised = [step(model, optimizer) for _ in range(2)]
@@ -81,11 +81,11 @@ def walk(fault: str) -> tuple[list[str], list[str], list[bytes]]:
     others = optimizer.params()[1:]
     before = bits(others, optimizer)
     for number in range(LIMIT):
-        spoils = dist.get_rank() == RANK and (is_gradient or number == 0)
-        raised.append(step(model, optimizer, (lambda: make_bad(optimizer)) if spoils else None))
+        corrupts = dist.get_rank() == RANK and (is_gradient or number == 0)
+        raised.append(step(model, optimizer, (lambda: make_bad(optimizer)) if corrupts else None))
     after = bits(others, optimizer)
     logging.getLogger("adai_dist").removeHandler(listener)
-    return raised, told, [before, after]
+    return raised, logged, [before, after]
 
 
 def bits(params: list[Tensor], optimizer: AdaiV2) -> bytes:
@@ -100,15 +100,15 @@ def walk_all() -> dict[str, Any]:
 def test_a_fault_on_one_rank_is_named_on_the_main_rank_and_ends_all_ranks_in_the_same_step() -> None:
     ranks = run_ranks(walk_all, 2)
     for fault, (_, reason) in FAULTS.items():
-        (raised, told, _), (raised_too, told_too, _) = (seen[fault] for seen in ranks)
+        (raised, logged, _), (raised_too, logged_on_other, _) = (seen[fault] for seen in ranks)
         assert raised == raised_too, fault
         assert raised[:-1] == [""] * (1 + LIMIT), fault
         assert f"max_consecutive_skips={LIMIT} steps in a row must be skipped, got {LIMIT}: " in raised[-1], fault
         assert reason in raised[-1], fault
-        assert not told_too, fault
+        assert not logged_on_other, fault
         # The 1st and the 2nd; an infinite parameter makes gradients of NaN from the second step on.
-        assert len(told) == (3 if fault == "parameter" else 2), (fault, told)
-        assert reason in told[0], fault
+        assert len(logged) == (3 if fault == "parameter" else 2), (fault, logged)
+        assert reason in logged[0], fault
         for seen in ranks:
             before, after = seen[fault][2]
             assert before == after, fault

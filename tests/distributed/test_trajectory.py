@@ -1,4 +1,4 @@
-"""One trajectory in every layout: the oracle's."""
+"""Every layout follows the trajectory of the oracle."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def walk_all(layout: str) -> dict[str, Walk]:
 
 @functools.cache
 def walks_of_all_ranks(layout: str) -> list[dict[str, Walk]]:
-    """Taken once for the tests that look at them."""
+    """Run all layouts once for several tests."""
     return run_ranks(walk_all, LAYOUTS[layout].world_size, layout)
 
 
@@ -67,14 +67,14 @@ def test_a_step_makes_as_many_all_reduces_as_the_mesh_has_dimensions(layout: str
             assert all(num_bytes <= 64 for _, num_bytes in calls)
 
 
-def test_the_clip_bound_lies_between_the_norms_of_the_steps() -> None:
-    """So that the clipped problems are known to bite."""
+def test_the_clip_bound_is_between_the_norms_of_the_steps() -> None:
+    """Check that the clipped problems clip some steps and not others."""
     norms = [seen.grad_norm for seen in SHARDED.solve()[1]]
     assert 10 < sum(norm > MAX_NORM for norm in norms) < len(norms) - 10
 
 
 def walk_with_local_means(layout: str) -> dict[str, np.ndarray]:
-    """The per-shard optimizer that everybody writes first: each rank takes the mean over what it holds."""
+    """Run the naive per-shard optimizer: each rank takes the mean over the elements that it holds."""
     model, wrapped, optimizer = make(layout, SHARDED)
     locals_ = {name: torch.nn.Parameter(local(p).detach()) for name, p in model.by_name().items()}
     plain = PlainAdai(SHARDED.param_groups(locals_))
@@ -88,7 +88,7 @@ def walk_with_local_means(layout: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("layout", ["fsdp2-2", "fsdp2-beside-plain-2", "tp-2", "tp-fsdp2-2x2"])
 def test_a_local_mean_would_be_far_off(layout: str) -> None:
-    """So that the tests above are known to bite: a thousand times their tolerance."""
+    """Check that the tests above can fail: the error is a thousand times their tolerance."""
     oracle, _ = SHARDED.solve()
     for parameters in run_ranks(walk_with_local_means, LAYOUTS[layout].world_size, layout):
         error = worst_relative_error(parameters, oracle, SHARDED)

@@ -1,4 +1,4 @@
-"""A real model with real gradients in every layout: the trajectory of one process in float64."""
+"""A transformer with real gradients follows the float64 trajectory of one process in every layout."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Two layers, a parameter that is frozen and one that is never used."""
+    """A transformer of two layers, with a frozen parameter and an unused one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,11 +142,11 @@ def parallelize(model: Transformer, mesh: DeviceMesh) -> None:
         "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
     }
     parallelize_module(model, mesh, outside)
-    model.norm.bias.requires_grad_(False)  # SequenceParallel makes new parameters, and forgets this
+    model.norm.bias.requires_grad_(False)  # SequenceParallel makes new parameters without this attribute
 
 
 def train(layout: str) -> tuple[dict[str, np.ndarray], list[float], bool]:
-    """The parameters at the end, the means, and whether a gradient was placed unlike its parameter."""
+    """Return the final parameters, the means, and whether a gradient's placements differed from its parameter's."""
     model = make_model()
     world, rank = dist.get_world_size(), dist.get_rank()
     wrapped: nn.Module = model
@@ -181,7 +181,7 @@ def train(layout: str) -> tuple[dict[str, np.ndarray], list[float], bool]:
 
 @pytest.fixture(scope="module")
 def reference() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[float]]:
-    """Start, end and means of one process with the whole batch."""
+    """Return initial and final parameters and the means of one process with the whole batch."""
     model = make_model()
     start = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
     optimizer = make_optimizer(model)
@@ -195,7 +195,7 @@ def reference() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[floa
 @pytest.mark.parametrize(
     ("layout", "world_size"), [("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("tp", 2), ("tp-fsdp2", 4)]
 )
-def test_a_transformer_trains_as_on_one_process(layout: str, world_size: int, reference: Any) -> None:
+def test_a_transformer_trains_as_in_one_process(layout: str, world_size: int, reference: Any) -> None:
     start, end, means = reference
     for parameters, seen, placed_otherwise in run_ranks(train, world_size, layout):
         np.testing.assert_allclose(seen, means, rtol=1e-13)
@@ -206,6 +206,6 @@ def test_a_transformer_trains_as_on_one_process(layout: str, world_size: int, re
             for name, value in parameters.items()
         }
         print(f"{layout} {world_size}: {max(errors.values()):.1e}")
-        # Measured at most 3e-15: the sums of a layout's backward pass are rounded in another order.
+        # Measured: at most 3e-15, as the sums of a layout's backward pass are rounded in another order.
         assert max(errors.values()) < 1e-13
         assert placed_otherwise == (layout == "tp"), "sequence parallelism leaves partial sums in the norms' gradients"

@@ -1,4 +1,4 @@
-"""Stages of a pipeline that are spread in different ways: the sums of a stage come first, those over stages last."""
+"""Pipeline stages with different placements: sums are reduced within a stage first, and over stages last."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.spawn import run_ranks
 pytestmark = pytest.mark.distributed
 
 FIRST, LAST = Spec("first.weight", (5,)), Spec("last.weight", (3,), scale=3.0)
-MAX_NORM = 6.0  # below the norms of half of the steps
+MAX_NORM = 6.0  # less than the norms of half of the steps
 PROBLEM = Problem(groups=(({"lr": 0.1, "weight_decay": 0.02}, (FIRST, LAST)),), steps=8, max_grad_norm=MAX_NORM)
 
 
 def walk() -> tuple[str, np.ndarray, list[float]]:
-    """Ranks 0 and 1 hold the shards of the first stage, ranks 2 and 3 copies of the last one."""
+    """Train with shards of the first stage on ranks 0 and 1, and copies of the last one on ranks 2 and 3."""
     rank = dist.get_rank()
     stages = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]
     shards = DeviceMesh("cpu", [0, 1])
@@ -46,7 +46,7 @@ def walk() -> tuple[str, np.ndarray, list[float]]:
     return spec.name, full(parameter).numpy(), means
 
 
-def test_a_sharded_stage_and_a_copied_one_step_with_one_mean() -> None:
+def test_a_sharded_stage_and_a_replicated_one_step_with_one_mean() -> None:
     oracle, seen = PROBLEM.solve()
     assert 0 < sum(each.grad_norm > MAX_NORM for each in seen) < PROBLEM.steps, "some steps are clipped"
     ranks = run_ranks(walk, 4)

@@ -1,4 +1,4 @@
-"""torch's ZeroRedundancyOptimizer around the package's classes: it says nothing, and the mean is that of all ranks."""
+"""torch's ZeroRedundancyOptimizer around the package's classes: the mean is over all ranks, unconfigured."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ONE_GROUP = Problem(
     (({"lr": 0.4, "weight_decay": 0.02}, tuple(GROUPS.specs())),),
     steps=14,
 )
-# Of four ranks two own nothing.
+# Two of four ranks own nothing.
 TWO_PARAMETERS = Problem(
     (({"lr": 0.3, "dampening": 0.5}, (Spec("a.weight", (5, 3)), Spec("a.bias", (3,), scale=0.2))),), steps=14
 )
@@ -55,7 +55,7 @@ CASES: dict[str, Case] = {
 
 
 def make(case: Case, groups: list[dict[str, Any]]) -> Any:
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # importing it warns, so not in the test process
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # not imported in the test process, as the import warns
 
     for group in groups:
         if case.class_name != "AdaiV2":
@@ -70,7 +70,7 @@ def make(case: Case, groups: list[dict[str, Any]]) -> Any:
 
 
 def consolidated(optimizer: Any) -> dict[str, Any]:
-    """The whole state, on every rank. Collective: all ranks."""
+    """Consolidate the state on every rank. Collective: all ranks."""
     optimizer.consolidate_state_dict(to=0)
     saved = [optimizer.state_dict() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(saved, src=0)
@@ -124,7 +124,7 @@ def solve(case: Case) -> tuple[Any, list[Any]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_mean_is_that_of_all_ranks_without_a_word(name: str) -> None:
+def test_the_mean_is_over_all_ranks_without_configuration(name: str) -> None:
     case = CASES[name]
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-5}[case.problem.dtype]
     oracle, seen = solve(case)
@@ -138,7 +138,7 @@ def test_the_mean_is_that_of_all_ranks_without_a_word(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.problem.dtype == torch.float64])
-def test_the_consolidated_state_is_the_oracles(name: str) -> None:
+def test_the_consolidated_state_equals_the_oracles(name: str) -> None:
     case = CASES[name]
     oracle, _ = solve(case)
     states = walks(case.world_size)[0][name][3]

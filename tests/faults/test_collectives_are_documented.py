@@ -1,4 +1,4 @@
-"""Whatever communicates says who must call it: under "Collective" in its docstring, or in that of its class."""
+"""Everything that communicates documents which ranks must call it, under "Collective" in a docstring."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "adai_dist"
 
-# Calls in which a rank waits for others. DTensors communicate in full_tensor and redistribute.
+# Calls in which a rank waits for other ranks. DTensors communicate in full_tensor and redistribute.
 COMMUNICATES = re.compile(
     r"dist\.(all_\w+|barrier|broadcast\w*|reduce\w*|gather\w*|scatter\w*|send|recv|new_group|init_process_group)\("
     r"|\b(full_tensor|redistribute|init_device_mesh|fully_shard|global_mean|get_state_dict|set_state_dict)\("
@@ -20,7 +20,7 @@ COMMUNICATES = re.compile(
 
 
 def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef, list[str]]]:
-    """Public functions and methods of a file: name, definition, and the docstrings that may speak for it."""
+    """Yield the public functions and methods of a file: name, definition, and the docstrings that apply to it."""
     source = ast.parse(path.read_text(encoding="utf-8"))
     for node in source.body:
         if isinstance(node, ast.FunctionDef):
@@ -34,7 +34,7 @@ def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef, list[str]]]:
 
 
 def class_docstrings() -> dict[str, str]:
-    """By the name of a class, its docstring and those of all classes that it derives from."""
+    """Return, by class name, the docstrings of the class and of all its bases."""
     trees = (ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py"))
     classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
 
@@ -53,18 +53,18 @@ def undocumented(path: Path) -> list[str]:
     for name, function, docstrings in functions(path):
         is_private = name.split(".")[-1].startswith("_") or name.startswith("_")
         code = "\n".join(ast.unparse(statement) for statement in function.body)
-        is_told = any("Collective" in docstring for docstring in docstrings)
-        if not is_private and COMMUNICATES.search(code) and not is_told:
+        is_documented = any("Collective" in docstring for docstring in docstrings)
+        if not is_private and COMMUNICATES.search(code) and not is_documented:
             wrong.append(f"{path.relative_to(PACKAGE)}:{function.lineno} {name}")
     return wrong
 
 
-def test_everything_public_that_communicates_says_who_must_call_it() -> None:
+def test_everything_public_that_communicates_documents_who_must_call_it() -> None:
     wrong = [line for path in sorted(PACKAGE.rglob("*.py")) for line in undocumented(path)]
     assert not wrong
 
 
-def test_the_reader_finds_what_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_documentation_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
     path = tmp_path / "silent.py"
     path.write_text(

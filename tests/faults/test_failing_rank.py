@@ -1,4 +1,4 @@
-"""A rank that fails within a step, or before it: the others end with an error in bounded time, and none hangs."""
+"""A rank that fails before or within a step: the others end with an error in bounded time, and none hangs."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from tests.spawn import fork
 
 pytestmark = pytest.mark.distributed
 
-LAYOUT, WORLD_SIZE, FAILING = "fsdp2-beside-plain-4", 3, 1  # it makes its mesh of all ranks that there are
+LAYOUT, WORLD_SIZE, FAILING = "fsdp2-beside-plain-4", 3, 1  # it makes its mesh from all ranks of the job
 GOOD_STEPS = 3
 TIMEOUT_SECONDS = 5.0  # of the process group
 SLACK_SECONDS = 20.0  # for busy machines
 
 
 class End(NamedTuple):
-    """How a rank ended."""
+    """The end of a rank."""
 
     error: str
-    """Class and message; empty after a step that went well."""
+    """Class and message; empty after a successful step."""
     seconds: float
-    """From the start of the step."""
+    """Time since the start of the step."""
 
 
 def fail_in_a_hook(model: Prescribed, optimizer: AdaiV2) -> None:
@@ -46,7 +46,7 @@ def fail_in_a_hook(model: Prescribed, optimizer: AdaiV2) -> None:
 
 
 def make_a_gradient_sparse(model: Prescribed, optimizer: AdaiV2) -> None:
-    table = model.by_name()["root.table"]  # plain: of a DTensor, torch itself refuses it
+    table = model.by_name()["root.table"]  # plain: torch refuses it for a DTensor
     assert table.grad is not None
     table.grad = table.grad.to_sparse()
 
@@ -66,7 +66,7 @@ FAULTS: dict[str, tuple[Callable[[Prescribed, AdaiV2], None], str, bool]] = {
     "exit": (exit_at_once, "", False),
     "stopped": (stop, "", True),
 }
-"""The fault of the failing rank, its own error, and whether the others can only know by the timeout."""
+"""The fault of the failing rank, its own error, and whether the others only notice by the timeout."""
 
 
 def rank_main(fault: str, rank: int, folder: str, sender: Any) -> None:
@@ -79,7 +79,7 @@ def rank_main(fault: str, rank: int, folder: str, sender: Any) -> None:
             backward(wrapped, optimizer, step)
             optimizer.step()
         backward(wrapped, optimizer, GOOD_STEPS)
-        # Not from the start: many processes that start at once are slow.
+        # Not from the start: starting many processes at once is slow.
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=TIMEOUT_SECONDS))
         start = time.monotonic()
         error = ""
@@ -100,7 +100,7 @@ def rank_main(fault: str, rank: int, folder: str, sender: Any) -> None:
 
 @pytest.fixture(scope="module")
 def ends() -> Iterator[dict[str, list[End | None]]]:
-    """How every rank ended, by fault; None where it said nothing. All faults at once: most of it is waiting."""
+    """Return the end of every rank by fault, or None; all faults run at once, as they mostly wait."""
     processes: list[Any] = []
     receivers: dict[str, list[Connection]] = {fault: [] for fault in FAULTS}
     with tempfile.TemporaryDirectory(prefix="failing-") as folder:

@@ -1,4 +1,4 @@
-"""Coupled decay near convergence, where gradient and decay cancel but for the last digits."""
+"""Coupled decay near convergence, where gradient and decay cancel except for the last digits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TARGETS = [torch.sin(torch.arange(size, dtype=torch.float64)) + 1.5 for size in 
 
 
 def set_gradients(params: list[Parameter], sign: int) -> None:
-    """Of a quadratic function of every element, without noise."""
+    """Set the gradients of a quadratic function of every element, without noise."""
     for param, curvature, target in zip(params, CURVATURES, TARGETS, strict=True):
         param.grad = sign * curvature.to(param.dtype) * (param.detach() - target.to(param.dtype))
 
@@ -29,7 +29,7 @@ def stored_mean(optimizer: Adai, params: list[Parameter], beta2: float) -> Tenso
 
 
 def worst_error(optimizer: Adai, params: list[Parameter], beta2: float, sign: int = 1) -> float:
-    """The largest relative difference between the mean of a step and that of the states it leaves."""
+    """Return the largest relative difference between the mean of a step and the mean of the states after it."""
     errors: list[Tensor] = []
     for _ in range(STEPS):
         set_gradients(params, sign)
@@ -53,7 +53,7 @@ def parameters(dtype: torch.dtype) -> list[Parameter]:
     ],
     ids=["float32, kernels", "float32, equations", "float32, maximize", "float64"],
 )
-def test_the_mean_is_that_of_the_states(
+def test_the_mean_equals_that_of_the_states(
     dtype: torch.dtype, beta2: float, kernels: str, sign: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ADAI_DIST_KERNELS", kernels)
@@ -68,13 +68,13 @@ def test_the_mean_is_that_of_the_states(
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 3e-2), (torch.float64, 1e-3)], ids=["float32", "float64"]
 )
-def test_where_every_gradient_is_clipped_it_is_so_but_for_rounding(
+def test_with_clipping_in_every_step_the_mean_equals_that_of_the_states_up_to_rounding(
     dtype: torch.dtype, tolerance: float, beta2: float
 ) -> None:
-    """Clipped gradient and decay cancel where the coefficient is about 0.3.
+    """Clipped gradient and decay cancel at a coefficient of about 0.3.
 
-    It is known after the gradients are read. Where it differs from the last one, the rounding of a step is not
-    foreseen, and is all that is left in the end: 1.4e-2 (float32) and 3.3e-4 (float64) were seen.
+    The coefficient is known after the gradients are read. If it differs from the last one, the rounding of a step
+    is not predicted, and only this error remains in the end: measured 1.4e-2 (float32) and 3.3e-4 (float64).
     """
     params = parameters(dtype)
     optimizer = Adai(params, lr=0.1, betas=(0.1, beta2), weight_decay=DECAY, max_grad_norm=1.0)

@@ -1,4 +1,4 @@
-"""One bad element on any rank, in any step: all ranks leave everything as it was, and one of them says so."""
+"""One non-finite element on any rank in any step: no rank changes anything, and one rank logs it."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ VALUES = (math.nan, math.inf, -math.inf)
 
 @dataclass(frozen=True)
 class Event:
-    """A bad element, and the rank that brings it in."""
+    """A non-finite element, and the rank that has it."""
 
     rank: int
     value: float
     draw: float
-    """Which parameter and which element, from 0 to 1."""
+    """Position of parameter and element, from 0 to 1."""
 
 
 @dataclass(frozen=True)
-class SpoiltProblem(Problem):
-    """One element of one gradient is bad, before gradients are exchanged; later only its owners may see it."""
+class CorruptedProblem(Problem):
+    """A problem with one non-finite gradient element before gradients are reduced; later only its owners may see it."""
 
     event: Event | None = None
 
@@ -53,12 +53,12 @@ class SpoiltProblem(Problem):
 
 
 @dataclass
-class Spoilt:
-    """What one rank saw."""
+class CorruptedWalk:
+    """The observations of one rank."""
 
     walk: Walk
     untouched: dict[int, bool]
-    """By step of an event: whether no parameter and no state had changed a bit."""
+    """Whether parameters and states were bitwise unchanged, by step of an event."""
     warnings: list[str]
     scales: list[float]
 
@@ -71,25 +71,25 @@ def events(layout: str) -> dict[int, Event]:
     }
 
 
-def walk_with_and_without_scaler(layout: str) -> tuple[Spoilt, Spoilt]:
-    return walk_spoilt(layout, False), walk_spoilt(layout, True)
+def walk_with_and_without_scaler(layout: str) -> tuple[CorruptedWalk, CorruptedWalk]:
+    return walk_corrupted(layout, False), walk_corrupted(layout, True)
 
 
-def walk_spoilt(layout: str, with_scaler: bool) -> Spoilt:
+def walk_corrupted(layout: str, with_scaler: bool) -> CorruptedWalk:
     records: list[logging.LogRecord] = []
     listener = logging.Handler()
     listener.emit = records.append  # type: ignore[method-assign]
     logging.getLogger("adai_dist").addHandler(listener)
     model, wrapped, optimizer = make(layout, PROBLEM)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=5, enabled=with_scaler)
-    seen = Spoilt(Walk({}, {}), {}, [], [])
+    seen = CorruptedWalk(Walk({}, {}), {}, [], [])
     planned = events(layout)
     for step in range(PROBLEM.steps):
         event = planned.get(step)
         before = copies(model, optimizer)
         optimizer.zero_grad()
         is_here = event is not None and event.rank == dist.get_rank()
-        model.problem = SpoiltProblem(PROBLEM.groups, dtype=PROBLEM.dtype, event=event) if is_here else PROBLEM
+        model.problem = CorruptedProblem(PROBLEM.groups, dtype=PROBLEM.dtype, event=event) if is_here else PROBLEM
         scaler.scale(wrapped(step)).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -105,7 +105,7 @@ def walk_spoilt(layout: str, with_scaler: bool) -> Spoilt:
 
 
 def copies(model: Prescribed, optimizer: AdaiV2) -> dict[tuple[str, str], Tensor]:
-    """This rank's elements of all parameters and of the states that there are."""
+    """Return this rank's elements of all parameters and of the existing states."""
     found: dict[tuple[str, str], Any] = {}
     for name, param in model.by_name().items():
         found[name, ""] = param.detach()
@@ -120,7 +120,7 @@ def test_the_events_differ_in_rank_and_value() -> None:
 
 
 @pytest.mark.parametrize("layout", ["ddp-2", "fsdp2-4", "hsdp-2x2"])
-def test_every_rank_skips_and_nothing_has_changed(layout: str) -> None:
+def test_every_rank_skips_and_nothing_changes(layout: str) -> None:
     ranks = run_ranks(walk_with_and_without_scaler, LAYOUTS[layout].world_size, layout)
     bad = events(layout)
     oracle = PROBLEM.oracle()

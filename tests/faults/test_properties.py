@@ -1,6 +1,6 @@
-"""What must hold for any shapes, groups, options and gradients, and for any way to deal a model out to ranks.
+"""Properties that hold for any shapes, groups, options and gradients, and for any sharding of a model.
 
-The examples are drawn by hypothesis, the same ones in every run.
+Hypothesis draws the examples, the same ones in every run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ GROUP = st.tuples(HYPER, st.lists(SHAPE, min_size=1, max_size=3))
 
 @dataclass(frozen=True)
 class Case:
-    """Parameter groups, and gradients that follow from a seed."""
+    """Parameter groups, and gradients derived from a seed."""
 
     groups: list[tuple[dict[str, Any], list[tuple[int, ...]]]]
     seed: int
@@ -56,7 +56,7 @@ class Case:
         return [shape for _, shapes in self.groups for shape in shapes]
 
     def draw(self, key: int) -> list[Tensor]:
-        """One tensor per parameter, over four decades of size."""
+        """Return one tensor per parameter, with magnitudes over four decades."""
         random = np.random.default_rng((self.seed, key))
         return [
             torch.from_numpy(np.asarray(random.standard_normal(shape) * 10.0 ** random.integers(-2, 2))).to(self.dtype)
@@ -71,7 +71,7 @@ class Case:
         return [None if is_missing else x for x, is_missing in zip(self.draw(step + 1), missing, strict=True)]
 
     def optimizer(self, params: list[Parameter], order: list[int] | None = None, **options: Any) -> AdaiV2:
-        """The optimizer; its groups in another order where one is given."""
+        """Return the optimizer, with its groups in the given order."""
         remaining = iter(params)
         groups = [{**hyper, "params": [next(remaining) for _ in shapes]} for hyper, shapes in self.groups]
         groups = groups if order is None else [groups[k] for k in order]
@@ -109,18 +109,18 @@ FLOAT32 = CASE.map(lambda case: Case(**{**vars(case), "dtype": torch.float32}))
 
 
 def close(found: list[Tensor], expected: list[Any], starts: list[Tensor], tolerance: float) -> bool:
-    """Whether all are nearer to each other than a share of the way that was made, and of the parameters' rounding."""
+    """Return whether all differ by less than a fraction of the distance travelled and of the parameters' rounding."""
     unit = float(torch.finfo(found[0].dtype).eps) if found else 0.0
     flat = [torch.cat([torch.as_tensor(x).double().flatten() for x in xs]) for xs in (found, expected, starts)]
     error, travelled = (flat[0] - flat[1]).norm(), (flat[1] - flat[2]).norm()
     return bool(error <= tolerance * travelled + 4 * unit * flat[1].norm())
 
 
-# -- a model dealt out to ranks ----------------------------------------------------------------------------------------
+# -- a model sharded over ranks ----------------------------------------------------------------------------------------
 
 
 def step_as_ranks(optimizers: list[AdaiV2], max_norm: float | None) -> None:
-    """One step of several ranks in one process: what the collective does is done by hand."""
+    """Take one step of several ranks in one process, and add up their sums in place of the collective."""
     shards = [optimizer.owned_shards() for optimizer in optimizers]
     sums = [torch.stack(optimizer.observe(own)) for optimizer, own in zip(optimizers, shards, strict=True)]
     mean = global_mean(Sums(*torch.stack(sums).sum(0).unbind()), (), max_norm=max_norm)
@@ -129,7 +129,7 @@ def step_as_ranks(optimizers: list[AdaiV2], max_norm: float | None) -> None:
 
 
 def cuts(case: Case, num_ranks: int) -> list[list[int]]:
-    """For every parameter where its elements are cut; pieces may be empty."""
+    """Draw the cuts of every parameter; pieces may be empty."""
     random = np.random.default_rng((case.seed, num_ranks))
     sizes = [int(np.prod(shape)) for shape in case.shapes()]
     return [[0, *sorted(random.integers(0, size + 1, num_ranks - 1)), size] for size in sizes]
@@ -158,7 +158,7 @@ def test_ranks_take_the_steps_of_one_process_and_of_the_oracle(case: Case, num_r
                 parameter.grad = None if gradient is None else gradient.flatten()[cut[rank] : cut[rank + 1]].clone()
         step_as_ranks(optimizers, case.max_grad_norm)
     put_together = [torch.cat([x.detach() for x in of_parameter]) for of_parameter in zip(*pieces, strict=True)]
-    # Where an inertia is near its bound 1 - eps, 1 - beta1_prod magnifies rounding by up to 1 / eps = 1,000.
+    # For inertia near its bound 1 - eps, 1 - beta1_prod magnifies rounding by up to 1 / eps = 1,000.
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-4}[case.dtype]
     assert close(put_together, [p.detach() for p in whole], case.starts(), tolerance)
     assert close(put_together, list(oracle.parameters.values()), case.starts(), tolerance)
@@ -169,14 +169,14 @@ def test_ranks_take_the_steps_of_one_process_and_of_the_oracle(case: Case, num_r
 
 @few
 @given(case=st.one_of(CASE, FLOAT32), data=st.data())
-def test_saving_and_loading_at_any_step_changes_not_a_bit(case: Case, data: st.DataObject) -> None:
-    """Also where beta1_prod was retired by then, in any of both."""
+def test_saving_and_loading_at_any_step_is_bitwise_neutral(case: Case, data: st.DataObject) -> None:
+    """beta1_prod may be retired by then, in either optimizer."""
     at = data.draw(st.integers(0, case.steps))
     retires = [data.draw(st.booleans()) for _ in range(2)]
     params = case.parameters()
     optimizer = case.optimizer(params, retire_beta1_prod=retires[0])
-    before = retirement.STEPS_BETWEEN_LOOKS
-    retirement.STEPS_BETWEEN_LOOKS = 2
+    before = retirement.STEPS_BETWEEN_CHECKS
+    retirement.STEPS_BETWEEN_CHECKS = 2
     try:
         case.train(optimizer, params, 0, at)
         file = io.BytesIO()
@@ -189,14 +189,14 @@ def test_saving_and_loading_at_any_step_changes_not_a_bit(case: Case, data: st.D
         case.train(optimizer, params, at, case.steps)
         case.train(other, others, at, case.steps)
     finally:
-        retirement.STEPS_BETWEEN_LOOKS = before
+        retirement.STEPS_BETWEEN_CHECKS = before
     for parameter, twin in zip(params, others, strict=True):
         assert torch.equal(parameter, twin)
     states, twins = (x.state_dict()["state"] for x in (optimizer, other))
     assert states.keys() == twins.keys()
     for key, state in states.items():
         assert all(torch.equal(value, twins[key][name]) for name, value in state.items() if name != "beta1_prod")
-        # One that is retired counts as zeros: what is left of it is lost in 1 - beta1_prod.
+        # A retired product counts as zeros, as 1 - beta1_prod rounds to 1.
         assert torch.equal(1 - state["beta1_prod"], 1 - twins[key]["beta1_prod"])
 
 
@@ -205,7 +205,7 @@ def test_saving_and_loading_at_any_step_changes_not_a_bit(case: Case, data: st.D
 
 @few
 @given(case=CASE, data=st.data())
-def test_the_order_of_groups_is_no_matter(case: Case, data: st.DataObject) -> None:
+def test_the_order_of_groups_does_not_matter(case: Case, data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(len(case.groups))))
     params, others = case.parameters(), case.parameters()
     case.train(case.optimizer(params), params, 0, case.steps)
@@ -220,8 +220,8 @@ def without_clipping_and_coupled_decay(case: Case) -> Case:
 
 @few
 @given(case=st.one_of(CASE, FLOAT32).map(without_clipping_and_coupled_decay), exponent=st.integers(-12, 12))
-def test_inertia_does_not_know_the_scale_of_gradients(case: Case, exponent: int) -> None:
-    """By powers of two not a bit differs."""
+def test_inertia_does_not_depend_on_the_scale_of_gradients(case: Case, exponent: int) -> None:
+    """Scaling by powers of two is bitwise neutral."""
     runs: list[tuple[list[Parameter], AdaiV2]] = []
     for factor in (1.0, 2.0**exponent):
         params = case.parameters()
@@ -236,12 +236,12 @@ def test_inertia_does_not_know_the_scale_of_gradients(case: Case, exponent: int)
             assert torch.equal(state["exp_avg_sq"] * 4.0**exponent, other["exp_avg_sq"])
 
 
-# -- what comes and goes -----------------------------------------------------------------------------------------------
+# -- groups and non-finite gradients that come and go ------------------------------------------------------------------
 
 
 @few
 @given(case=CASE, late=GROUP, data=st.data())
-def test_groups_may_join_and_steps_be_poisoned_at_any_time(case: Case, late: Any, data: st.DataObject) -> None:
+def test_groups_may_join_and_gradients_be_non_finite_at_any_time(case: Case, late: Any, data: st.DataObject) -> None:
     joins, poisoned = (data.draw(st.integers(0, case.steps)) for _ in range(2))
     everything = Case(**{**vars(case), "groups": [*case.groups, late]})
     params, oracle = everything.parameters(), case.oracle()
@@ -270,7 +270,7 @@ def test_groups_may_join_and_steps_be_poisoned_at_any_time(case: Case, late: Any
     assert close(found, expected, everything.starts()[: len(found)], 1e-12)
 
 
-def test_the_measure_bites() -> None:
+def test_the_measure_of_differences_can_fail() -> None:
     make: Callable[..., list[Tensor]] = lambda x: [torch.tensor([x, 1.0], dtype=torch.float64)]  # noqa: E731
     assert close(make(2.0), make(2.0 + 1e-13), make(1.0), 1e-12)
     assert not close(make(2.0), make(2.0 + 1e-11), make(1.0), 1e-12)

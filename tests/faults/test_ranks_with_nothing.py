@@ -1,4 +1,4 @@
-"""Ranks with frozen parameters alone, without any parameter, or without a gradient in some steps: they step as well."""
+"""Ranks with only frozen parameters, without parameters, or without gradients in some steps still take part."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.spawn import run_ranks
 pytestmark = pytest.mark.distributed
 
 OWN = Spec("first.own", (5, 2))
-THEIRS = Spec("second.theirs", (3,), missing_every=2, first_step=4)  # first there is none, then every other step
+THEIRS = Spec("second.theirs", (3,), missing_every=2, first_step=4)  # none in the first steps, then in every other step
 FROZEN = Spec("second.frozen", (2, 2))
 PROBLEM = Problem((({"lr": 0.3, "decoupled": True}, (OWN,)), ({"lr": 0.1}, (THEIRS,))), steps=12)
 ALONE = replace(PROBLEM, groups=PROBLEM.groups[:1])
@@ -25,7 +25,7 @@ CASES = ("frozen", "none", "empty")
 
 
 def parameters_of(case: str) -> tuple[dict[str, nn.Parameter], list[dict[str, Any]]]:
-    """Rank 0 owns the first parameter; what rank 1 has depends on the case."""
+    """Make the parameters: rank 0 owns the first one, those of rank 1 depend on the case."""
     if dist.get_rank() == 0:
         params = {OWN.name: nn.Parameter(PROBLEM.initial(OWN))}
         return params, [PROBLEM.hyperparameters(0) | {"params": list(params.values())}]
@@ -55,7 +55,7 @@ def walk_cases() -> dict[str, tuple[dict[str, Any], list[float], int]]:
     return found
 
 
-def test_a_rank_with_nothing_joins_every_step_and_changes_no_other() -> None:
+def test_a_rank_without_gradients_takes_part_in_every_step_and_does_not_affect_the_others() -> None:
     first, second = run_ranks(walk_cases, 2)
     for case, problem in (("frozen", ALONE), ("empty", ALONE), ("none", PROBLEM)):
         oracle, seen = problem.solve()
@@ -67,7 +67,7 @@ def test_a_rank_with_nothing_joins_every_step_and_changes_no_other() -> None:
 
 
 def walk_without_gradients() -> tuple[bool, bool]:
-    """Under DDP a step in which no parameter has any; the next one is a step again."""
+    """Take a step under DDP in which no parameter has a gradient, and one in which they have."""
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
     optimizer = AdaiV2(model.parameters(), lr=0.1)

@@ -1,6 +1,6 @@
-"""Whatever happens between two steps, in any order: each mean is the oracle's.
+"""Random sequences of events between steps: each mean is the oracle's.
 
-The sequences are drawn by hypothesis, the same ones in every run.
+Hypothesis draws the sequences, the same ones in every run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from adai_dist import AdaiV2
 from tests.oracle import Oracle, OracleGroup
 
 SHAPES: tuple[tuple[tuple[int, ...], ...], ...] = (((3,), (60, 50)), ((), (2, 4)), ((2500,),))
-"""Of the parameters of each group; the last group joins during training. Large tensors are recognised by samples."""
+"""Shapes by group; the last group joins during training. Large tensors are compared by samples."""
 HYPERS: tuple[dict[str, Any], ...] = (
     {"lr": 0.1, "betas": (0.1, 0.9), "dampening": 0.5},
     {"lr": 0.2, "betas": (0.2, 0.99), "weight_decay": 0.1, "decoupled": False},
@@ -42,7 +42,7 @@ WAYS: tuple[Callable[[Tensor], object], ...] = (
 
 
 class Training:
-    """An optimizer and the oracle, to which the same things happen."""
+    """An optimizer and the oracle, to which the same events happen."""
 
     def __init__(self, seed: int, dtype: torch.dtype, max_norm: float | None) -> None:
         self.dtype = dtype
@@ -65,11 +65,11 @@ class Training:
         return {**HYPERS[index], "params": params}, OracleGroup(names, **HYPERS[index])
 
     def some_name(self, number: int) -> str:
-        """One of the parameters that have a state."""
+        """Return one of the parameters that have a state."""
         names = [name for name, param in self.params.items() if self.optimizer.state[param]]
         return names[number % len(names)] if names else ""
 
-    # -- what may happen -----------------------------------------------------------------------------------------------
+    # -- events --------------------------------------------------------------------------------------------------------
 
     def step(self, number: int, size: float = 1.0) -> None:
         gradients: dict[str, Any] = {}
@@ -90,7 +90,7 @@ class Training:
         self.step(number, 0.0)
 
     def idle_step(self, number: int) -> None:
-        """As checkpoint libraries make to have states created."""
+        """Take a state-initialisation step, as checkpoint libraries do."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.set_rates([0.0] * len(rates))
         self.step(number, 0.0)
@@ -114,7 +114,7 @@ class Training:
             self.oracle.states[name].exp_avg_sq *= 4.0
 
     def receive(self, number: int) -> None:
-        """All states from elsewhere, into the tensors that are here, as by broadcasts."""
+        """Write all states in place without a record in torch, as broadcasts do."""
         for name, param in self.params.items():
             state, of_oracle = self.optimizer.state[param], self.oracle.states[name]
             if state:
@@ -145,7 +145,7 @@ class Training:
         self.oracle._make_states(names)
 
     def save_or_load(self, number: int) -> None:
-        """Go back to the states of before, where the parameter groups are the same still."""
+        """Load the saved states if the parameter groups are still the same."""
         del number
         if self.saved is None or len(self.saved[0]["param_groups"]) != len(self.optimizer.param_groups):
             self.saved = copy.deepcopy((self.optimizer.state_dict(), self.oracle.states))

@@ -1,4 +1,4 @@
-"""Five hundred wrong arguments and configurations: each ends in one error that names what is wrong and what was got."""
+"""Five hundred wrong arguments and configurations: each raises one error with the argument and its value."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NO_NUMBERS = (None, "0.1", "", [], {}, (1, 2), object, torch.ones(3), 1j, b"1", 
 NO_BOOLS = (None, 0, 1, "yes", 0.0, [], torch.tensor(True))
 NEGATIVE = (-1, -1e-9, -INF, NAN, torch.tensor(-1.0))
 
-# What is wrong for each argument; `None` is among them only where it stands for nothing.
+# Wrong values of each argument; `None` is one of them only if it is not a valid value.
 WRONG: dict[str, tuple[Any, ...]] = {
     "lr": (*NO_NUMBERS, *NEGATIVE, INF, torch.tensor([0.1, 0.2])),
     "betas": (None, 0.9, "ab", (0.1,), (0.1, 0.9, 0.9), {}, (-0.1, 0.9), (0.1, 1.0), (0.1, -0.1), (NAN, 0.9), ("a", 1)),
@@ -51,7 +51,7 @@ UNKNOWN = ("momentum", "beta1", "amsgrad", "LR", "weight_decoy")
 class Wrong(NamedTuple):
     call: Callable[[], Any]
     named: tuple[str, ...]
-    """Any of these must be in the message."""
+    """Words of which one must be in the message."""
     what: str
 
 
@@ -82,12 +82,12 @@ def param_group(chance: random.Random) -> Wrong:
 
 
 def is_rounding(name: str, value: Any) -> bool:
-    """Whether a schedule may have meant the end of the range."""
+    """Return whether the value is a rounding error away from the range, as at the end of a schedule."""
     return (name != "eps" and value == -1e-9) if isinstance(value, float) else value == (0.1, 1.0)
 
 
 def changed_group(chance: random.Random) -> Wrong:
-    """A group that a user changed by hand: the next step says so, and moves nothing."""
+    """Step with a group that the user has changed: it must raise an error, and change nothing."""
     name = chance.choice(list(OF_V2))
     value = chance.choice([value for value in OF_V2[name] if not is_rounding(name, value)])
 
@@ -146,7 +146,7 @@ def sharers(chance: random.Random) -> Wrong:
 
 
 def loaded(chance: random.Random) -> Wrong:
-    """A state_dict in which one entry is not what it must be."""
+    """Return a state_dict with one invalid entry."""
     optimizer, other = optimizer_of(), optimizer_of()
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)
@@ -287,7 +287,7 @@ def cases(recipe_path: Path) -> list[Wrong]:
 
 
 def fault_of(wrong: Wrong) -> str | None:
-    """What is to be said against the way in which a wrong call ends."""
+    """Return the fault in how a wrong call ended, or None."""
     try:
         wrong.call()
     except (TypeError, ValueError) as error:
@@ -304,7 +304,7 @@ def fault_of(wrong: Wrong) -> str | None:
 
 @pytest.fixture
 def _world_of_one() -> Iterator[None]:
-    """So that process groups are looked at."""
+    """Initialise torch.distributed, so that process groups are checked."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()

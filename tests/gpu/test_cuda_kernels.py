@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adai_dist.equations import Shards, StepScalars
+from adai_dist.equations import LocalTensors, StepScalars
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import build
 from adai_dist.kernels.ops import packed
@@ -171,7 +171,7 @@ def test_a_captured_graph_replays_what_it_recorded(operators: Operators) -> None
     expected, found = copied(shards), copied(shards)
     scalars = make_scalars(shards)
 
-    def run(on: Shards) -> tuple[Tensor, Tensor, Tensor]:
+    def run(on: LocalTensors) -> tuple[Tensor, Tensor, Tensor]:
         norms = kernel_cases.observe(operators, on.grad, on.param)
         return norms, step(operators, on, FRACTIONAL_POWERS, scalars), kernel_cases.sums(operators, on.exp_avg_sq)
 
@@ -195,7 +195,7 @@ def test_compiled_functions_call_them(operators: Operators) -> None:
     expected, found = copied(shards), copied(shards)
     scalars = make_scalars(shards)
 
-    def run(on: Shards, given: StepScalars) -> tuple[Tensor, Tensor]:
+    def run(on: LocalTensors, given: StepScalars) -> tuple[Tensor, Tensor]:
         scale = kernel_cases.observe(operators, on.grad, on.param).sum().rsqrt().float()
         return scale, step(operators, on, L2, given._replace(coefficient=given.coefficient * scale))
 
@@ -244,13 +244,13 @@ BYTES_BEYOND = NUM_BEYOND * (2 + 2 + 4 + 4)
 def test_more_than_2_to_the_31_elements_are_stepped(operators: Operators) -> None:
     device, hyper = operators.device, Hyper(lr=1.0)
 
-    def filled(size: int) -> Shards:
+    def filled(size: int) -> LocalTensors:
         of = {"device": device, "dtype": torch.bfloat16}
         lists = [[torch.full((size,), 1.0, **of)], [torch.full((size,), 0.5, **of)]]
         lists += [[torch.full((size,), value, device=device)] for value in (0.25, 0.125)]
         for tensors in lists:
             tensors[0][-2:].mul_(0.5)
-        return Shards(*lists, [])
+        return LocalTensors(*lists, [])
 
     large, small = filled(NUM_BEYOND), filled(5)
     norms = kernel_cases.observe(operators, large.grad, large.param)

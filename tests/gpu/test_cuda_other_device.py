@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from adai_dist import Adai
 from adai_dist.optimizer.host_copy import HostCopy
-from adai_dist.optimizer.retirement import STEPS_BETWEEN_LOOKS
+from adai_dist.optimizer.retirement import STEPS_BETWEEN_CHECKS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,9 +68,9 @@ def test_products_that_are_large_stay_where_the_current_device_is_another() -> N
     """An event of the current device would be complete at once, and zeros would be read."""
     param = Parameter(torch.linspace(-1, 1, 1000, device="cuda:1"))
     optimizer = Adai([param], lr=0.05, eps=1e-3)
-    for number in range(STEPS_BETWEEN_LOOKS + 2):
+    for number in range(STEPS_BETWEEN_CHECKS + 2):
         param.grad = torch.sin(torch.arange(1000, device="cuda:1") + number)
-        if number >= STEPS_BETWEEN_LOOKS - 1:
+        if number >= STEPS_BETWEEN_CHECKS - 1:
             busy("cuda:1")
         optimizer.step()
     torch.cuda.synchronize("cuda:1")
@@ -84,7 +84,7 @@ def test_a_model_over_two_devices_retires_on_both() -> None:
     optimizer = Adai(params, lr=0.05, eps=0.1)
     on_cpu = [Parameter(param.detach().cpu()) for param in params]
     reference = Adai(on_cpu, lr=0.05, eps=0.1)
-    for number in range(STEPS_BETWEEN_LOOKS + 1):
+    for number in range(STEPS_BETWEEN_CHECKS + 1):
         for param, other in zip(params, on_cpu, strict=True):
             other.grad = torch.sin(torch.arange(1000.0) + number)
             param.grad = other.grad.to(param.device)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 
 from adai_dist import Adai
-from adai_dist.optimizer.retirement import STEPS_BETWEEN_LOOKS
+from adai_dist.optimizer.retirement import STEPS_BETWEEN_CHECKS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,7 +46,7 @@ def is_retired(optimizer: Adai) -> list[bool]:
 def test_not_a_bit_changes() -> None:
     first, second = make(), make(retire_beta1_prod=False)
     seen: set[tuple[bool, ...]] = set()
-    for seed in range(2 * STEPS_BETWEEN_LOOKS + 100):
+    for seed in range(2 * STEPS_BETWEEN_CHECKS + 100):
         for optimizer in (first, second):
             step(optimizer, torch.Generator("cuda").manual_seed(seed))
         seen.add(tuple(is_retired(first)))
@@ -62,7 +62,7 @@ def test_a_look_does_not_wait_for_the_device() -> None:
     for param_group in optimizer.param_groups:
         param_group["eps"] = 1e-4  # nothing retires; only the look is taken
     generator = torch.Generator("cuda").manual_seed(0)
-    for _ in range(STEPS_BETWEEN_LOOKS - 2):
+    for _ in range(STEPS_BETWEEN_CHECKS - 2):
         step(optimizer, generator)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -77,7 +77,7 @@ def test_memory_is_given_back() -> None:
     param = Parameter(torch.ones(1 << 20, device="cuda"))
     optimizer = Adai([param], lr=0.05, eps=0.1)
     generator = torch.Generator("cuda").manual_seed(0)
-    for _ in range(STEPS_BETWEEN_LOOKS - 1):
+    for _ in range(STEPS_BETWEEN_CHECKS - 1):
         step(optimizer, generator)
     before = torch.cuda.memory_allocated()
     for _ in range(5):
@@ -97,7 +97,7 @@ def test_nothing_retires_under_a_captured_step() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         optimizer.step()
-    for _ in range(STEPS_BETWEEN_LOOKS + 10):
+    for _ in range(STEPS_BETWEEN_CHECKS + 10):
         param.grad.normal_()
         optimizer.step()
     assert is_retired(optimizer) == [False]

@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter
 
 from adai_dist import AdaiV2
-from adai_dist.optimizer.skips_in_a_row import STEPS_BETWEEN_LOOKS
+from adai_dist.optimizer.skipped_steps import STEPS_BETWEEN_CHECKS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,7 +38,7 @@ def test_a_row_of_skips_ends_at_most_two_looks_later() -> None:
     optimizer = optimizer_of(param, max_consecutive_skips=LIMIT)
     param.grad = torch.full_like(param, math.nan)
     with pytest.raises(RuntimeError, match=f"max_consecutive_skips={LIMIT} steps in a row"):
-        step_often(optimizer, LIMIT + 2 * STEPS_BETWEEN_LOOKS)
+        step_often(optimizer, LIMIT + 2 * STEPS_BETWEEN_CHECKS)
     assert bool(param.isfinite().all())
 
 

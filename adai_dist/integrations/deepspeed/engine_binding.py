@@ -18,9 +18,9 @@ from adai_dist.integrations.deepspeed.without_zero import sharding_without_zero,
 from adai_dist.integrations.deepspeed.zero_mean_source import ZeroMeanSource, mean_of_skipped_step
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.mean_source import MeanSource, ShardedMean
-from adai_dist.optimizer.shared import optimizers_of
+from adai_dist.optimizer.proxies import live_optimizers_of
 from adai_dist.sharding.mean import GlobalMean
-from adai_dist.sharding.shards import OwnedShards
+from adai_dist.sharding.owned_shards import OwnedShards
 
 
 def configure_and_bind(
@@ -51,7 +51,7 @@ def configure_and_bind(
     cls = type(client_optimizer) if isinstance(client_optimizer, AdaptiveInertia) else named
     if cls is None:
         configure(client_optimizer, model_parameters)
-        for ignored in optimizers_of(engine.module.parameters()):
+        for ignored in live_optimizers_of(engine.module.parameters()):
             warn_of_ignored_optimizer(
                 ignored,
                 type(engine.basic_optimizer).__name__,

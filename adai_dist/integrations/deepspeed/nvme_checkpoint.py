@@ -17,7 +17,7 @@ from adai_dist.integrations.deepspeed.checkpoint_file import load_checkpoint_fil
 from adai_dist.integrations.deepspeed.zero_mean_source import ZeroMeanSource
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.state import new_state, step_tensor
-from adai_dist.sharding.shards import STATE_NAMES
+from adai_dist.sharding.param_shard import STATE_NAMES
 
 IN_MEMORY_FILE = "adai_dist_in_memory.pt"
 """File with everything that is not swapped, written next to the swap files while DeepSpeed copies them."""

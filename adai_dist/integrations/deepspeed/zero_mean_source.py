@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from adai_dist import equations
-from adai_dist.equations import Shards, SquaredNorms
+from adai_dist.equations import LocalTensors, SquaredNorms
 from adai_dist.hyper import Hyper
 from adai_dist.integrations.deepspeed.model_snapshot import ModelSnapshot
 from adai_dist.integrations.deepspeed.unsupported_settings import (
@@ -21,11 +21,12 @@ from adai_dist.integrations.deepspeed.unsupported_settings import (
 from adai_dist.integrations.deepspeed.zero_wrappers import Fragment, ZeroWrapper
 from adai_dist.kernels import nothing_kept
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
+from adai_dist.optimizer.first_moment_check import FirstMomentCheck
 from adai_dist.optimizer.mean_source import LastClip, MeanSource, Unbound
 from adai_dist.optimizer.state import step_tensor
-from adai_dist.optimizer.unread_states import UnreadStates
-from adai_dist.sharding.mean import MOVING, GlobalMean, Sums, evaluate
-from adai_dist.sharding.shards import Holding, OwnedShards
+from adai_dist.sharding.mean import LR_SIGNAL, GlobalMean, Sums, evaluate
+from adai_dist.sharding.owned_shards import OwnedShards
+from adai_dist.sharding.param_shard import ParamShard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -77,9 +78,9 @@ class ZeroMeanSource(MeanSource):
         self._unscaling = self._expected = torch.ones((), dtype=torch.float64, device=self.device)
         self._sums: Sums | None = None
         self._mean: GlobalMean | None = None
-        self._stepped: dict[int, Holding] = {}
+        self._stepped: dict[int, ParamShard] = {}
         """The most recently stepped shard of each part, by the id of its parameter."""
-        self._unread = UnreadStates()
+        self._first_moment_check = FirstMomentCheck()
         self._swapped_sums: dict[int, Tensor] = {}
         """Sum of exp_avg_sq of each swapped part; reading the part before its step would discard its gradients."""
 
@@ -139,17 +140,17 @@ class ZeroMeanSource(MeanSource):
         self._expected = self._last_clip.expected(self._unscaling)
         total = torch.zeros(len(Sums._fields), dtype=torch.float64, device=self.device)
         hypers = self.hypers()
-        moving = MOVING / (max(1, len(self._group_of_part)) * self._num_ranks)
+        lr_signal = LR_SIGNAL / (max(1, len(self._group_of_part)) * self._num_ranks)
         for part, group in enumerate(self._group_of_part):
             norms = self._inner_products(part, hypers[group], squared_norms)
             correction = self._correction(part, hypers[group])
             dtype = self.flat_partitions[part].dtype
             v_sum = self._exp_avg_sq_sum(part).to(self.device)
             terms = equations.mean_terms(norms, v_sum, correction, hypers[group], self._expected, dtype)
-            signal = equations.scalar_tensor((hypers[group].lr != 0) * moving, correction)
+            signal = equations.scalar_tensor((hypers[group].lr != 0) * lr_signal, correction)
             total += torch.stack([norms.grad_grad, *terms, torch.full_like(signal, self._num_elements[part]), signal])
         sums = Sums(*total.unbind())
-        unread = self._unread.look(self.device)
+        unread = self._first_moment_check.check(self.device)
         if unread is not None:
             sums = sums._replace(carried=sums.carried + unread)
         if squared_norms is None:
@@ -170,7 +171,7 @@ class ZeroMeanSource(MeanSource):
             c = (hyper.sign * self._expected).to(flat.device, flat.dtype)
             for fragment, gradient in self.zero_wrapper.gradients(part):
                 if fragment.num_elements:
-                    shards = Shards([fragment.view_of(flat)], [gradient], [], [], [])
+                    shards = LocalTensors([fragment.view_of(flat)], [gradient], [], [], [])
                     backend = self.optimizer.backends.of((shards.param[0], gradient))
                     products += torch.cat(backend.observe(shards, hyper, c, nothing)[0]).to(self.device)
         norms = SquaredNorms(*products.unbind())
@@ -184,10 +185,10 @@ class ZeroMeanSource(MeanSource):
             return torch.zeros((), dtype=torch.float64, device=self.device)
         if self.zero_wrapper.is_swapped(part):
             return self._swapped_sums[part]
-        holding = self._stepped.get(id(flat))
-        row = holding.kept_row() if holding is not None and holding.is_of(flat, state) else None
+        shard = self._stepped.get(id(flat))
+        row = shard.kept_row() if shard is not None and shard.is_of(flat, state) else None
         if row is None:
-            self._unread.add(part, [fragment.view_of(state["exp_avg"]) for fragment in self._counted[part]])
+            self._first_moment_check.add(part, [fragment.view_of(state["exp_avg"]) for fragment in self._counted[part]])
         v = state["exp_avg_sq"]
         backend = self.optimizer.backends.of([v])
         kept = nothing_kept([v]) if row is None else row[0][row[1]].unsqueeze(0)
@@ -238,7 +239,7 @@ class ZeroMeanSource(MeanSource):
 
     def after(self, optimizer: AdaptiveInertia, shards: list[OwnedShards], mean: GlobalMean) -> None:
         """Remember the stepped shards of a part; :meth:`end` records the step."""
-        self._stepped.update((id(holding.param), holding) for owned in shards for holding in owned.holdings)
+        self._stepped.update((id(shard.param), shard) for owned in shards for shard in owned.param_shards)
         for param in optimizer.params():
             part = self._part_of[id(param)]
             if self.zero_wrapper.is_swapped(part):
@@ -262,7 +263,7 @@ class ZeroMeanSource(MeanSource):
 
     def refresh(self) -> None:
         self._stepped.clear()
-        self._unread.clear()
+        self._first_moment_check.clear()
 
     def after_loading(self) -> None:
         """Update the source after states were loaded and before gradients exist. Collective: none."""

@@ -21,7 +21,7 @@ from adai_dist.kernels.toolchain import environment
 from adai_dist.optimizer import Adai
 from adai_dist.sharding import global_mean
 from adai_dist.sharding.mean import GlobalMean
-from adai_dist.sharding.shards import OwnedShards
+from adai_dist.sharding.owned_shards import OwnedShards
 from adai_dist.tools.bench.shapes import Shape
 from adai_dist.tools.bench.traffic import ADAM, ADVANCE, ADVANCE_RETIRED, CLIP, OBSERVE, OBSERVE_COUPLED, Traffic
 
@@ -120,7 +120,7 @@ class AdaiCases:
     def step_retired(self) -> None:
         """Step as after beta1_prod has fallen below 2^-25, where its bias correction stays 1."""
         self.shards = [
-            replace(owned, shards=owned.shards._replace(beta1_prod=[])) for owned in self.optimizer.owned_shards()
+            replace(owned, tensors=owned.tensors._replace(beta1_prod=[])) for owned in self.optimizer.owned_shards()
         ]
         self.mean = self._mean()
         self.advance_parameters()

@@ -1,4 +1,4 @@
-"""First moments that others have written to: no step reads them before it is taken, so they are looked at here."""
+"""A check of first moments that were written to outside of steps: no step reads them before they are used."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from adai_dist.optimizer.host_copy import HostCopy
 
 
-class UnreadStates:
-    """Looks at tensors in every step until the host knows that they are finite, without waiting for a device."""
+class FirstMomentCheck:
+    """Checks tensors in every step until the host knows that they are finite, without waiting for a device."""
 
     def __init__(self) -> None:
         self._tensors: dict[Hashable, list[Tensor]] = {}
@@ -19,7 +19,7 @@ class UnreadStates:
         self._copy = HostCopy()
 
     def add(self, key: Hashable, tensors: list[Tensor]) -> None:
-        """Look at the tensors of a parameter from now on, in the place of those that it had.
+        """Check these tensors of a parameter from now on, instead of earlier ones with the same key.
 
         Args:
             tensors: real, of any dtype and device.
@@ -28,12 +28,12 @@ class UnreadStates:
         self._tensors[key] = [tensor for tensor in tensors if tensor.numel() and not tensor.is_meta]
 
     def clear(self) -> None:
-        """Look at nothing."""
+        """Remove all tensors."""
         self._tensors.clear()
         self._in_copy.clear()
 
-    def look(self, device: torch.device) -> Tensor | None:
-        """0 where all are finite, else NaN, as a 0-dim float64 tensor on the device; None where there is nothing to do.
+    def check(self, device: torch.device) -> Tensor | None:
+        """Return 0 if all tensors are finite, else NaN; 0-dim float64, on ``device``; None if there are no tensors.
 
         Collective: none.
         """
@@ -50,7 +50,7 @@ class UnreadStates:
         if not self._copy.is_under_way and not is_captured:
             self._in_copy = set(self._tensors)
             self._copy.start(found)
-            self._drop_finite()  # on a CPU the number is there at once
+            self._drop_finite()  # on a CPU the number has arrived already
         return found
 
     def _drop_finite(self) -> None:

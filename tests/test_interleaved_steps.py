@@ -1,4 +1,4 @@
-"""Optimizers that step in turn without sharing a mean: one warning, with the two ways to answer it."""
+"""Optimizers that step in turn without sharing a mean: one warning, with the two ways to resolve it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from adai_dist import Adai, AdaiV2, AdaiW, share_mean
 from adai_dist.integrations.deepspeed.registration import OPTIMIZERS
 from adai_dist.optimizer import adaptive_inertia
-from adai_dist.optimizer.turns import Turns
+from adai_dist.optimizer.interleaved_steps import InterleavedSteps
 from tests.spawn import run_ranks
 
 
 @pytest.fixture(autouse=True)
 def _a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adaptive_inertia, "turns", Turns())
+    monkeypatch.setattr(adaptive_inertia, "interleaved_steps", InterleavedSteps())
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def step(*optimizers: Any, times: int = 1) -> None:
             optimizer.step()
 
 
-def test_two_that_take_turns_are_told_once(warnings: Callable[[], list[str]]) -> None:
+def test_two_interleaved_optimizers_are_warned_about_once(warnings: Callable[[], list[str]]) -> None:
     one, other = make(AdaiW), AdaiV2([parameter(), parameter()], lr=0.1)
     step(one, other)
     assert warnings() == []
@@ -60,15 +60,15 @@ def test_two_that_take_turns_are_told_once(warnings: Callable[[], list[str]]) ->
     assert len(warnings()) == 1
 
 
-def test_a_hundred_optimizers_of_one_parameter_each_are_told(warnings: Callable[[], list[str]]) -> None:
-    """As torchao's CPUOffloadOptimizer makes them."""
+def test_a_hundred_optimizers_of_one_parameter_each_are_warned_about(warnings: Callable[[], list[str]]) -> None:
+    """torchao's CPUOffloadOptimizer makes one optimizer per parameter."""
     optimizers = [make() for _ in range(100)]
     step(*optimizers, times=3)
     assert len(warnings()) == 1
 
 
-def test_unequal_turns_are_told(warnings: Callable[[], list[str]]) -> None:
-    """A discriminator that steps five times as often."""
+def test_optimizers_that_step_at_different_rates_are_warned_about(warnings: Callable[[], list[str]]) -> None:
+    """The discriminator of a GAN steps five times as often."""
     generator, critic = make(), make()
     for _ in range(2):
         step(critic, times=5)
@@ -76,7 +76,7 @@ def test_unequal_turns_are_told(warnings: Callable[[], list[str]]) -> None:
     assert len(warnings()) == 1
 
 
-def test_one_that_joins_an_ensemble_without_being_shared_is_told(warnings: Callable[[], list[str]]) -> None:
+def test_an_optimizer_beside_others_that_share_a_mean_is_warned_about(warnings: Callable[[], list[str]]) -> None:
     members = [make(), make()]
     share_mean(members)
     step(*members, times=3)
@@ -87,7 +87,7 @@ def test_one_that_joins_an_ensemble_without_being_shared_is_told(warnings: Calla
 
 
 @pytest.mark.parametrize("how", ["share_mean", "independent", "independent later", "two ensembles of one kind"])
-def test_who_has_answered_is_left_alone(how: str, warnings: Callable[[], list[str]]) -> None:
+def test_resolved_setups_are_not_warned_about(how: str, warnings: Callable[[], list[str]]) -> None:
     optimizers = [make(independent=how == "independent") for _ in range(4)]
     if how == "share_mean":
         share_mean(optimizers)
@@ -103,7 +103,7 @@ def test_who_has_answered_is_left_alone(how: str, warnings: Callable[[], list[st
     assert warnings() == []
 
 
-def test_clipping_of_a_shared_mean_is_no_turn(warnings: Callable[[], list[str]]) -> None:
+def test_clipping_a_shared_mean_is_not_an_interleaved_step(warnings: Callable[[], list[str]]) -> None:
     optimizers = [make(), make()]
     share_mean(optimizers)
     for _ in range(3):
@@ -112,7 +112,7 @@ def test_clipping_of_a_shared_mean_is_no_turn(warnings: Callable[[], list[str]])
     assert warnings() == []
 
 
-def test_one_training_after_the_other_is_no_turn(warnings: Callable[[], list[str]]) -> None:
+def test_consecutive_trainings_are_not_warned_about(warnings: Callable[[], list[str]]) -> None:
     kept = [make() for _ in range(4)]
     for optimizer in kept:
         step(optimizer, times=3)
@@ -120,7 +120,7 @@ def test_one_training_after_the_other_is_no_turn(warnings: Callable[[], list[str
 
 
 def test_optimizers_that_are_gone_are_forgotten(warnings: Callable[[], list[str]]) -> None:
-    """A warm-up with an optimizer that is thrown away, between the steps of another one."""
+    """A temporary optimizer warms up between the steps of another one."""
     optimizer = make()
     for _ in range(3):
         step(optimizer)
@@ -129,14 +129,14 @@ def test_optimizers_that_are_gone_are_forgotten(warnings: Callable[[], list[str]
     assert warnings() == []
 
 
-def test_two_optimizers_of_the_same_parameters_each_see_all(warnings: Callable[[], list[str]]) -> None:
+def test_two_optimizers_of_the_same_parameters_are_not_warned_about(warnings: Callable[[], list[str]]) -> None:
     params = [parameter(), parameter()]
     step(Adai(params, lr=0.1), AdaiV2(params[::-1], lr=0.1), times=3)
     assert warnings() == []
 
 
-def test_steps_that_create_states_are_no_turns(warnings: Callable[[], list[str]]) -> None:
-    """torch makes them for checkpoints, with a learning rate of 0; here before either training."""
+def test_state_initialisation_steps_are_not_warned_about(warnings: Callable[[], list[str]]) -> None:
+    """torch makes these steps for checkpoints, with a learning rate of 0; here before both trainings."""
     models = [nn.Linear(3, 2), nn.Linear(3, 2)]
     optimizers = [Adai(model.parameters(), lr=0.1) for model in models]
     for model, optimizer in zip(models, optimizers, strict=True):
@@ -148,25 +148,25 @@ def test_steps_that_create_states_are_no_turns(warnings: Callable[[], list[str]]
     assert warnings() == []
 
 
-def test_copies_and_pickles_keep_the_answer() -> None:
+def test_copies_and_pickles_keep_independent() -> None:
     assert copy.deepcopy(make(independent=True)).independent is True
     assert make().independent is False
 
 
 @pytest.mark.parametrize("wrong", [None, 1, "yes"])
-def test_the_answer_is_a_bool(wrong: Any) -> None:
+def test_independent_must_be_a_bool(wrong: Any) -> None:
     with pytest.raises(TypeError, match="independent must be a bool, got"):
         make(independent=wrong)
 
 
-def test_it_goes_into_the_params_of_a_deepspeed_json() -> None:
-    """DeepSpeed hands them to the class as they are."""
+def test_independent_can_be_set_in_a_deepspeed_json() -> None:
+    """DeepSpeed passes its params to the class unchanged."""
     params = {"lr": 0.1, "independent": True}
     assert all(cls([parameter()], **params).independent for cls in OPTIMIZERS.values())
 
 
 def two_stages() -> list[str]:
-    """Parts of one model on each rank, as pipelines with several chunks have them: without share_mean."""
+    """Step two parts of one model on each rank, as pipelines with several chunks do, without share_mean."""
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
@@ -176,7 +176,7 @@ def two_stages() -> list[str]:
 
 
 @pytest.mark.distributed
-def test_only_the_main_rank_says_so() -> None:
+def test_only_the_main_rank_warns() -> None:
     first, second = run_ranks(two_stages, 2)
     assert len(first) == 1
     assert second == []

@@ -1,4 +1,4 @@
-"""Which tensors of this rank are not finite, for messages: reads all of them, and waits for their devices."""
+"""Names of the tensors of this rank that are not finite, for messages; reads all tensors and waits for devices."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adai_dist.sharding.ownership import local_tensor
-from adai_dist.sharding.shards import STATE_NAMES
+from adai_dist.sharding.local_tensor import local_tensor
+from adai_dist.sharding.param_shard import STATE_NAMES
 
 
 @torch.no_grad()
-def what_is_not_finite(param_groups: list[dict[str, Any]], states: Mapping[Tensor, dict[str, Any]]) -> str:
-    """Name the first parameter of which gradient, value or a state is not finite, each; empty if all are finite.
+def describe_nonfinite(param_groups: list[dict[str, Any]], states: Mapping[Tensor, dict[str, Any]]) -> str:
+    """Name the first parameter with a non-finite gradient, value or state, one of each kind; empty if all are finite.
 
     Collective: none.
     """
     names = _names(param_groups)
     kinds: dict[str, list[tuple[str, Any]]] = {"grad": [], "value": [], **{name: [] for name in STATE_NAMES}}
-    for index, param in enumerate(dict.fromkeys([*names, *states])):  # ZeRO 3 lists no parameters between steps
+    for index, param in enumerate(dict.fromkeys([*names, *states])):  # between steps, ZeRO 3 empties the groups
         name = names.get(param, f"parameter {index}")
         kinds["grad"].append((name, param.grad))
         kinds["value"].append((name, param))
@@ -46,13 +46,13 @@ def _names(param_groups: list[dict[str, Any]]) -> dict[Tensor, str]:
 
 
 def _not_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    on_devices: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name, tensor in named:
         largest = torch.linalg.vector_norm(tensor, torch.inf).float()
-        on_devices.setdefault(tensor.device, []).append((name, largest))
+        by_device.setdefault(tensor.device, []).append((name, largest))
     return [
         name
-        for pairs in on_devices.values()
+        for pairs in by_device.values()
         for (name, _), is_finite in zip(pairs, torch.stack([x for _, x in pairs]).isfinite().tolist(), strict=True)
         if not is_finite
     ]

@@ -1,7 +1,7 @@
-"""What must hold of a state_dict before it is loaded, so that a wrong one changes nothing.
+"""Validation of a state_dict before it is loaded, so that an invalid one changes nothing.
 
-A checkpoint may be foreign, of another model, of another layout or damaged. It is told here, in one error, before the
-optimizer is touched.
+A checkpoint may be of another optimizer, model or layout, or damaged. Each case is one error, raised before the
+optimizer is changed.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ import torch
 from torch import Tensor
 
 from adai_dist.hyper import Hyper
-from adai_dist.sharding.ownership import is_dtensor, local_tensor
-from adai_dist.sharding.shards import STATE_NAMES
+from adai_dist.sharding.local_tensor import is_dtensor, local_tensor
+from adai_dist.sharding.param_shard import STATE_NAMES
 
-_OWN = "load what state_dict() of an Adai, AdaiW or AdaiV2 returned"
+_OWN = "load the state_dict() of an Adai, AdaiW or AdaiV2"
 _LAYOUTS = "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict converts between layouts"
 _ALWAYS_SAVED = ("lr", "betas", "eps", "weight_decay")
-"""Hyperparameters that every version, the authors' too, has in its parameter groups."""
+"""Hyperparameters in the parameter groups of every version, including the authors'."""
 
-_NAMED = 3
-"""How many states a message names."""
+_NUM_NAMED = 3
+"""Largest number of states that a message names."""
 
 
-class _Saved(NamedTuple):
-    """The state that a checkpoint has for a parameter."""
+class _SavedState(NamedTuple):
+    """The state of one parameter in a checkpoint."""
 
     name: str
-    """For messages."""
+    """Its path in the state_dict, for messages."""
     param: Tensor
     state: Mapping[str, Any]
 
 
 def check_is_mapping(state_dict: object) -> None:
-    """Check what :meth:`torch.optim.Optimizer.load_state_dict` copies before any hook sees it.
+    """Check the type of a state_dict; :meth:`torch.optim.Optimizer.load_state_dict` copies it before any hook runs.
 
     Raises:
-        TypeError: it is no dictionary.
+        TypeError: it is not a dictionary.
 
     Collective: none.
     """
@@ -49,20 +49,20 @@ def check_is_mapping(state_dict: object) -> None:
 
 
 def check_state_dict(state_dict: object, param_groups: list[dict[str, Any]]) -> None:
-    """Check a whole state_dict against the optimizer it is to be loaded into; changes neither.
+    """Validate a state_dict for the optimizer with these parameter groups; changes neither.
 
     Args:
         state_dict: as :meth:`torch.optim.Optimizer.load_state_dict` takes it, after all hooks.
-        param_groups: of the optimizer.
+        param_groups: the parameter groups of the optimizer.
 
     Raises:
-        TypeError: a part of it has the wrong type.
+        TypeError: an entry has the wrong type.
         ValueError: it is of another optimizer, model or layout, incomplete, or a value is out of range.
 
-    Collective: none. Ranks check what they hold, so an error may come on some ranks only; loading has no collective
-    either, and the others do not wait.
+    Collective: none. Each rank checks its own elements, so an error may be raised on some ranks only; loading has no
+    collective either, so the others do not wait.
 
-    Numerics: reads all states once; what it needs of them comes from each device in one copy.
+    Numerics: reads all states once; the results are copied from each device in one transfer.
     """
     check_is_mapping(state_dict)
     whole = cast("Mapping[str, Any]", state_dict)
@@ -73,12 +73,12 @@ def check_state_dict(state_dict: object, param_groups: list[dict[str, Any]]) -> 
     if not isinstance(states, Mapping):
         raise TypeError(f"state_dict['state'] must be a dict, got {_brief(states)}; {_OWN}")
     _check_groups(saved_groups, param_groups)
-    saved = list(_saved_states(cast("Mapping[Any, Any]", states), saved_groups, param_groups))
-    for one in saved:
-        _check_state(one)
-    _check_steps(saved)
-    _check_numbers(saved)
-    for index, saved_group in enumerate(saved_groups):  # last: another optimizer is easier told by its states
+    saved_states = list(_saved_states(cast("Mapping[Any, Any]", states), saved_groups, param_groups))
+    for saved in saved_states:
+        _check_state(saved)
+    _check_steps(saved_states)
+    _check_numbers(saved_states)
+    for index, saved_group in enumerate(saved_groups):  # last: the states identify another optimizer more clearly
         _check_hyper(index, saved_group)
 
 
@@ -98,7 +98,7 @@ def _check_groups(saved_groups: Any, param_groups: list[dict[str, Any]]) -> None
         )
     if sizes != saved_sizes:
         raise ValueError(
-            f"state_dict['param_groups'] must have {sizes} parameters, as this optimizer's, got {saved_sizes}, which "
+            f"state_dict['param_groups'] must have {sizes} parameters, as in this optimizer, got {saved_sizes}, which "
             "doesn't match; make the model and the parameter groups that were saved"
         )
     _check_ids([group["params"] for group in saved_groups])
@@ -106,11 +106,11 @@ def _check_groups(saved_groups: Any, param_groups: list[dict[str, Any]]) -> None
 
 def _check_ids(ids_by_group: list[list[Any]]) -> None:
     ids = list(chain.from_iterable(ids_by_group))
-    if not all(isinstance(one, (int, str)) for one in ids):
-        wrong = next(one for one in ids if not isinstance(one, (int, str)))
+    if not all(isinstance(each, (int, str)) for each in ids):
+        wrong = next(each for each in ids if not isinstance(each, (int, str)))
         raise TypeError(f"'params' of a saved parameter group must list numbers or names, got {_brief(wrong)}; {_OWN}")
     if len(set(ids)) != len(ids):
-        twice = next(one for one in ids if ids.count(one) > 1)
+        twice = next(each for each in ids if ids.count(each) > 1)
         raise ValueError(f"'params' of the saved parameter groups must differ, got {twice!r} twice; {_OWN}")
 
 
@@ -128,32 +128,32 @@ def _check_hyper(index: int, saved: Mapping[str, Any]) -> None:
 
 def _saved_states(
     states: Mapping[Any, Any], saved_groups: list[Mapping[str, Any]], param_groups: list[dict[str, Any]]
-) -> Iterator[_Saved]:
-    """The states that are there: a parameter without is as it was before its first step."""
+) -> Iterator[_SavedState]:
+    """Yield the saved states; parameters without one have not been stepped yet."""
     params: dict[Any, Tensor] = {}
     for saved_group, param_group in zip(saved_groups, param_groups, strict=True):
         params.update(zip(saved_group["params"], param_group["params"], strict=True))
     for param_id, state in states.items():
         if param_id not in params:
-            # Values of other kinds are the user's own, and so is what looks like no state.
+            # Other entries belong to the user, unless they look like a state.
             if isinstance(state, Mapping) and not {"step", *STATE_NAMES}.isdisjoint(cast("Mapping[Any, Any]", state)):
                 raise ValueError(
                     f"state_dict['state'] must have states of the parameters in 'param_groups', got one of "
-                    f"{param_id!r}, which no parameter group lists; {_OWN}"
+                    f"{param_id!r}, which is not in any parameter group; {_OWN}"
                 )
         elif not isinstance(state, Mapping):
             raise TypeError(f"state_dict['state'][{param_id!r}] must be a dict, got {_brief(state)}; {_OWN}")
         elif state:
             name = f"state_dict['state'][{param_id!r}]"
-            yield _Saved(name, params[param_id], cast("Mapping[str, Any]", state))
+            yield _SavedState(name, params[param_id], cast("Mapping[str, Any]", state))
 
 
-def _check_state(saved: _Saved) -> None:
+def _check_state(saved: _SavedState) -> None:
     missing = [name for name in ("step", *STATE_NAMES) if name not in saved.state]
     if missing:
         raise ValueError(
             f"{saved.name} must have step, {', '.join(STATE_NAMES)}, got {_keys(saved.state)} without "
-            f"{', '.join(missing)}: another optimizer's, or incomplete; {_OWN}, or start anew without loading"
+            f"{', '.join(missing)}: another optimizer's, or incomplete; {_OWN}, or start without loading"
         )
     for name in STATE_NAMES:
         value = saved.state[name]
@@ -161,7 +161,7 @@ def _check_state(saved: _Saved) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"{where} must be a tensor, got {_brief(value)}; {_OWN}")
         _check_values(where, value, saved.param)
-        _check_layout(where, value, saved.param)
+        _check_placement(where, value, saved.param)
 
 
 def _check_values(where: str, value: Tensor, param: Tensor) -> None:
@@ -176,54 +176,54 @@ def _check_values(where: str, value: Tensor, param: Tensor) -> None:
         )
 
 
-def _check_layout(where: str, value: Tensor, param: Tensor) -> None:
+def _check_placement(where: str, value: Tensor, param: Tensor) -> None:
     if is_dtensor(param) and is_dtensor(value):
         same_mesh = value.device_mesh == param.device_mesh or (
             value.device_mesh.device_type == param.device_mesh.device_type
             and torch.equal(value.device_mesh.mesh, param.device_mesh.mesh)
         )
         if not same_mesh or value.placements != param.placements:
-            _refuse_layout(
+            _refuse_placement(
                 f"{where} must be sharded like its parameter, {tuple(param.placements)} over {param.device_mesh}",
                 f"{tuple(value.placements)} over {value.device_mesh}",
             )
     elif is_dtensor(param) or is_dtensor(value):
         kinds = ("a DTensor", "a plain tensor")
         must, got = kinds if is_dtensor(param) else reversed(kinds)
-        _refuse_layout(f"{where} must be {must} like its parameter", f"{got} of shape {tuple(value.shape)}")
+        _refuse_placement(f"{where} must be {must} like its parameter", f"{got} of shape {tuple(value.shape)}")
     if value.shape != param.shape or local_tensor(value).shape != local_tensor(param).shape:
         local = "" if not is_dtensor(param) else f", {tuple(local_tensor(param).shape)} on this rank"
         got = "" if not is_dtensor(value) else f", {tuple(local_tensor(value).shape)} on this rank"
-        _refuse_layout(
+        _refuse_placement(
             f"{where} must have the shape of its parameter, {tuple(param.shape)}{local}", f"{tuple(value.shape)}{got}"
         )
 
 
-def _refuse_layout(must: str, got: str) -> NoReturn:
+def _refuse_placement(must: str, got: str) -> NoReturn:
     raise ValueError(
         f"{must}, got {got}; load into the model, world size and layout that were saved; otherwise {_LAYOUTS}"
     )
 
 
-def _check_steps(saved: list[_Saved]) -> None:
-    """All steps of a device are read in one go: every single read would wait for the device."""
-    on_devices: dict[torch.device, list[tuple[_Saved, Tensor]]] = {}
-    for one in saved:
-        step = one.state["step"]
+def _check_steps(saved_states: list[_SavedState]) -> None:
+    """Check all steps; those of a device are read in one transfer, as each read waits for the device."""
+    by_device: dict[torch.device, list[tuple[_SavedState, Tensor]]] = {}
+    for saved in saved_states:
+        step = saved.state["step"]
         if not isinstance(step, Tensor):
             is_number = isinstance(step, (int, float)) and not isinstance(step, bool)
-            _check_step(one, float(step) if is_number else None)
+            _check_step(saved, float(step) if is_number else None)
         elif step.numel() != 1 or step.is_complex() or step.dtype == torch.bool or is_dtensor(step) or step.is_meta:
-            _check_step(one, None)
+            _check_step(saved, None)
         else:
-            on_devices.setdefault(step.device, []).append((one, step.detach().reshape(())))
-    for pairs in on_devices.values():
+            by_device.setdefault(step.device, []).append((saved, step.detach().reshape(())))
+    for pairs in by_device.values():
         values = torch.stack([step.double() if step.device.type != "mps" else step.float() for _, step in pairs])
-        for (one, _), value in zip(pairs, values.tolist(), strict=True):
-            _check_step(one, value)
+        for (saved, _), value in zip(pairs, values.tolist(), strict=True):
+            _check_step(saved, value)
 
 
-def _check_step(saved: _Saved, value: float | None) -> None:
+def _check_step(saved: _SavedState, value: float | None) -> None:
     must = f"{saved.name}['step'] must be a whole number >= 0, as a number or a plain tensor of one element"
     if value is None:
         raise TypeError(f"{must}, got {_brief(saved.state['step'])}; {_OWN}")
@@ -231,18 +231,18 @@ def _check_step(saved: _Saved, value: float | None) -> None:
         raise ValueError(f"{must}, got {value!r}; the checkpoint is damaged, load another one")
 
 
-def _check_numbers(saved: list[_Saved]) -> None:
-    """No state may have an inf or NaN, and no second moment a number below 0."""
-    on_devices: dict[torch.device, list[tuple[str, Tensor]]] = {}
-    for one in saved:
+def _check_numbers(saved_states: list[_SavedState]) -> None:
+    """Refuse inf or NaN in any state, and negative second moments."""
+    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for saved in saved_states:
         for name in STATE_NAMES:
-            value = local_tensor(one.state[name].detach())
+            value = local_tensor(saved.state[name].detach())
             if value.numel() and not value.is_meta:
-                ends = torch.stack(value.aminmax())  # NaN, if there is one
+                ends = torch.stack(value.aminmax())  # both NaN if there is a NaN
                 ends = ends.double() if ends.device.type != "mps" else ends.float()
-                on_devices.setdefault(value.device, []).append((f"{one.name}[{name!r}]", ends))
+                by_device.setdefault(value.device, []).append((f"{saved.name}[{name!r}]", ends))
     wrong: list[str] = []
-    for named in on_devices.values():
+    for named in by_device.values():
         found = torch.stack([ends for _, ends in named]).tolist()
         for (where, _), (smallest, largest) in zip(named, found, strict=True):
             if not (math.isfinite(smallest) and math.isfinite(largest)):
@@ -250,10 +250,10 @@ def _check_numbers(saved: list[_Saved]) -> None:
             elif smallest < 0 and where.endswith("['exp_avg_sq']"):
                 wrong.append(f"{smallest!r} in {where}")
     if wrong:
-        more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+        more = f" and {len(wrong) - _NUM_NAMED} more" if len(wrong) > _NUM_NAMED else ""
         raise ValueError(
             "states must be finite, and second moments >= 0, got "
-            f"{', '.join(wrong[:_NAMED])}{more}; the checkpoint is damaged, load another one"
+            f"{', '.join(wrong[:_NUM_NAMED])}{more}; the checkpoint is damaged, load another one"
         )
 
 

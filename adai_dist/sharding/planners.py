@@ -1,4 +1,4 @@
-"""What :meth:`adai_dist.optimizer.AdaptiveInertia.configure_sharding` was told."""
+"""Planners: sharding plans from the arguments of :meth:`adai_dist.optimizer.AdaptiveInertia.configure_sharding`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from adai_dist.sharding.fsdp1 import FSDP1Parameters
-from adai_dist.sharding.ownership import is_distributed, is_dtensor
+from adai_dist.sharding.local_tensor import is_distributed, is_dtensor
 from adai_dist.sharding.plan import (
-    ModelSharding,
     ShardingPlan,
+    ShardingPlanner,
     check_not_partial,
-    plan_by_spreads,
+    placements_of_tensor,
+    plan_by_placements,
     plan_sharding,
-    spreads_of_tensor,
 )
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 NumReplicas = int | Callable[[Tensor], int | None] | None
 
 
-class _Shared:
-    """Holds process groups, which cannot be copied: a copy of the optimizer shares them."""
+class _KeptByCopies:
+    """Base of records with process groups, which cannot be copied: a copy of the optimizer shares the record."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self
@@ -43,8 +43,11 @@ class _Shared:
 
 
 @dataclass(frozen=True)
-class OneProcessGroup(_Shared):
-    """All ranks of one process group share the mean; so many of them hold the same elements of a plain parameter."""
+class ProcessGroupPlanner(_KeptByCopies):
+    """Plans for one process group, all of whose ranks share the mean.
+
+    ``num_replicas`` of its ranks hold the same elements of a plain parameter.
+    """
 
     process_group: ProcessGroup
     num_replicas: NumReplicas
@@ -64,16 +67,16 @@ class OneProcessGroup(_Shared):
 
 
 @dataclass(frozen=True)
-class ModelAndStages(_Shared):
-    """FSDP1's handles are asked about their parameters, all other tensors speak for themselves."""
+class ModelPlanner(_KeptByCopies):
+    """Plans with the placements of FSDP1's handles and of the tensors, and with pipeline stages."""
 
     model: nn.Module | None
     stages: ProcessGroup | None
     num_replicas: NumReplicas
 
     def plan(self, params: tuple[Tensor, ...]) -> ShardingPlan:
-        spreads_of = spreads_of_tensor if self.model is None else FSDP1Parameters.of(self.model).spreads_of
-        return plan_by_spreads(params, spreads_of, self.stages, self._num_stages_with)
+        placements_of = placements_of_tensor if self.model is None else FSDP1Parameters.of(self.model).placements_of
+        return plan_by_placements(params, placements_of, self.stages, self._num_stages_with)
 
     def _num_stages_with(self, param: Tensor) -> int:
         if self.stages is None or self.num_replicas is None:
@@ -83,24 +86,24 @@ class ModelAndStages(_Shared):
 
 
 @dataclass(frozen=True)
-class Joint:
-    """Several optimizers share one mean: what holds for the parameters of all of them."""
+class JointPlanner:
+    """Plans for several optimizers that share one mean, from the parameters of all of them."""
 
     all_params: tuple[Tensor, ...]
-    sharding: ModelSharding | None
+    planner: ShardingPlanner | None
 
     def is_of(self, params: tuple[Tensor, ...]) -> bool:
-        """Whether these are all the parameters still."""
+        """Return whether the planner was made for exactly these parameters of all optimizers."""
         return len(params) == len(self.all_params) and all(map(operator.is_, params, self.all_params))
 
     def plan(self, params: tuple[Tensor, ...]) -> ShardingPlan:
-        return replace(plan_sharding(self.all_params, self.sharding), params=params)
+        return replace(plan_sharding(self.all_params, self.planner), params=params)
 
 
-def configured_sharding(
+def make_planner(
     process_group: object, num_replicas: NumReplicas, model: object, stages: object
-) -> ModelSharding | None:
-    """The record of what was passed, after a check of it; None where nothing was.
+) -> ShardingPlanner | None:
+    """Validate the arguments and return their planner; None if the tensors define the sharding.
 
     Raises: as :meth:`adai_dist.optimizer.AdaptiveInertia.configure_sharding`.
 
@@ -109,9 +112,9 @@ def configured_sharding(
     names_one_group = process_group is not None or (num_replicas is not None and stages is None)
     if names_one_group and (model is not None or stages is not None):
         raise ValueError(
-            "process_group says all there is to say, with or without num_replicas, and goes with neither model nor "
-            "stages; num_replicas goes with stages, but not with model alone; "
-            f"got {process_group=}, {num_replicas=}, model of type {type(model).__name__} and {stages=}; leave one out"
+            "process_group must be given without model and stages, and num_replicas without model unless there are "
+            f"stages; got {process_group=}, {num_replicas=}, model of type {type(model).__name__} and {stages=}; "
+            "leave one out"
         )
     if not (num_replicas is None or callable(num_replicas) or type(num_replicas) is int):
         raise TypeError(f"num_replicas must be an int, a function of the parameter or None, got {num_replicas!r}")
@@ -121,13 +124,13 @@ def configured_sharding(
         return None
     if not is_distributed():
         raise RuntimeError(
-            "configure_sharding needs process groups, and torch.distributed is not initialised; "
+            "configure_sharding needs process groups, got a process in which torch.distributed is not initialised; "
             "call torch.distributed.init_process_group() first"
         )
     if names_one_group:
         process_group = dist.group.WORLD if process_group is None else process_group
-        return OneProcessGroup(_member_of("process_group", process_group), num_replicas)
-    return ModelAndStages(model, None if stages is None else _member_of("stages", stages), num_replicas)
+        return ProcessGroupPlanner(_member_of("process_group", process_group), num_replicas)
+    return ModelPlanner(model, None if stages is None else _member_of("stages", stages), num_replicas)
 
 
 def _member_of(name: str, process_group: object) -> ProcessGroup:
@@ -151,7 +154,7 @@ def _in_range(given: object, size: int, of: str, param: Tensor) -> int:
 
 
 def _dtensor_replicas(param: DTensor, size: int) -> int:
-    """Copies within the mesh, times the copies outside of it: the ranks beyond the mesh are taken to repeat it."""
+    """Return the copies within the mesh, times the copies of the mesh: ranks outside are assumed to repeat it."""
     check_not_partial(param)
     mesh = param.device_mesh
     if size % mesh.size() != 0:

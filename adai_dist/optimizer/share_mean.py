@@ -1,4 +1,4 @@
-"""Several optimizers of one model with one mean."""
+"""One mean for several optimizers of one model."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import nn
 
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.mean_source import SharedMean
-from adai_dist.optimizer.shared import itself
-from adai_dist.sharding.configured import NumReplicas, configured_sharding
+from adai_dist.optimizer.proxies import unproxied
+from adai_dist.sharding.planners import NumReplicas, make_planner
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -24,32 +24,31 @@ def share_mean(
     model: nn.Module | None = None,
     stages: ProcessGroup | None = None,
 ) -> None:
-    """Let several optimizers of one model step with one mean, for trainers that make one per part of the model.
+    """Make several optimizers of one model step with one mean, for trainers that make one per part of the model.
 
-    The first of them to step observes the gradients of all, communicates, and hands the mean to the others; so all must
-    step after the same backward pass, in any order. ``clip_grad_norm_()`` of any of them clips all.
+    The first optimizer to step observes the gradients of all, communicates, and hands the mean to the others. So all
+    must step after the same backward pass, in any order. ``clip_grad_norm_()`` of any optimizer clips all gradients.
 
     Args:
-        optimizers: on every rank those of the parts that it holds, in the same order where ranks hold the same.
+        optimizers: the optimizers of the parts that this rank holds; ranks with the same parts use the same order.
 
     The other arguments are those of :meth:`AdaptiveInertia.configure_sharding`; ``stages`` for interleaved pipelines.
 
     Raises:
-        TypeError: one is no optimizer of this package; an argument is none of these.
-        ValueError: there is none, or one twice; and as :meth:`AdaptiveInertia.configure_sharding`.
+        TypeError: an optimizer is not of this package; another argument has a wrong type.
+        ValueError: the list is empty or has duplicates; and as :meth:`AdaptiveInertia.configure_sharding`.
         RuntimeError: as :meth:`AdaptiveInertia.configure_sharding`.
 
-    Collective: none here; in a step, as :meth:`AdaptiveInertia.step`, by the first optimizer alone.
+    Collective: none here; in a step, as :meth:`AdaptiveInertia.step`, by the first optimizer only.
     """
     given = tuple(optimizers)
     for optimizer in given:
         if not isinstance(optimizer, AdaptiveInertia):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"optimizers must be Adai, AdaiW or AdaiV2, got one of type {type(optimizer).__name__}")
         optimizer.mean_source.check_allows("share_mean()", "leave it out")
-    members = tuple(map(itself, given))
+    members = tuple(map(unproxied, given))
     if not members or len(set(members)) < len(members):
         raise ValueError(f"optimizers must be one or more, each once, got {len(members)}, {len(set(members))} distinct")
-    sharding = configured_sharding(process_group, num_replicas, model, stages)
-    shared = SharedMean(members, sharding)
+    shared = SharedMean(members, make_planner(process_group, num_replicas, model, stages))
     for optimizer in members:
         optimizer.mean_source = shared

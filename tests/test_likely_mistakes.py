@@ -1,4 +1,4 @@
-"""What is legal and seldom meant is told once; what others have in their parameter groups is not."""
+"""Legal settings that are probably mistakes are warned about once; keys that other packages use are not."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
 from adai_dist import Adai, AdaiV2, AdaiW
-from adai_dist.optimizer import first_look
-from adai_dist.optimizer.retirement import STEPS_BETWEEN_LOOKS
+from adai_dist.optimizer import likely_mistakes
+from adai_dist.optimizer.retirement import STEPS_BETWEEN_CHECKS
 from tests.spawn import run_ranks
 
 
 @pytest.fixture(autouse=True)
-def _nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_look, "_said", set())
+def _no_warnings_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likely_mistakes, "_warned", set())
     for name in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
 
@@ -45,24 +45,26 @@ def steps(optimizer: Any, number: int = 2) -> None:
 @pytest.mark.parametrize("optimizer_class", [Adai, AdaiW, AdaiV2])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.99), [0.95, 0.95], torch.tensor([0.9, 0.99])], ids=str)
 @pytest.mark.parametrize("lr", [1e-3, 0.1, torch.tensor(1e-4)], ids=str)
-def test_adams_betas_are_told_once(lr: Any, betas: Any, optimizer_class: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_adams_betas_are_warned_about_once(
+    lr: Any, betas: Any, optimizer_class: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     optimizer = optimizer_class([Parameter(torch.ones(2))], lr=lr, betas=betas)
     steps(optimizer)
     copy.deepcopy(optimizer)
     (message,) = messages(caplog)
-    assert "betas[0] (beta0) scales 1 - inertia and is no momentum coefficient" in message
+    assert "betas[0] (beta0) scales 1 - inertia and is not a momentum coefficient" in message
     assert "leave betas out, or pass betas=(0.1, 0.99)" in message
     assert ("lr=0.001 looks like Adam's, too" in message) == (lr == 1e-3 and not isinstance(lr, torch.Tensor))
 
 
-def test_so_are_those_of_one_group(caplog: pytest.LogCaptureFixture) -> None:
+def test_adams_betas_of_a_single_group_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     groups = [{"params": [Parameter(torch.ones(2))]}, {"params": [Parameter(torch.ones(2))], "betas": (0.9, 0.99)}]
     AdaiV2(groups, lr=0.1)
     assert len(messages(caplog)) == 1
 
 
 @pytest.mark.parametrize("betas", [(0.1, 0.99), (0.0, 0.9), (0.2, 0.999), (0.4, 0.95)])
-def test_small_beta0_and_small_lr_are_nobodys_business(betas: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_small_beta0_and_small_lr_are_not_warned_about(betas: Any, caplog: pytest.LogCaptureFixture) -> None:
     steps(AdaiV2([Parameter(torch.ones(2))], lr=1e-4, betas=betas))
     assert not messages(caplog)
 
@@ -106,7 +108,7 @@ FOREIGN = (
 
 
 @pytest.mark.parametrize(("key", "meant"), MISSPELT.items())
-def test_a_misspelt_hyperparameter_is_told_with_what_is_meant(
+def test_a_misspelt_hyperparameter_is_warned_about_with_the_likely_name(
     key: str, meant: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     groups = [{"params": [Parameter(torch.ones(2))], key: 0.1} for _ in range(3)]
@@ -114,13 +116,13 @@ def test_a_misspelt_hyperparameter_is_told_with_what_is_meant(
     steps(optimizer)
     (message,) = messages(caplog)
     assert f"has the key {key!r}" in message
-    assert f"{meant!r} is one" in message
+    assert f"did you mean {meant!r}?" in message
     assert optimizer.param_groups[0][key] == 0.1
     optimizer.add_param_group({"params": [Parameter(torch.ones(2))], key: 0.1})
     assert len(messages(caplog)) == 1
 
 
-def test_so_is_one_in_a_later_group(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_misspelt_hyperparameter_of_a_later_group_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     optimizer = AdaiV2([Parameter(torch.ones(2))], lr=0.1)
     optimizer.add_param_group({"params": [Parameter(torch.ones(2))], "weight_decays_": 0.1, "wieght_decay": 0.1})
     (message,) = messages(caplog)
@@ -128,7 +130,7 @@ def test_so_is_one_in_a_later_group(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("key", FOREIGN)
-def test_keys_of_others_are_not(key: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_of_other_packages_are_not_warned_about(key: str, caplog: pytest.LogCaptureFixture) -> None:
     steps(AdaiV2([{"params": [Parameter(torch.ones(2))], key: 0.1}], lr=0.1))
     assert not messages(caplog)
 
@@ -142,7 +144,9 @@ def test_keys_of_others_are_not(key: str, caplog: pytest.LogCaptureFixture) -> N
         lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
     ],
 )
-def test_what_schedulers_put_into_groups_is_not(make: Callable[[Any], Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_that_schedulers_add_are_not_warned_about(
+    make: Callable[[Any], Any], caplog: pytest.LogCaptureFixture
+) -> None:
     optimizer = AdaiV2([("weight", Parameter(torch.ones(2)))], lr=0.1)
     scheduler = make(optimizer)
     for _ in range(3):
@@ -153,7 +157,7 @@ def test_what_schedulers_put_into_groups_is_not(make: Callable[[Any], Any], capl
     assert not messages(caplog)
 
 
-def test_parameter_groups_of_other_optimizers_are_not(caplog: pytest.LogCaptureFixture) -> None:
+def test_parameter_groups_of_other_optimizers_are_not_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     for cls in (torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.NAdam, torch.optim.RAdam):
         other = cls([Parameter(torch.ones(2))], lr=0.1)
         groups = [
@@ -169,7 +173,7 @@ def test_parameter_groups_of_other_optimizers_are_not(caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kernels", ["auto", "off"])
-def test_parameters_in_low_precision_are_told_once(
+def test_low_precision_parameters_are_warned_about_once(
     kernels: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ADAI_DIST_KERNELS", kernels)
@@ -180,7 +184,7 @@ def test_parameters_in_low_precision_are_told_once(
     assert f"parameters are stepped in {str(dtype).removeprefix('torch.')}, 1 of 2 on this rank" in message
 
 
-def test_autocast_and_frozen_parameters_in_low_precision_are_not(caplog: pytest.LogCaptureFixture) -> None:
+def test_autocast_and_frozen_low_precision_parameters_are_not_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Linear(4, 4).bfloat16().requires_grad_(False), nn.Linear(4, 4))
     optimizer = AdaiW(model.parameters(), lr=0.1)
     for _ in range(2):
@@ -190,11 +194,11 @@ def test_autocast_and_frozen_parameters_in_low_precision_are_not(caplog: pytest.
     assert not messages(caplog)
 
 
-# -- processes apart ---------------------------------------------------------------------------------------------------
+# -- processes without a process group ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [None, "0", "1", "3"])
-def test_processes_that_train_apart_are_told_once_per_job(
+def test_processes_that_train_separately_are_warned_about_once_per_job(
     rank: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -202,12 +206,12 @@ def test_processes_that_train_apart_are_told_once_per_job(
         monkeypatch.setenv("RANK", rank)
     for _ in range(2):
         steps(AdaiW([Parameter(torch.ones(2))], lr=0.1), 3)
-    told = [message for message in messages(caplog) if "WORLD_SIZE is 4" in message]
-    assert len(told) == (rank in (None, "0")) == len(messages(caplog))
+    logged = [message for message in messages(caplog) if "WORLD_SIZE is 4" in message]
+    assert len(logged) == (rank in (None, "0")) == len(messages(caplog))
 
 
 @pytest.mark.parametrize("value", ["", "1", "0", "-2", "four", "2.0", " ", "²"])
-def test_one_process_and_nonsense_are_not(
+def test_a_single_process_and_an_invalid_world_size_are_not_warned_about(
     value: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", value)
@@ -218,19 +222,19 @@ def test_one_process_and_nonsense_are_not(
 def warned_with_process_group() -> list[str]:
     import logging
 
-    told: list[str] = []
+    logged: list[str] = []
     listener = logging.Handler()
-    listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    listener.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("adai_dist").addHandler(listener)
     os.environ["WORLD_SIZE"] = "2"
     steps(AdaiW([Parameter(torch.ones(2, dtype=torch.bfloat16))], lr=0.1))
     AdaiW([{"params": [Parameter(torch.ones(2))], "weight_decy": 0.1}], lr=0.1, betas=(0.9, 0.99))
     logging.getLogger("adai_dist").removeHandler(listener)
-    return told
+    return logged
 
 
 @pytest.mark.distributed
-def test_with_a_process_group_the_main_rank_tells_the_rest_and_no_other() -> None:
+def test_with_a_process_group_only_the_main_rank_warns() -> None:
     main, other = run_ranks(warned_with_process_group, 2)
     assert not other
     assert [next(word for word in ("bfloat16", "weight_decy", "beta0") if word in line) for line in main] == [
@@ -243,15 +247,15 @@ def test_with_a_process_group_the_main_rank_tells_the_rest_and_no_other() -> Non
 # -- meta and inference tensors ----------------------------------------------------------------------------------------
 
 
-def test_steps_on_meta_tensors_are_legal_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    """As with the optimizers of torch, for planning."""
+def test_steps_on_meta_tensors_work_and_are_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
+    """torch's optimizers step meta tensors too, for planning."""
     with torch.device("meta"):
         model = nn.Linear(3, 4)
     optimizer = AdaiV2(model.parameters(), lr=0.1, weight_decay=0.1, max_grad_norm=1.0, max_consecutive_skips=2)
     assert not messages(caplog)
-    steps(optimizer, STEPS_BETWEEN_LOOKS + 1)
+    steps(optimizer, STEPS_BETWEEN_CHECKS + 1)
     (message,) = messages(caplog)
-    assert "parameters are on the meta device and have no values, so that nothing is trained" in message
+    assert "parameters are on the meta device and have no values, so nothing is trained" in message
     assert optimizer.state[model.weight]["exp_avg"].device.type == "meta"
     assert copy.deepcopy(optimizer).state_dict()["state"][0]["exp_avg"].device.type == "meta"
 
@@ -268,7 +272,7 @@ def refused(optimizer: Any, message: str) -> None:
         optimizer.step()
 
 
-def test_parameters_of_inference_mode_are_refused_and_a_copy_is_not() -> None:
+def test_parameters_made_in_inference_mode_are_refused_and_a_copy_is_not() -> None:
     model = made_in_inference_mode()
     refused(AdaiW(model.parameters(), lr=0.1), "must be made outside of torch.inference_mode(), got one from within")
     trained = copy.deepcopy(model)
@@ -278,7 +282,7 @@ def test_parameters_of_inference_mode_are_refused_and_a_copy_is_not() -> None:
 
 
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "beta1_prod"])
-def test_states_of_inference_mode_are_refused(name: str) -> None:
+def test_states_made_in_inference_mode_are_refused(name: str) -> None:
     optimizer = AdaiW([Parameter(torch.ones(2))], lr=0.1)
     steps(optimizer)
     state = optimizer.state[optimizer.params()[0]]
@@ -287,7 +291,7 @@ def test_states_of_inference_mode_are_refused(name: str) -> None:
     refused(optimizer, f"got one from within it ({name}, of shape (2,))")
 
 
-def test_a_step_in_inference_mode_is_refused_and_leaves_no_states() -> None:
+def test_a_step_in_inference_mode_is_refused_and_creates_no_states() -> None:
     optimizer = AdaiW([Parameter(torch.ones(2))], lr=0.1)
     with torch.inference_mode():
         refused(optimizer, "step() must be called outside of torch.inference_mode()")
@@ -295,7 +299,7 @@ def test_a_step_in_inference_mode_is_refused_and_leaves_no_states() -> None:
     steps(optimizer)
 
 
-def test_gradients_of_inference_mode_are_as_good_as_others() -> None:
+def test_gradients_made_in_inference_mode_are_stepped() -> None:
     parameters = [Parameter(torch.ones(2)) for _ in range(2)]
     for parameter, mode in zip(parameters, (torch.inference_mode(), torch.no_grad()), strict=True):
         optimizer = AdaiW([parameter], lr=0.1)

@@ -1,9 +1,9 @@
-"""What an optimizer shares with the objects that stand for it.
+"""Attributes that an optimizer shares with its proxies.
 
-Trainers wrap an optimizer into an object that passes for one: of a subclass of its class, but with a ``__dict__`` of
-its own, which is a copy of the optimizer's or has a ``__getattr__`` beside it that asks the optimizer. What is set on
-such a proxy must arrive at the optimizer, and what becomes of the optimizer must show in the proxy. So all that is
-assigned anew after construction lies in one object, which a copy of the ``__dict__`` refers to as well.
+Trainers wrap an optimizer in a proxy: an object of a subclass of its class, whose ``__dict__`` is a copy of the
+optimizer's, or whose ``__getattr__`` delegates to the optimizer. Assignments to the proxy must reach the optimizer, and
+changes of the optimizer must show in the proxy. So all attributes that are reassigned after construction are stored in
+one object, to which a copy of the ``__dict__`` refers too.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _UNSET: Any = object()
 _live: weakref.WeakSet[StatefulOptimizer] = weakref.WeakSet()
 
 
-class Shared(Generic[T]):
-    """An attribute of an optimizer and of all its proxies."""
+class SharedAttribute(Generic[T]):
+    """A descriptor of an attribute that an optimizer and all its proxies share."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     @overload
-    def __get__(self, obj: None, owner: type) -> Shared[T]: ...
+    def __get__(self, obj: None, owner: type) -> SharedAttribute[T]: ...
 
     @overload
     def __get__(self, obj: object, owner: type | None = None) -> T: ...
 
-    def __get__(self, obj: object, owner: type | None = None) -> T | Shared[T]:
+    def __get__(self, obj: object, owner: type | None = None) -> T | SharedAttribute[T]:
         if obj is None:
             return self
         try:
@@ -54,27 +54,27 @@ class Shared(Generic[T]):
 
 
 class _Values(dict[str, Any]):
-    """Values of the shared attributes of one optimizer."""
+    """The values of the shared attributes of one optimizer."""
 
     def __init__(self, optimizer: StatefulOptimizer) -> None:
         super().__init__()
         self.optimizer = weakref.ref(optimizer)
 
 
-def begin_sharing(optimizer: StatefulOptimizer) -> None:
-    """Give an optimizer that is being made its shared attributes, without values."""
+def init_shared_attributes(optimizer: StatefulOptimizer) -> None:
+    """Attach an empty set of shared attributes to an optimizer that is being constructed."""
     optimizer.__dict__[_NAME] = _Values(optimizer)
     _live.add(optimizer)
 
 
-def itself(optimizer: OptimizerT) -> OptimizerT:
-    """The optimizer that a proxy stands for; any other optimizer, as it is."""
+def unproxied(optimizer: OptimizerT) -> OptimizerT:
+    """Return the optimizer behind a proxy; any other optimizer is returned unchanged."""
     found = _values_of(optimizer).optimizer()
     return optimizer if found is None else found  # pyright: ignore[reportReturnType] of the proxy's class or its base
 
 
-def optimizers_of(params: Iterable[Tensor]) -> list[StatefulOptimizer]:
-    """The optimizers of this process that hold one of the parameters and are still referred to."""
+def live_optimizers_of(params: Iterable[Tensor]) -> list[StatefulOptimizer]:
+    """Return the optimizers of this process that hold any of the parameters and are still referenced."""
     ids = {id(param) for param in params}
     return [optimizer for optimizer in _live if not ids.isdisjoint(map(id, optimizer.params()))]
 
@@ -84,7 +84,7 @@ def _values_of(obj: object) -> _Values:
         return getattr(obj, _NAME)
     except AttributeError:
         raise AttributeError(
-            f"an optimizer must have been made by its constructor, or stand for one that has, got an object of type "
+            f"an optimizer must have been constructed, or be a proxy of one that has, got an object of type "
             f"{type(obj).__name__} without its attributes; call super().__init__(...), or copy the __dict__ of the "
             "optimizer, or delegate to it by __getattr__"
         ) from None

@@ -1,4 +1,4 @@
-"""The elements that this rank holds of a tensor, whatever kind of tensor it is."""
+"""Local tensors: the elements of a DTensor or a plain tensor that this rank holds."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ PLAIN_TYPES = (torch.nn.Parameter, Tensor)
 
 
 def is_distributed() -> bool:
+    """Return whether torch.distributed is initialised."""
     return dist.is_available() and dist.is_initialized()
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    if type(tensor) in PLAIN_TYPES:  # asked several times per parameter and step
+    """Return whether ``tensor`` is a DTensor, without importing DTensor."""
+    if type(tensor) in PLAIN_TYPES:  # fast path: called several times per parameter and step
         return False
-    # Importing the module costs half a second; where nobody has imported it there are no DTensors.
+    # Importing the module takes half a second; if it has not been imported, there are no DTensors.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """The elements that this rank holds, as a real tensor that shares their memory.
+    """Return the elements that this rank holds as a real tensor that shares their memory.
 
-    Shape: the local one; complex tensors get a last dimension of 2 (real, imaginary).
+    Shape: the local shape; complex tensors get a last dimension of 2 (real, imaginary).
     """
     if type(tensor) not in PLAIN_TYPES and is_dtensor(tensor):
         with torch.no_grad():
             local: Any = tensor.to_local()
-        # An AsyncCollectiveTensor's communication may still be under way.
+        # The communication of an AsyncCollectiveTensor may still be in progress.
         tensor = local.wait() if hasattr(local, "wait") else local
     if tensor.requires_grad:
         tensor = tensor.detach()
@@ -43,13 +45,13 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def aligned_gradient(param: Tensor) -> Tensor | None:
-    """The gradient of ``param``, held like ``param``; None where there is none. ``param.grad`` stays as it is.
+    """Return the gradient of ``param`` in the placements of ``param``, or None; ``param.grad`` is not changed.
 
     Raises:
         TypeError: the gradient is sparse, or only one of parameter and gradient is a DTensor.
 
-    Collective: all ranks of the parameter's mesh where the placements differ (tensor parallelism with sequence
-    parallelism leaves partial sums), to redistribute the gradient; otherwise none.
+    Collective: if the placements differ (tensor parallelism with sequence parallelism leaves partial sums), all ranks
+    of the parameter's mesh, to redistribute the gradient; otherwise none.
     """
     grad = param.grad
     if grad is None:
@@ -73,5 +75,5 @@ def aligned_gradient(param: Tensor) -> Tensor | None:
 
 
 def num_padding(param: Tensor) -> int:
-    """How many local elements are no part of the model: FSDP1's flat parameter ends in padding, whose gradient is 0."""
+    """Return the number of local padding elements; FSDP1 pads flat parameters, with gradients of 0."""
     return param._shard_numel_padded if getattr(param, "_is_flat_param", False) else 0  # type: ignore[attr-defined]

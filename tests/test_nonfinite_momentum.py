@@ -1,4 +1,4 @@
-"""A NaN in exp_avg, which no step reads before it is taken, does not reach the parameters unnoticed."""
+"""A NaN in exp_avg, which a step reads only while it is taken, does not reach the parameters unnoticed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ WAYS: dict[str, Callable[[State, float], None]] = {
 @KERNELS
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 @pytest.mark.parametrize("way", WAYS)
-def test_what_torch_records_is_seen_before_the_parameters_move_until_it_is_mended(
+def test_recorded_writes_are_found_before_parameters_change_until_they_are_repaired(
     way: str, value: float, kernels: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ADAI_DIST_KERNELS", kernels)
@@ -66,9 +66,9 @@ def test_what_torch_records_is_seen_before_the_parameters_move_until_it_is_mende
         optimizer.step()
         assert bits(optimizer) == before
         assert optimizer.num_skipped_steps.item() == step + 1
-    told = next(record.getMessage() for record in caplog.records if "step skipped" in record.getMessage())
-    assert f"{STATE} (skipped so far: 1)" in told
-    assert "not finite on this rank: exp_avg of 'layer.1'; " in told
+    logged = next(record.getMessage() for record in caplog.records if "step skipped" in record.getMessage())
+    assert f"{STATE} (skipped so far: 1)" in logged
+    assert "not finite on this rank: exp_avg of 'layer.1'; " in logged
     state["exp_avg"].copy_(whole)
     for each in (optimizer, twin):
         for _ in range(2):
@@ -77,7 +77,7 @@ def test_what_torch_records_is_seen_before_the_parameters_move_until_it_is_mende
     assert optimizer.num_skipped_steps.item() == 3
 
 
-def test_a_replaced_state_mends_it_too() -> None:
+def test_replacing_the_state_repairs_it() -> None:
     optimizer = trained()
     param = optimizer.params()[0]
     whole = copy.deepcopy(optimizer.state[param])
@@ -91,7 +91,7 @@ def test_a_replaced_state_mends_it_too() -> None:
     assert optimizer.num_skipped_steps.item() == 1
 
 
-def test_two_parameters_are_mended_one_after_the_other() -> None:
+def test_two_parameters_are_repaired_in_different_steps() -> None:
     optimizer = trained()
     params = optimizer.params()
     for param in params[:2]:
@@ -103,7 +103,7 @@ def test_two_parameters_are_mended_one_after_the_other() -> None:
     assert optimizer.num_skipped_steps.item() == 2
 
 
-def test_a_write_before_clipping_by_a_call_is_seen() -> None:
+def test_a_write_before_clip_grad_norm_is_found() -> None:
     optimizer = trained()
     optimizer.state[optimizer.params()[0]]["exp_avg"].fill_(math.nan)
     optimizer.clip_grad_norm_(1.0)
@@ -111,7 +111,7 @@ def test_a_write_before_clipping_by_a_call_is_seen() -> None:
     assert optimizer.num_skipped_steps.item() == 1
 
 
-def test_a_complex_momentum_is_looked_at() -> None:
+def test_a_complex_momentum_is_checked() -> None:
     parameter = Parameter(torch.ones(3, dtype=torch.complex64))
     optimizer = AdaiW([parameter], lr=0.1)
     for step in range(2):
@@ -124,7 +124,7 @@ def test_a_complex_momentum_is_looked_at() -> None:
 
 
 def test_finite_writes_change_nothing_else() -> None:
-    """Whatever is written, the mean is that of exp_avg_sq."""
+    """The mean depends on exp_avg_sq only, whatever is written to exp_avg."""
     optimizer, twin = trained(), trained()
     for each in (optimizer, twin):
         each.state[each.params()[0]]["exp_avg"].mul_(0.5)
@@ -136,8 +136,8 @@ def test_finite_writes_change_nothing_else() -> None:
 
 
 @KERNELS
-def test_an_ordinary_step_reads_no_momentum_before_it_is_taken(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither does one after a skipped step, or one after the gradients of some parameters were missing."""
+def test_an_ordinary_step_does_not_check_momentum(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither does a step after a skipped one, or after one in which some gradients were missing."""
     monkeypatch.setenv("ADAI_DIST_KERNELS", kernels)
     optimizer = trained()
     looks: list[int] = []
@@ -176,7 +176,7 @@ def through_dlpack(momentum: Tensor) -> None:
 
 
 @pytest.mark.parametrize("write", [through_data, through_numpy, through_dlpack])
-def test_what_torch_does_not_record_is_named_by_the_next_step(
+def test_unrecorded_writes_are_named_by_the_next_step(
     write: Callable[[Tensor], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.manual_seed(0)
