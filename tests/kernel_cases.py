@@ -14,7 +14,7 @@ from adai_dist import equations
 from adai_dist.equations import Shards, StepScalars
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import nothing_kept
-from adai_dist.kernels.ops import packed
+from adai_dist.kernels.ops import kernel_scalars
 
 
 class Operators(NamedTuple):
@@ -139,7 +139,7 @@ def sums(operators: Operators, exp_avg_sqs: list[Tensor]) -> Tensor:
 def step(operators: Operators, shards: Shards, hyper: Hyper, scalars: StepScalars) -> Tensor:
     """One step in place. Returns: sum and sum of the samples of each new exp_avg_sq."""
     values = (scalars.inverse_means, scalars.coefficient, scalars.lr, scalars.is_finite, scalars.is_live)
-    return operators.advance(*shards, *values, packed(hyper))
+    return operators.advance(*shards, *values, kernel_scalars(hyper))
 
 
 def assert_same_bits(found: Shards, expected: Shards) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from adai_dist.equations import Shards
-from adai_dist.hyper import Hyper
+from adai_dist.hyper import KERNEL_SCALARS, Hyper
 from adai_dist.kernels import build
-from adai_dist.kernels.ops import packed
+from adai_dist.kernels.ops import kernel_scalars
 from tests import kernel_cases
 from tests.kernel_cases import DTYPE_PAIRS, DTYPES, MIXED, OPTIONS, SIZES, Operators, make_scalars, make_shards
 
@@ -155,7 +156,7 @@ def first_step(
     param = zeros.clone() if param is None else param
     shards = Shards([param], [gradient], [zeros.clone() if m is None else m], [v.clone()], [torch.ones_like(v)])
     one, true = torch.ones(()), torch.tensor(True)
-    operators.advance(*shards, torch.ones(1), one, one, true, true, packed(hyper))
+    operators.advance(*shards, torch.ones(1), one, one, true, true, kernel_scalars(hyper))
     return shards
 
 
@@ -225,7 +226,7 @@ def test_torch_finds_schemas_and_fakes_in_order(operators: Operators, retired: b
     observed = (shards.grad, shards.param, shards.exp_avg_sq, kept, scalars.coefficient, 0.1)
     torch.library.opcheck(ops.observe.default, observed)
     torch.library.opcheck(ops.sums.default, (shards.exp_avg_sq, kept))
-    torch.library.opcheck(ops.advance.default, (*shards, *values, packed(Hyper(lr=1.0))))
+    torch.library.opcheck(ops.advance.default, (*shards, *values, kernel_scalars(Hyper(lr=1.0))))
 
 
 def test_a_compiled_function_may_contain_them(operators: Operators) -> None:
@@ -244,6 +245,11 @@ def test_what_was_written_to_has_a_new_version(operators: Operators) -> None:
     before = [x[0]._version for x in shards]
     kernel_cases.step(operators, shards, Hyper(lr=1.0), make_scalars(shards))
     assert [x[0]._version - then for x, then in zip(shards, before, strict=True)] == [1, 0, 1, 1, 1]
+
+
+def test_the_kernels_declare_their_scalars_in_the_order_in_which_they_are_passed() -> None:
+    text = (build.CSRC / "adai_math.h").read_text()
+    assert tuple(re.findall(r"^  X\(\w+, (\w+)\)", text, re.MULTILINE)) == KERNEL_SCALARS
 
 
 BAD_ARGUMENTS = {

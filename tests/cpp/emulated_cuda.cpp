@@ -68,10 +68,7 @@ const char* advance(const int64_t* num_elements, int64_t num_tensors, void* cons
   x.lr = &scalars[1];
   x.is_finite = &flags[0];
   x.is_live = &flags[1];
-  const auto rounded = [&](int i) { return static_cast<float>(hyper[i]); };
-  x.hyper = {rounded(0), rounded(1), rounded(2), rounded(3), rounded(4), rounded(5), rounded(8), exponent(hyper[7]),
-             exponent(hyper[6])};
-  x.dampening = hyper[6] == 1.0 ? Dampening::one : hyper[6] == 0.0 ? Dampening::zero : Dampening::between;
+  x.hyper = hyper_of(hyper);
   std::vector<double> partials(static_cast<size_t>(num_partials(x)));
   return advance(x, partials.data(), sums, nullptr);
 }

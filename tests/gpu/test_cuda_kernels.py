@@ -12,7 +12,7 @@ from torch import Tensor
 from adai_dist.equations import Shards, StepScalars
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import build
-from adai_dist.kernels.ops import packed
+from adai_dist.kernels.ops import kernel_scalars
 from tests import kernel_cases
 from tests.kernel_cases import (
     DTYPE_PAIRS,
@@ -215,7 +215,7 @@ def test_schemas_and_fakes_tell_the_truth(operators: Operators) -> None:
     kept = torch.zeros(len(shards.param), 2, dtype=torch.float64, device=operators.device)
     observed = (shards.grad, shards.param, shards.exp_avg_sq, kept, scalars.coefficient, 0.1)
     torch.library.opcheck(ops.observe.default, observed, test_utils=checks)
-    torch.library.opcheck(ops.advance.default, (*shards, *values, packed(L2)), test_utils=checks)
+    torch.library.opcheck(ops.advance.default, (*shards, *values, kernel_scalars(L2)), test_utils=checks)
     torch.library.opcheck(ops.sums.default, (shards.exp_avg_sq, kept), test_utils=checks)
 
 

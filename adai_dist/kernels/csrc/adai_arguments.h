@@ -9,24 +9,9 @@
 
 namespace adai {
 
-// Order of the list `hyper`, as in ops.py: beta0, beta2, 1 - beta2, 1 - eps, coupled_decay, decoupled_decay, dampening,
-// inertia_exponent, lr_factor.
-constexpr size_t NUM_HYPER = 9;
-
-inline Hyper hyper_of(c10::ArrayRef<double> values) {
+inline Hyper checked_hyper(c10::ArrayRef<double> values) {
   TORCH_CHECK(values.size() == NUM_HYPER, "hyper must have ", NUM_HYPER, " numbers, got ", values.size());
-  const auto rounded = [&](size_t i) { return static_cast<float>(values[i]); };
-  Hyper hyper;
-  hyper.beta0 = rounded(0);
-  hyper.beta2 = rounded(1);
-  hyper.one_minus_beta2 = rounded(2);
-  hyper.max_inertia = rounded(3);
-  hyper.coupled_decay = rounded(4);
-  hyper.decoupled_decay = rounded(5);
-  hyper.dampening = exponent(values[6]);
-  hyper.inertia = exponent(values[7]);
-  hyper.lr_factor = rounded(8);
-  return hyper;
+  return hyper_of(values.data());
 }
 
 // Of a list that was checked; of an empty one any will do.
@@ -136,11 +121,6 @@ inline void check_sums(at::TensorList exp_avg_sqs, const at::Tensor& kept) {
   if (exp_avg_sqs.empty()) return;
   check_scalars("kept", kept, at::kDouble, static_cast<int64_t>(exp_avg_sqs.size()) * NUM_KEPT,
                 exp_avg_sqs[0].device());
-}
-
-inline Dampening dampening_of(const Hyper& hyper) {
-  if (hyper.dampening.whole == 1.0f) return Dampening::one;
-  return hyper.dampening.whole == 0.0f ? Dampening::zero : Dampening::between;
 }
 
 // Tell autograd, and whoever keeps sums of a state, that the tensors were written to.

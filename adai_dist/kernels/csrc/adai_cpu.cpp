@@ -117,7 +117,7 @@ class Recognised {
 at::Tensor observe(at::TensorList grads, at::TensorList params, at::TensorList exp_avg_sqs, const at::Tensor& kept,
                    const at::Tensor& coefficient, double coupled_decay) {
   check_observe(grads, params, exp_avg_sqs, kept, coefficient);
-  const Options options{dtype_of(params), dtype_of(grads), !params.empty(), false, Dampening::one};
+  const Dtypes dtypes{dtype_of(params), dtype_of(grads)};
   const float c = grads.empty() ? 1.0f : *coefficient.data_ptr<float>();
   const float decay = static_cast<float>(coupled_decay);
   const std::vector<int64_t> first_chunks = first_chunks_of(grads);
@@ -127,7 +127,7 @@ at::Tensor observe(at::TensorList grads, at::TensorList params, at::TensorList e
   for_each_chunk(first_chunks, grads, [&](size_t i, int64_t start, int64_t n, int64_t chunk) {
     void* param = params.empty() ? nullptr : address(params[i], start);
     const Chunk of_tensor{param, address(grads[i], start), nullptr, nullptr, nullptr, n};
-    of_chunks[chunk] = kernels().observe(of_tensor, options, c, decay);
+    of_chunks[chunk] = kernels().observe(of_tensor, dtypes, c, decay);
     if (exp_avg_sqs.empty() || recognised.is_kept(i)) return;
     v_sums[chunk] = kernels().sum(static_cast<const float*>(address(exp_avg_sqs[i], start)), n);
   });
@@ -152,9 +152,8 @@ at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList e
                    at::ArrayRef<double> hyperparameters) {
   check_advance(params, grads, exp_avgs, exp_avg_sqs, beta1_prods);
   check_step(inverse_means, coefficient, lr, is_finite, is_live, params);
-  const Hyper hyper = hyper_of(hyperparameters);
-  const Options options{dtype_of(params), dtype_of(grads), hyper.coupled_decay != 0.0f, !beta1_prods.empty(),
-                        dampening_of(hyper)};
+  const Hyper hyper = checked_hyper(hyperparameters);
+  const Dtypes dtypes{dtype_of(params), dtype_of(grads)};
   const bool live = *is_live.data_ptr<bool>();
   const float c = *coefficient.data_ptr<float>();
   const float rate = *is_finite.data_ptr<bool>() ? *lr.data_ptr<float>() : 0.0f;
@@ -164,12 +163,12 @@ at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList e
   for_each_chunk(first_chunks, params, [&](size_t i, int64_t start, int64_t n, int64_t chunk) {
     const auto state = [&](at::TensorList states) { return static_cast<float*>(address(states[i], start)); };
     const Chunk of_tensor{address(params[i], start), address(grads[i], start), state(exp_avgs), state(exp_avg_sqs),
-                          options.has_product ? state(beta1_prods) : nullptr, n};
+                          beta1_prods.empty() ? nullptr : state(beta1_prods), n};
     const Step step = step_of(hyper, c, rate, inverse_mean[i]);
     if (live) {
-      of_chunks[chunk] = kernels().advance(of_tensor, options, hyper, step);
+      of_chunks[chunk] = kernels().advance(of_tensor, dtypes, hyper, step);
     } else {
-      if (step.decay_factor != 1.0f) kernels().decay(of_tensor, options, step);
+      if (step.decay_factor != 1.0f) kernels().decay(of_tensor, dtypes, step);
       of_chunks[chunk] = kernels().sum(of_tensor.exp_avg_sq, n);
     }
     const int64_t distance = sample_distance(exp_avg_sqs[i].numel());

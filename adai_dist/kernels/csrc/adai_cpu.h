@@ -21,10 +21,8 @@ struct Chunk {
   int64_t num_elements;
 };
 
-struct Options {
-  Dtype param_dtype, grad_dtype;
-  bool is_coupled, has_product;
-  Dampening dampening;
+struct Dtypes {
+  Dtype param, grad;
 };
 
 struct Sums {
@@ -34,11 +32,11 @@ struct Sums {
 struct Kernels {
   // Inner products of one chunk; those with the parameter are 0 where it is null. The last is the squared norm of the
   // effective gradient.
-  Sums (*observe)(const Chunk&, const Options&, float coefficient, float coupled_decay);
+  Sums (*observe)(const Chunk&, const Dtypes&, float coefficient, float coupled_decay);
   // One step of one chunk; returns the sum of the new exp_avg_sq.
-  double (*advance)(const Chunk&, const Options&, const Hyper&, const Step&);
+  double (*advance)(const Chunk&, const Dtypes&, const Hyper&, const Step&);
   // The parameter's part in a step that does not count.
-  void (*decay)(const Chunk&, const Options&, const Step&);
+  void (*decay)(const Chunk&, const Dtypes&, const Step&);
   // The sum of a chunk of exp_avg_sq, added up as advance does.
   double (*sum)(const float* exp_avg_sq, int64_t num_elements);
 };

@@ -148,22 +148,6 @@ void advance_block(const Block& arguments, int64_t n, const Hyper& hyper_, const
 
 using AdvanceBlock = void (*)(const Block&, int64_t, const Hyper&, const Step&, double (&)[LANES]);
 
-template <bool COUPLED, bool HAS_PRODUCT>
-AdvanceBlock advance_of(Dampening dampening) {
-  switch (dampening) {
-    case Dampening::one: return advance_block<Variant<COUPLED, Dampening::one, HAS_PRODUCT>>;
-    case Dampening::zero: return advance_block<Variant<COUPLED, Dampening::zero, HAS_PRODUCT>>;
-    default: return advance_block<Variant<COUPLED, Dampening::between, HAS_PRODUCT>>;
-  }
-}
-
-AdvanceBlock advance_of(const Options& options) {
-  if (options.is_coupled) {
-    return options.has_product ? advance_of<true, true>(options.dampening) : advance_of<true, false>(options.dampening);
-  }
-  return options.has_product ? advance_of<false, true>(options.dampening) : advance_of<false, false>(options.dampening);
-}
-
 // -- chunks of any dtype ----------------------------------------------------------------------------------------------
 
 // A block of `from` as float32: the block itself, or a converted copy in `buffer`.
@@ -201,44 +185,45 @@ ADAI_FUNCTION int64_t block_elements(const Chunk& chunk, int64_t start) {
   return left < BLOCK_ELEMENTS ? left : BLOCK_ELEMENTS;
 }
 
-Sums observe(const Chunk& chunk, const Options& options, float coefficient, float coupled_decay) {
+Sums observe(const Chunk& chunk, const Dtypes& dtypes, float coefficient, float coupled_decay) {
   float grad_buffer[BLOCK_ELEMENTS], param_buffer[BLOCK_ELEMENTS];
   ObserveLanes lanes;
   for (int64_t start = 0; start < chunk.num_elements; start += BLOCK_ELEMENTS) {
     const int64_t n = block_elements(chunk, start);
-    const float* grad = block_of(chunk.grad, options.grad_dtype, start, n, grad_buffer);
+    const float* grad = block_of(chunk.grad, dtypes.grad, start, n, grad_buffer);
     if (chunk.param == nullptr) {
       observe_block<false>(grad, nullptr, n, 0.0f, 0.0f, lanes);
     } else {
-      const float* param = block_of(chunk.param, options.param_dtype, start, n, param_buffer);
+      const float* param = block_of(chunk.param, dtypes.param, start, n, param_buffer);
       observe_block<true>(grad, param, n, coefficient, coupled_decay, lanes);
     }
   }
   return {sum_of(lanes.grad_grad), sum_of(lanes.grad_param), sum_of(lanes.param_param), sum_of(lanes.expected)};
 }
 
-double advance(const Chunk& chunk, const Options& options, const Hyper& hyper, const Step& step) {
-  const AdvanceBlock advance_block = advance_of(options);
+double advance(const Chunk& chunk, const Dtypes& dtypes, const Hyper& hyper, const Step& step) {
+  const auto block_function = [](auto variant) -> AdvanceBlock { return advance_block<decltype(variant)>; };
+  const AdvanceBlock advance_next = with_variant(hyper, chunk.beta1_prod != nullptr, block_function);
   float grad_buffer[BLOCK_ELEMENTS], param_buffer[BLOCK_ELEMENTS];
   double lanes[LANES] = {};
   for (int64_t start = 0; start < chunk.num_elements; start += BLOCK_ELEMENTS) {
     const int64_t n = block_elements(chunk, start);
-    const float* grad = block_of(chunk.grad, options.grad_dtype, start, n, grad_buffer);
-    float* theta = const_cast<float*>(block_of(chunk.param, options.param_dtype, start, n, param_buffer));
+    const float* grad = block_of(chunk.grad, dtypes.grad, start, n, grad_buffer);
+    float* theta = const_cast<float*>(block_of(chunk.param, dtypes.param, start, n, param_buffer));
     float* P = chunk.beta1_prod == nullptr ? nullptr : chunk.beta1_prod + start;
-    advance_block({theta, grad, chunk.exp_avg + start, chunk.exp_avg_sq + start, P}, n, hyper, step, lanes);
-    write_back(theta, chunk.param, options.param_dtype, start, n);
+    advance_next({theta, grad, chunk.exp_avg + start, chunk.exp_avg_sq + start, P}, n, hyper, step, lanes);
+    write_back(theta, chunk.param, dtypes.param, start, n);
   }
   return sum_of(lanes);
 }
 
-void decay(const Chunk& chunk, const Options& options, const Step& step) {
+void decay(const Chunk& chunk, const Dtypes& dtypes, const Step& step) {
   float buffer[BLOCK_ELEMENTS];
   for (int64_t start = 0; start < chunk.num_elements; start += BLOCK_ELEMENTS) {
     const int64_t n = block_elements(chunk, start);
-    float* theta = const_cast<float*>(block_of(chunk.param, options.param_dtype, start, n, buffer));
+    float* theta = const_cast<float*>(block_of(chunk.param, dtypes.param, start, n, buffer));
     for (int64_t j = 0; j < n; ++j) adai::decay(theta[j], step);
-    write_back(theta, chunk.param, options.param_dtype, start, n);
+    write_back(theta, chunk.param, dtypes.param, start, n);
   }
 }
 

@@ -67,7 +67,7 @@ at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList e
                    at::ArrayRef<double> hyperparameters) {
   adai::check_advance(params, grads, exp_avgs, exp_avg_sqs, beta1_prods);
   adai::check_step(inverse_means, coefficient, lr, is_finite, is_live, params);
-  const adai::Hyper hyper = adai::hyper_of(hyperparameters);
+  const adai::Hyper hyper = adai::checked_hyper(hyperparameters);
   if (params.empty()) return at::empty({0, adai::NUM_KEPT}, lr.options().dtype(at::kDouble));
   const c10::cuda::CUDAGuard guard(params[0].device());
   adai::cuda::Advanced lists;
@@ -85,7 +85,6 @@ at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList e
   lists.is_finite = is_finite.const_data_ptr<bool>();
   lists.is_live = is_live.const_data_ptr<bool>();
   lists.hyper = hyper;
-  lists.dampening = adai::dampening_of(hyper);
   const int64_t num_tensors = static_cast<int64_t>(params.size());
   const at::Tensor kept = enqueued(lists, params, {num_tensors, adai::NUM_KEPT}, adai::cuda::advance);
   for (const at::TensorList& written : {params, exp_avgs, exp_avg_sqs, beta1_prods}) adai::bump_versions(written);

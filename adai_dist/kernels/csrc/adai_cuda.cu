@@ -302,24 +302,6 @@ const char* with_dtype(Dtype dtype, const CALL& call) {
   }
 }
 
-template <bool COUPLED, bool HAS_PRODUCT, class CALL>
-const char* with_dampening(Dampening dampening, const CALL& call) {
-  switch (dampening) {
-    case Dampening::one: return call(Variant<COUPLED, Dampening::one, HAS_PRODUCT>{});
-    case Dampening::zero: return call(Variant<COUPLED, Dampening::zero, HAS_PRODUCT>{});
-    default: return call(Variant<COUPLED, Dampening::between, HAS_PRODUCT>{});
-  }
-}
-
-template <class CALL>
-const char* with_variant(const Advanced& x, const CALL& call) {
-  const bool has_product = !x.beta1_prods.empty();
-  if (x.hyper.coupled_decay != 0.0f) {
-    return has_product ? with_dampening<true, true>(x.dampening, call) : with_dampening<true, false>(x.dampening, call);
-  }
-  return has_product ? with_dampening<false, true>(x.dampening, call) : with_dampening<false, false>(x.dampening, call);
-}
-
 }  // namespace
 
 const char* observe(const Observed& x, double* partials, double* sums, void* stream) {
@@ -367,7 +349,7 @@ const char* advance(const Advanced& x, double* partials, double* kept, void* str
     arguments.table.set_list(2, x.exp_avgs, launch);
     arguments.table.set_list(3, x.exp_avg_sqs, launch);
     arguments.table.set_list(4, x.beta1_prods, launch);
-    const char* error = with_variant(x, [&](auto variant) {
+    const char* error = with_variant(x.hyper, !x.beta1_prods.empty(), [&](auto variant) {
       return with_dtype(x.param_dtype, [&](auto param) {
         return with_dtype(x.grad_dtype, [&](auto grad) {
           const auto kernel = advance_chunks<decltype(variant), decltype(param), decltype(grad)>;

@@ -86,7 +86,6 @@ struct Advanced {
   const float *inverse_means, *coefficient, *lr;  // the first with one entry for each tensor
   const bool *is_finite, *is_live;
   Hyper hyper;
-  Dampening dampening;
 };
 
 struct Summed {

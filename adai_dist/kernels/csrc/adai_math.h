@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define ADAI_FUNCTION static __host__ __device__ __forceinline__
@@ -35,11 +36,27 @@ struct Exponent {
   float whole, high, low;
 };
 
-// Hyperparameters, rounded from float64 once per call.
+// The scalars of a variant, X(type, name), in the order of KERNEL_SCALARS in adai_dist/hyper.py.
+#define ADAI_HYPER(X)           \
+  X(float, beta0)               \
+  X(float, beta2)               \
+  X(float, one_minus_beta2)     \
+  X(float, max_inertia)         \
+  X(float, coupled_decay)       \
+  X(float, decoupled_decay)     \
+  X(Exponent, dampening)        \
+  X(Exponent, inertia_exponent) \
+  X(float, lr_factor)
+
 struct Hyper {
-  float beta0, beta2, one_minus_beta2, max_inertia, coupled_decay, decoupled_decay, lr_factor;
-  Exponent inertia, dampening;
+#define ADAI_FIELD(TYPE, NAME) TYPE NAME;
+  ADAI_HYPER(ADAI_FIELD)
+#undef ADAI_FIELD
 };
+
+#define ADAI_ONE(TYPE, NAME) +1
+constexpr int NUM_HYPER = 0 ADAI_HYPER(ADAI_ONE);
+#undef ADAI_ONE
 
 // What a step needs beside the tensors; see StepScalars in equations.py.
 struct Step {
@@ -58,10 +75,21 @@ ADAI_FUNCTION float float_of(int32_t bits) {
   return x;
 }
 
-ADAI_FUNCTION Exponent exponent(double a) {
-  const float whole = static_cast<float>(a);
-  const float high = float_of(bits_of(whole) & ~0xfff);
-  return {whole, high, static_cast<float>(a - high)};
+ADAI_FUNCTION void round_to(float& scalar, double x) { scalar = static_cast<float>(x); }
+
+ADAI_FUNCTION void round_to(Exponent& a, double x) {
+  a.whole = static_cast<float>(x);
+  a.high = float_of(bits_of(a.whole) & ~0xfff);
+  a.low = static_cast<float>(x - a.high);
+}
+
+// Rounds NUM_HYPER float64 values, once per call of an operator.
+ADAI_FUNCTION Hyper hyper_of(const double* values) {
+  Hyper hyper;
+#define ADAI_ROUND(TYPE, NAME) round_to(hyper.NAME, *values++);
+  ADAI_HYPER(ADAI_ROUND)
+#undef ADAI_ROUND
+  return hyper;
 }
 
 // x^a for x >= 0 and 0 < a < 1, within 2 units in the last place. Below 2^-126 x counts as 0; infinity as 2^128.
@@ -120,7 +148,7 @@ ADAI_FUNCTION void advance(float& theta, float gradient, float& m, float& v, flo
   v = v + (hyper.one_minus_beta2 * g) * g;
 
   float r = v * step.inverse_mean;
-  if (VARIANT::DAMPENING != Dampening::one) r = power(r, hyper.inertia);
+  if (VARIANT::DAMPENING != Dampening::one) r = power(r, hyper.inertia_exponent);
   float beta1 = 1.0f - r * hyper.beta0;
   beta1 = beta1 > 0.0f ? beta1 : 0.0f;
   beta1 = beta1 < hyper.max_inertia ? beta1 : hyper.max_inertia;
@@ -136,6 +164,24 @@ ADAI_FUNCTION void advance(float& theta, float gradient, float& m, float& v, flo
     update = m / (1.0f - P);
   }
   theta = theta + update * step.step_size;
+}
+
+template <class CALL>
+static inline auto with_flag(bool flag, const CALL& call) {
+  return flag ? call(std::true_type{}) : call(std::false_type{});
+}
+
+// Returns call(Variant<...>{}) with the formulas that these hyperparameters need; on the host.
+template <class CALL>
+static inline auto with_variant(const Hyper& hyper, bool has_product, const CALL& call) {
+  return with_flag(hyper.coupled_decay != 0.0f, [&](auto coupled) {
+    return with_flag(has_product, [&](auto product) {
+      constexpr bool COUPLED = decltype(coupled)::value, HAS_PRODUCT = decltype(product)::value;
+      if (hyper.dampening.whole == 1.0f) return call(Variant<COUPLED, Dampening::one, HAS_PRODUCT>{});
+      if (hyper.dampening.whole == 0.0f) return call(Variant<COUPLED, Dampening::zero, HAS_PRODUCT>{});
+      return call(Variant<COUPLED, Dampening::between, HAS_PRODUCT>{});
+    });
+  });
 }
 
 // Columns of what observe returns for a tensor: <gradient, gradient>, sum(v), <gradient, theta>, <theta, theta>, and
