@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from adai_dist import Adai, AdaiV2, AdaiW
+from adai_dist import Adai, AdaiV2
 from adai_dist.hyper import MIN_EPS, Hyper
+from adai_dist.optimizer.variants import OPTIMIZERS
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lr": -0.1}, ValueError, "lr must be finite and >= 0, got -0.1"),
@@ -47,7 +48,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize("optimizer_class", [Adai, AdaiW, AdaiV2])
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS.values())
 @pytest.mark.parametrize(("arguments", "error", "message"), WRONG, ids=[f"{w[0]}" for w in WRONG])
 def test_a_wrong_argument_is_named_with_its_value(
     optimizer_class: Any, arguments: dict[str, Any], error: type[Exception], message: str

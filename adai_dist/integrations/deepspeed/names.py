@@ -1,11 +1,11 @@
-"""What the optimizers are called in a DeepSpeed configuration."""
+"""The optimizers by their names in a DeepSpeed configuration."""
 
 from __future__ import annotations
 
-from adai_dist.optimizer import Adai, AdaiV2, AdaiW
+from adai_dist.optimizer import variants
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 
 OPTIMIZERS: dict[str, type[AdaptiveInertia]] = {
-    spelling: cls for cls in (Adai, AdaiW, AdaiV2) for spelling in (cls.__name__, cls.__name__.lower())
+    spelling: cls for name, cls in variants.OPTIMIZERS.items() for spelling in (name, name.lower())
 }
-"""Optimizers by what may stand as their type."""
+"""The optimizers by the values of ``"type"``."""
