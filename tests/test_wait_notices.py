@@ -19,7 +19,7 @@ import pytest
 from torch.utils import cpp_extension
 from torch.utils.file_baton import FileBaton
 
-from adai_dist.kernels import cache, waiting
+from adai_dist.kernels import build_cache, wait_notices
 from tests.recipe_runs import run_command
 from tests.tiny_extension import TINY, needs_toolchain
 
@@ -27,7 +27,7 @@ from tests.tiny_extension import TINY, needs_toolchain
 HOLD = """
 import sys
 from pathlib import Path
-from adai_dist.kernels.cache import locked
+from adai_dist.kernels.build_cache import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -48,8 +48,8 @@ def held(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "SOON_SECONDS", 0.1)
-    monkeypatch.setattr(waiting, "NOTICE_SECONDS", 0.3)
+    monkeypatch.setattr(wait_notices, "EARLY_NOTICE_SECONDS", 0.1)
+    monkeypatch.setattr(wait_notices, "NOTICE_SECONDS", 0.3)
 
 
 def after(seconds: float, work: Callable[[], Any]) -> None:
@@ -68,7 +68,7 @@ def test_a_process_that_waits_for_a_compilation_says_for_whom_and_takes_its_turn
     folder = tmp_path / "cpu_adai"
     with held(folder) as process:
         after(1.0, process.kill if is_killed else close_input(process))
-        with cache.locked(folder):
+        with build_cache.locked(folder):
             lines = capfd.readouterr().err.splitlines()
             assert json.loads((folder / "build.lock").read_text())["pid"] == os.getpid()
     assert len(lines) == 3, "after 0.1, 0.3 and 0.6 s"
@@ -83,7 +83,7 @@ def test_a_holder_who_has_not_signed_is_another_process(tmp_path: Path, capfd: p
         with held(tmp_path) as process:
             (tmp_path / "build.lock").write_text(text)
             after(0.25, close_input(process))
-            with cache.locked(tmp_path):
+            with build_cache.locked(tmp_path):
                 pass
         expected = f"adai_dist: waiting for another process, which is compiling {tmp_path.name}; it holds "
         assert capfd.readouterr().err.startswith(expected), text
@@ -92,14 +92,14 @@ def test_a_holder_who_has_not_signed_is_another_process(tmp_path: Path, capfd: p
 def test_a_wait_that_is_short_is_not_told(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waiting, "SOON_SECONDS", 5.0)
-    monkeypatch.setattr(waiting, "NOTICE_SECONDS", 30.0)
+    monkeypatch.setattr(wait_notices, "EARLY_NOTICE_SECONDS", 5.0)
+    monkeypatch.setattr(wait_notices, "NOTICE_SECONDS", 30.0)
     with held(tmp_path) as process:
         after(0.3, close_input(process))
-        with cache.locked(tmp_path):
+        with build_cache.locked(tmp_path):
             pass
     assert capfd.readouterr().err == ""
-    assert not [thread for thread in threading.enumerate() if thread.name == "adai_dist.waiting"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "adai_dist.wait_notices"]
 
 
 def test_a_line_that_nobody_can_read_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_line_that_nobody_can_read_is_no_error(monkeypatch: pytest.MonkeyPatch
         pass
     for stderr in (None, closed):
         monkeypatch.setattr(sys, "stderr", stderr)
-        waiting.say("a line")
+        wait_notices.write_to_stderr("a line")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_line_that_nobody_can_read_is_no_error(monkeypatch: pytest.MonkeyPatch
     [(-3, "0 s"), (0.4, "0 s"), (119, "119 s"), (600, "10 min"), (7200, "2 h"), (172800, "2 days"), (1e7, "116 days")],
 )
 def test_times_are_told_as_people_tell_them(seconds: float, words: str) -> None:
-    assert waiting.span(seconds) == words
+    assert wait_notices.format_duration(seconds) == words
 
 
 def test_torchs_loader_names_the_file_that_it_waits_for_its_age_and_the_remedy(
@@ -165,9 +165,9 @@ OPERATOR = """
 import os, sys, threading
 from pathlib import Path
 import adai_dist
-from adai_dist.kernels import waiting
+from adai_dist.kernels import wait_notices
 {register}
-waiting.NOTICE_SECONDS = 0.5
+wait_notices.NOTICE_SECONDS = 0.5
 from deepspeed.accelerator import get_accelerator
 lock = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "deepspeed_shm_comm" / "lock"
 lock.touch()

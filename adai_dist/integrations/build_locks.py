@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from adai_dist.integrations.after_import import after_import, wrap_once
-from adai_dist.kernels.waiting import span, told
+from adai_dist.kernels.wait_notices import format_duration, notices_while_waiting
 
 logger: logging.Logger = logging.getLogger("adai_dist")
 
@@ -30,7 +30,7 @@ def _register_with(module: ModuleType) -> None:
     def wrap(original: Callable[[Any], None]) -> Callable[[Any], None]:
         def wait(baton: Any) -> None:
             start = time.monotonic()
-            with told(lambda: _what_is_waited_for(str(baton.lock_file_path), start), logger.warning):
+            with notices_while_waiting(lambda: _what_is_waited_for(str(baton.lock_file_path), start), logger.warning):
                 original(baton)
 
         return wait
@@ -43,7 +43,8 @@ def _what_is_waited_for(path: str, start: float) -> str | None:
         age = time.time() - os.stat(path).st_mtime
     except OSError:
         return None  # it has just been removed
+    waited, existed = format_duration(time.monotonic() - start), format_duration(age)
     return (
-        f"waiting for {span(time.monotonic() - start)} for the file {path}, which is {span(age)} old: another process "
-        "compiles there, or was killed while it did; if no process does, delete the file"
+        f"waiting for {waited} for the file {path}, which is {existed} old: another process compiles there, or was "
+        "killed while it did; if no process does, delete the file"
     )

@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 import torch
 
-from adai_dist.kernels import cache, toolchain
+from adai_dist.kernels import build_cache, toolchain
 from adai_dist.kernels.toolchain import BuildError
-from adai_dist.kernels.waiting import say
+from adai_dist.kernels.wait_notices import write_to_stderr
 
 __all__ = ["CPU", "CUDA", "EXTENSIONS", "BuildError", "Extension", "Library", "find", "load", "set_compiler"]
 
@@ -144,13 +144,13 @@ def _load(path: Path) -> None:
 
 def find(extension: Extension) -> Library | None:
     """The library of these sources and flags, for this torch and the GPUs of this machine, if it has been compiled."""
-    path = cache.library_path(extension.name)
-    stamp = cache.read(cache.stamp_path(path))
+    path = build_cache.library_path(extension.name)
+    stamp = build_cache.read(build_cache.stamp_path(path))
     fits = (
         stamp.get("fingerprint") == fingerprint(extension)
         and toolchain.chosen_cxx_path() in ("", stamp.get("compiler"))
         and (extension.device_type == "cpu" or toolchain.run_here(stamp.get("architectures", "")))
-        and stamp.get("size") == cache.size_of(path)  # what is cut off ends the process that loads it
+        and stamp.get("size") == build_cache.size_of(path)  # what is cut off ends the process that loads it
     )
     return Library(path, None) if fits else None
 
@@ -179,22 +179,22 @@ def _build(extension: Extension, compiler: Compiler) -> Library:
     attempt = f"{fingerprint(extension)} {toolchain.cxx_path()}"
     if attempt in _failed:
         raise BuildError(_failed[attempt])
-    path = cache.library_path(extension.name)
-    failure_path = cache.failure_path(path)
-    earlier = cache.read(failure_path)
+    path = build_cache.library_path(extension.name)
+    failure_path = build_cache.failure_path(path)
+    earlier = build_cache.read(failure_path)
     try:
-        with cache.locked(path.parent):
+        with build_cache.locked(path.parent):
             if found := find(extension):
                 return found
-            failure = cache.read(failure_path)
+            failure = build_cache.read(failure_path)
             if failure != earlier and failure.get("attempt") == attempt:
                 raise BuildError(failure["message"])  # of a process that this one has waited for
-            say(f"compiling {extension.name} into {path}, once per machine; it takes {extension.takes}")
+            write_to_stderr(f"compiling {extension.name} into {path}, once per machine; it takes {extension.takes}")
             try:
                 return _compile(extension, compiler, path)
             except BuildError as error:
                 failure = {"attempt": attempt, "message": str(error), "time": str(time.time_ns())}
-                cache.write(failure_path, failure)
+                build_cache.write(failure_path, failure)
                 raise
     except OSError as error:
         raise BuildError(
@@ -222,16 +222,16 @@ def _compile(extension: Extension, compiler: Compiler, path: Path) -> Library:
             (built,) = folder.glob("*.so")
         except Exception as error:
             raise _failure_of(extension, error, path) from error
-        cache.sync(built)
-        cache.remove(cache.stamp_path(path))
+        build_cache.sync(built)
+        build_cache.remove(build_cache.stamp_path(path))
         if path.is_dir():
-            cache.remove(path)
+            build_cache.remove(path)
         os.replace(built, path)  # whoever has loaded the old one keeps it
-        cache.write(cache.stamp_path(path), {**stamp, "size": cache.size_of(path)})
-    for outdated in (cache.failure_path(path), cache.log_path(path)):
-        cache.remove(outdated)
+        build_cache.write(build_cache.stamp_path(path), {**stamp, "size": build_cache.size_of(path)})
+    for outdated in (build_cache.failure_path(path), build_cache.log_path(path)):
+        build_cache.remove(outdated)
     seconds = time.perf_counter() - start
-    say(f"compiled {extension.name} in {seconds:.1f} s")
+    write_to_stderr(f"compiled {extension.name} in {seconds:.1f} s")
     return Library(path, seconds)
 
 
@@ -241,7 +241,7 @@ def _failure_of(extension: Extension, error: Exception, path: Path) -> BuildErro
     if isinstance(error, ModuleNotFoundError):
         return BuildError(f"compiling needs the package {error.name}; got none; run: pip install {error.name}")
     output = str(error)
-    log = cache.log_path(path)
+    log = build_cache.log_path(path)
     log.write_text(output, encoding="utf-8")
     lines = [line for line in output.splitlines() if line.strip()]
     first = next((i for i, line in enumerate(lines) if "error:" in line), len(lines))

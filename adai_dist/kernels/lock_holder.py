@@ -1,4 +1,4 @@
-"""Who holds a file lock, written into the locked file: the system knows it, but does not tell over a network."""
+"""The holder of a file lock, recorded in the locked file: over a network file system, the kernel cannot name it."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from adai_dist.kernels.waiting import span
+from adai_dist.kernels.wait_notices import format_duration
 
 
-class Holder(NamedTuple):
-    """A process that holds a lock."""
+class LockHolder(NamedTuple):
+    """A process that holds a file lock."""
 
     host: str
     pid: int
     since: float
-    """Seconds since the epoch, by the clock of its host."""
+    """Time of acquisition in seconds since the epoch, by the clock of ``host``."""
 
     @classmethod
-    def of_this_process(cls) -> Holder:
+    def of_this_process(cls) -> LockHolder:
         return cls(socket.gethostname(), os.getpid(), time.time())
 
     @property
     def age(self) -> str:
-        """How long it has held the lock, in words."""
-        return span(time.time() - self.since)
+        """Time since the lock was acquired, formatted for a message."""
+        return format_duration(time.time() - self.since)
 
     def __str__(self) -> str:
         return f"process {self.pid} on host {self.host}"
 
 
-def sign(file: TextIO, holder: Holder | None) -> None:
-    """Replace the content of a file, open for writing, in place: the lock belongs to the file, not to its name.
+def write_holder(file: TextIO, holder: LockHolder | None) -> None:
+    """Replace the content of a file that is open for writing, in place: the lock belongs to the inode, not to the path.
 
     Args:
-        holder: None where nobody holds the lock any longer.
+        holder: None when the lock is being released.
     """
     file.seek(0)
     file.truncate()
@@ -46,10 +46,10 @@ def sign(file: TextIO, holder: Holder | None) -> None:
     file.flush()
 
 
-def read_holder(path: Path) -> Holder | None:
-    """Who has signed a file; None where nobody has, or where it cannot be read."""
+def read_holder(path: Path) -> LockHolder | None:
+    """Read the holder recorded in a file; None if there is none or the record is unreadable."""
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return Holder(str(content["host"]), int(content["pid"]), float(content["since"]))
+        return LockHolder(str(content["host"]), int(content["pid"]), float(content["since"]))
     except (OSError, ValueError, TypeError, KeyError):
         return None

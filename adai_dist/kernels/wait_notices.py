@@ -1,4 +1,4 @@
-"""Whoever waits for long says what for: otherwise nobody can tell it from a program that hangs."""
+"""Notices of long waits, which would otherwise look like a program that hangs."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 NOTICE_SECONDS = 30.0
-"""A wait is told after this time, and again each time that it has taken twice as long."""
-SOON_SECONDS = 5.0
-"""The same, once, for a wait that is usual and short, but whose reason the person who waits cannot see."""
+"""Time before the first notice; each further notice comes when the wait has doubled."""
+EARLY_NOTICE_SECONDS = 5.0
+"""Time before an additional notice of a wait that is common but whose reason is invisible to the user."""
 
 
-def say(line: str) -> None:
-    """Write a line to stderr, whatever is logged where; a program whose stderr is gone goes on."""
+def write_to_stderr(line: str) -> None:
+    """Write a line to stderr, independently of logging; ignore a stderr that is closed or missing."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(f"adai_dist: {line}\n")
         sys.stderr.flush()
 
 
 @contextmanager
-def told(describe: Callable[[], str | None], tell: Callable[[str], None], soon: bool = False) -> Generator[None]:
-    """Within the block, which waits for something, tell again and again for what.
+def notices_while_waiting(
+    describe: Callable[[], str | None], notify: Callable[[str], None], early: bool = False
+) -> Generator[None]:
+    """Announce repeatedly what the enclosed block is waiting for.
 
     Args:
-        describe: what is being waited for; None where there is nothing to say at this moment. Like ``tell`` it is
-            called by another thread.
-        tell: gets what ``describe`` returned.
-        soon: whether to tell it once after :data:`SOON_SECONDS`, too.
+        describe: returns the reason for the wait, or None to skip a notice. Like ``notify``, it is called from another
+            thread.
+        notify: receives the result of ``describe``.
+        early: also announce after :data:`EARLY_NOTICE_SECONDS`.
 
     Collective: none.
     """
@@ -39,24 +41,24 @@ def told(describe: Callable[[], str | None], tell: Callable[[str], None], soon: 
     start = time.monotonic()
 
     def watch() -> None:
-        moments = itertools.chain([SOON_SECONDS] * soon, (NOTICE_SECONDS * 2**k for k in itertools.count()))
-        for moment in moments:
-            if over.wait(start + moment - time.monotonic()):
+        doubling = (NOTICE_SECONDS * 2**k for k in itertools.count())
+        for seconds in itertools.chain([EARLY_NOTICE_SECONDS] * early, doubling):
+            if over.wait(start + seconds - time.monotonic()):
                 return
-            if what := describe():
-                tell(what)
+            if reason := describe():
+                notify(reason)
 
-    watcher = threading.Thread(target=watch, name="adai_dist.waiting", daemon=True)
+    watcher = threading.Thread(target=watch, name="adai_dist.wait_notices", daemon=True)
     watcher.start()
     try:
         yield
     finally:
         over.set()
-        watcher.join()  # nothing is told after the wait
+        watcher.join()  # no notice after the wait
 
 
-def span(seconds: float) -> str:
-    """A length of time in words, as long as people need it."""
+def format_duration(seconds: float) -> str:
+    """Format a duration in its largest unit of which there are at least two."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
