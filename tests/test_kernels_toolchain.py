@@ -95,11 +95,11 @@ def test_a_library_serves_the_gpus_that_its_code_runs_on(
     built: str, devices: list[tuple[int, int]], serves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(toolchain, "_of_devices", lambda: devices)
+    monkeypatch.setattr(toolchain, "_device_capabilities", lambda: devices)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    assert toolchain.run_here(built) is serves
+    assert toolchain.runs_here(built) is serves
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", built)
-    assert toolchain.run_here(built), "compiling again would give the same"
+    assert toolchain.runs_here(built), "compiling again would give the same"
     assert toolchain.wanted_architectures() == built
 
 
@@ -110,7 +110,7 @@ def test_without_a_gpu_all_that_nvcc_knows_of_the_last_years_is_compiled_for(
     nvcc.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_86\\ncompute_90\\n'\n")
     nvcc.chmod(0o755)
     monkeypatch.setattr(torch.version, "cuda", "12.4")
-    monkeypatch.setattr(toolchain, "_of_devices", list)
+    monkeypatch.setattr(toolchain, "_device_capabilities", list)
     monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("PYTORCH_NVCC", str(nvcc))
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)

@@ -1,5 +1,5 @@
-// torch.ops.adai_dist.{observe, advance, sums} on CUDA; the schemas, and what they mean, are in
-// adai_dist/kernels/ops.py. Nothing here waits for the device.
+// torch.ops.adai_dist.{observe, advance, sums} on CUDA; adai_dist/kernels/ops.py documents the operators. Nothing here
+// synchronises with the device.
 #include "adai_cuda.h"
 
 #include <ATen/ops/empty.h>
@@ -32,7 +32,7 @@ std::vector<void*> written_to(at::TensorList tensors) {
   return pointers;
 }
 
-// Allocate the partials and `sums`, and enqueue.
+// Allocates the partials and the result, and enqueues the kernels.
 template <class LISTS, class ENQUEUE>
 at::Tensor enqueued(const LISTS& lists, at::TensorList tensors, at::IntArrayRef shape, const ENQUEUE& enqueue) {
   const auto options = at::TensorOptions().dtype(at::kDouble).device(tensors[0].device());
