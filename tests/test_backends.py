@@ -1,4 +1,4 @@
-"""Which backend steps what: kernels, the equations compiled by torch, the equations."""
+"""The choice of a backend: kernels, the equations under torch.compile, or the equations."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def is_compiled(backend: Backend) -> bool:
     return backend.advance is ops.advance
 
 
-def test_kernels_step_what_they_can_and_the_equations_the_rest() -> None:
+def test_kernels_step_supported_tensors_and_the_equations_the_rest() -> None:
     assert is_compiled(backend_of(stepped(Parameter(torch.ones(3)))))
     assert is_compiled(backend_of(stepped(Parameter(torch.ones(3, dtype=torch.bfloat16)))))
     assert is_compiled(backend_of(stepped(Parameter(torch.ones(3, dtype=torch.complex64)))))
@@ -70,7 +70,7 @@ def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend_of(optimizer) is EQUATIONS
 
 
-def test_a_copy_asks_for_the_same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_keeps_the_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "off")
     optimizer = stepped(Parameter(torch.ones(3)))
     monkeypatch.delenv(VARIABLE)
@@ -80,7 +80,7 @@ def test_a_copy_asks_for_the_same_kernels(monkeypatch: pytest.MonkeyPatch) -> No
         assert backend_of(other) is EQUATIONS
 
 
-def test_a_value_that_is_none_of_the_three_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_mode_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "yes")
     with pytest.raises(ValueError, match="ADAI_DIST_KERNELS must be one of auto, off, require, got 'yes'"):
         Adai([Parameter(torch.ones(3))], lr=0.1)
@@ -95,7 +95,7 @@ def test_kernels_cannot_be_required_and_off(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
-def test_what_required_kernels_cannot_step_is_an_error(dtype: torch.dtype) -> None:
+def test_a_tensor_that_required_kernels_cannot_step_is_an_error(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=r"must be float32, .* which are required; got torch\.\w+ with strides"):
         stepped(Parameter(torch.ones(3, dtype=dtype)), require_kernels=True)
 
@@ -125,7 +125,7 @@ def test_any_order_of_dimensions_in_memory_gives_the_same_step(
 
 
 def test_a_gradient_may_change_its_dtype_and_layout_between_steps() -> None:
-    """So may then the backend; the sums of exp_avg_sq follow."""
+    """The backend then changes as well, and the sums of exp_avg_sq follow."""
     problem = replace(VARIANTS["dampening-0.5"], dtype=torch.float32, steps=12)
     oracle, _ = problem.solve()
     parameters = problem.parameters()
@@ -135,7 +135,7 @@ def test_a_gradient_may_change_its_dtype_and_layout_between_steps() -> None:
         for spec in problem.specs():
             gradient = problem.gradient(spec, step)
             if step % 3 == 1 and gradient is not None and gradient.numel():
-                gradient = torch.stack([gradient, gradient], -1)[..., 0]  # with gaps
+                gradient = torch.stack([gradient, gradient], -1)[..., 0]  # not dense
             parameters[spec.name].grad = gradient
         found |= {is_compiled(owned.backend) for owned in optimizer.owned_shards()}
         optimizer.step()
@@ -157,7 +157,7 @@ def test_the_equations_are_a_backend_with_sums_that_agree(
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
     with_gaps = shards._replace(grad=[torch.stack([grad, grad], -1)[..., 0] for grad in shards.grad])
     for each in (shards, with_gaps):
-        assert EQUATIONS.advance(each, hyper, make_scalars(each)) is None, "nothing to trust, everything is read"
+        assert EQUATIONS.advance(each, hyper, make_scalars(each)) is None, "nothing is kept, so that everything is read"
         assert torch.equal(EQUATIONS.observe(each, hyper, c, kept)[1], EQUATIONS.sums(each.exp_avg_sq, kept))
 
 
@@ -166,7 +166,7 @@ def test_the_equations_are_a_backend_with_sums_that_agree(
 @pytest.mark.parametrize("retired", [False, True], ids=["with products", "retired"])
 @pytest.mark.parametrize("name", kernel_cases.OPTIONS)
 def test_the_equations_compiled_by_torch_take_the_same_step(name: str, retired: bool) -> None:
-    """As on CUDA without nvcc; on a CPU torch compiles them for the CPU."""
+    """This is the backend for CUDA without nvcc, here compiled for the CPU."""
     backend = backends.compiled_equations()
     shards = make_shards([7, 2**12 + 3, 1], torch.device("cpu"), retired=retired)
     expected, scalars = kernel_cases.copied(shards), make_scalars(shards)
@@ -177,7 +177,7 @@ def test_the_equations_compiled_by_torch_take_the_same_step(name: str, retired: 
         torch.testing.assert_close(found, other, rtol=2e-6, atol=1e-7)
 
 
-def test_the_equations_cut_only_what_lies_in_one_order_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_equations_cut_only_contiguous_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "off")
     monkeypatch.setitem(foreach.PIECE_ELEMENTS, "cpu", 1000)
     start, gradient = torch.randn(2, 50, 60, generator=torch.Generator().manual_seed(0))

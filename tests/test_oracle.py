@@ -38,7 +38,7 @@ def test_the_oracle_follows_the_reference_to_rounding(trajectory: Trajectory) ->
 
 @pytest.mark.parametrize("dampening", [1.0, 0.5, 0.0])
 def test_alternating_gradients_give_constant_inertia_and_a_closed_form(dampening: float) -> None:
-    """With g_t = (-1)^(t-1) G the corrected second moment is G^2 for all t, so beta1 never changes."""
+    """The corrected second moment of g_t = (-1)^(t-1) G is G^2 for all t, so that beta1 never changes."""
     size = np.array([0.1, 1.0, 2.0, 3.0])
     lr, beta0, eps = 0.3, 0.1, 1e-3
     oracle = single(np.zeros(4), lr=lr, betas=(beta0, 0.99), eps=eps, dampening=dampening)
@@ -56,7 +56,7 @@ def test_alternating_gradients_give_constant_inertia_and_a_closed_form(dampening
 
 
 def test_the_largest_second_moment_gets_the_least_inertia() -> None:
-    """Bites on a ratio that is upside down."""
+    """An inverted ratio would reverse the order."""
     oracle = single(np.zeros(2), lr=1.0)
     oracle.step({"w": np.array([0.5, 2.0])})
     slow, fast = oracle.states["w"].beta1_prod

@@ -1,5 +1,5 @@
-// The CUDA kernels on the CPU, as functions that Python can call; tests/test_cuda_source.py builds and calls them.
-#include ADAI_CUDA_SOURCE  // adai_cuda.cu, its launches written as calls of emulated::launch
+// The CUDA kernels on the CPU, as C functions that tests/test_cuda_source.py calls.
+#include ADAI_CUDA_SOURCE  // adai_cuda.cu with its launches replaced by calls of emulated::launch
 
 using namespace adai;
 using namespace adai::cuda;
@@ -15,7 +15,7 @@ extern "C" {
 
 void set_descending(bool value) { emulated::descending = value; }
 
-// Writes (tensor, offset, count) of the chunk of every block, in the order of their partials. Returns their number.
+// Writes (tensor, offset, count) of the chunk of every block, in the order of partials. Returns the number of chunks.
 int64_t chunks(const int64_t* num_elements, int64_t num_tensors, int64_t max_tensors, int64_t max_chunks,
                int64_t (*result)[3]) {
   const std::vector<int64_t> sizes(num_elements, num_elements + num_tensors);
