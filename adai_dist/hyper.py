@@ -88,15 +88,14 @@ class Hyper:
     are the same."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
+        for name, value in list(vars(self).items()):
             if name == "lr":
                 object.__setattr__(self, name, _learning_rate(value))
             elif name == "betas":
                 object.__setattr__(self, name, _betas(value))
             elif name in RANGES:
                 object.__setattr__(self, name, _number_in_range(name, value))
-            elif not isinstance(value, bool) and not (value is None and field.default is None):
+            elif not isinstance(value, bool) and not (value is None and getattr(Hyper, name) is None):
                 raise TypeError(f"{name} must be a bool, got {value!r}")
 
     @classmethod
@@ -181,13 +180,9 @@ def max_grad_norm_in_range(name: str, value: float | None) -> float | None:
     if value is None:
         return None
     bound = _number(name, value)
-    _check(bound > 0, f"{name} must be > 0 (use None for no clipping)", value)
+    if not bound > 0:  # NaN is refused
+        raise ValueError(f"{name} must be > 0 (use None for no clipping), got {value!r}")
     return bound
-
-
-def _check(holds: bool, rule: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{rule}, got {got!r}")
 
 
 def _number(name: str, value: Any) -> float:
@@ -200,14 +195,16 @@ def _number(name: str, value: Any) -> float:
 
 
 def _number_in_range(name: str, value: Any) -> float:
-    number = _number(name, value)
-    _check(RANGES[name].contains(number), f"{name} must be {RANGES[name].rule}", number)
+    number, allowed = _number(name, value), RANGES[name]
+    if not allowed.contains(number):
+        raise ValueError(f"{name} must be {allowed.rule}, got {number!r}")
     return number
 
 
 def _learning_rate(lr: Any) -> float | Tensor:
     if isinstance(lr, Tensor):
-        _check(lr.numel() == 1, "Tensor lr must be 1-element", tuple(lr.shape))
+        if lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got {tuple(lr.shape)}")
         if lr.device.type != "cpu":
             return lr  # reading it would wait for the device
     value = _number_in_range("lr", lr)
@@ -219,7 +216,8 @@ def _betas(betas: Any) -> tuple[float, float]:
         raise TypeError(f"betas must be a pair (beta0, beta2), got {betas!r}")
     beta0, beta2 = (_number(f"betas[{i}]", betas[i]) for i in range(2))
     for value, (name, allowed) in zip((beta0, beta2), BETA_RANGES.items(), strict=True):
-        _check(allowed.contains(value), f"{name} must be {allowed.rule}", betas)
+        if not allowed.contains(value):
+            raise ValueError(f"{name} must be {allowed.rule}, got {betas!r}")
     return beta0, beta2
 
 
