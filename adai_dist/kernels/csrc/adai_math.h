@@ -8,6 +8,7 @@
 // contraction and without fast-math, an element therefore has the same bits in a vector, in a tail and on a GPU.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -55,7 +56,7 @@ struct Hyper {
 };
 
 #define ADAI_ONE(TYPE, NAME) +1
-constexpr int NUM_HYPER = 0 ADAI_HYPER(ADAI_ONE);
+constexpr size_t NUM_HYPER = 0 ADAI_HYPER(ADAI_ONE);
 #undef ADAI_ONE
 
 // The scalars of a step of one tensor; see StepScalars in equations.py.
