@@ -1,4 +1,4 @@
-"""Adaptive Inertia in plain PyTorch, one function per equation: the specification, and what runs without a compiler.
+"""Adaptive Inertia in plain PyTorch, one function per equation: the specification, and the backend without a compiler.
 
 Z. Xie, X. Wang, H. Zhang, I. Sato, M. Sugiyama: *Adaptive Inertia: Disentangling the Effects of Adaptive Learning Rate
 and Momentum*, ICML 2022, https://arxiv.org/abs/2006.15815. AdaiV2 is from the authors' code,
@@ -15,8 +15,8 @@ One step of one parameter group::
     m     <-  beta1 * m + (1 - beta1)^d * g                        first_moment_
     theta <-  theta - lr * beta0^(1 - d) * m / (1 - P)             update_
 
-``vbar`` is the mean of ``v / (1 - beta2^t)`` over every element of every parameter of every parameter group on every
-rank. It is known before v is, because the sum of v obeys a recursion (:func:`mean_terms`)::
+``vbar`` is the mean of ``v / (1 - beta2^t)`` over all elements of all parameters in all parameter groups on all ranks.
+It is known before v is updated, because the sum of v obeys a recursion (:func:`mean_terms`)::
 
     sum(v) <- beta2 * sum(v) + (1 - beta2) * ||g||^2
 
@@ -30,22 +30,22 @@ g                        effective gradient; c is the clip coefficient over the 
 v         exp_avg_sq     second moment
 m         exp_avg        first moment, the momentum
 P         beta1_prod     product of all inertias so far
-t         step           number of steps of this parameter that counted
+t         step           number of steps of this parameter that count
 d                        dampening; 1 is Adai
 ========  =============  ============================================================================================
 
 Differences from the authors' code:
 
-1. While vbar is 0 (nothing but zero gradients so far) inertia is undefined. Such a step decays theta where the decay is
-   decoupled, changes no state and does not count (the authors' code makes every parameter NaN). The same holds for a
-   step with neither gradient nor learning rate before the first one that counts: checkpoint libraries make one to have
-   the states created, and with coupled decay it would otherwise leave a trace.
-2. Arithmetic is float32 at least, and so are the states: in bfloat16 0.999 rounds to 1 and ``1 - P`` to 0.
-3. The gradient is never written to. The authors' code adds the coupled decay into it.
-4. A non-finite gradient anywhere skips the step everywhere; so does one whose square float32 cannot hold.
+1. While vbar is 0 (only zero gradients so far), inertia is undefined. Such a step applies decoupled decay to theta,
+   changes no state and does not count (in the authors' code, every parameter becomes NaN). The same holds for a step
+   with zero gradients and zero learning rate before the first step that counts: checkpoint libraries take one to
+   initialise the states, and under coupled decay it would otherwise change them.
+2. Arithmetic and states are at least float32: in bfloat16, 0.999 rounds to 1 and ``1 - P`` to 0.
+3. The gradient is never modified. The authors' code adds the coupled decay to it in place.
+4. A non-finite gradient on any rank skips the step on all ranks, as does a gradient whose square overflows float32.
 
-All functions take lists of tensors on one device; a trailing underscore changes the first argument in place. Nothing
-here reads a device tensor on the host.
+All functions take lists of tensors on one device; a trailing underscore marks in-place modification of the first
+argument. No function reads a device tensor on the host.
 """
 
 from __future__ import annotations
@@ -62,13 +62,14 @@ from adai_dist.hyper import Hyper
 Tensors = list[Tensor]
 
 CANCELLED = 1e-6
-"""A sum of float64 products has cancelled where this share of them is left, or less: half of its digits are gone."""
+"""Largest ratio of a float64 sum to its terms that counts as cancellation: half of the digits are lost."""
 
 
 class LocalTensors(NamedTuple):
-    """Local tensors stepped with the same hyperparameters: one entry per shard, alike in shape; real dtypes.
+    """Local tensors stepped with the same hyperparameters: one entry of equal shapes per shard, in real dtypes.
 
-    Parameters are of one floating-point dtype, gradients of one, states of the compute dtype (:func:`compute_dtype`).
+    All parameters have one floating-point dtype, as have all gradients; states have the compute dtype
+    (:func:`compute_dtype`).
     """
 
     param: Tensors
@@ -76,42 +77,42 @@ class LocalTensors(NamedTuple):
     exp_avg: Tensors
     exp_avg_sq: Tensors
     beta1_prod: Tensors
-    """Empty once all products are retired: so small that ``1 - P`` is 1."""
+    """Empty once all products are retired, that is, so small that ``1 - P`` is 1."""
 
 
 class StepScalars(NamedTuple):
-    """What a step needs beside the tensors; 0-dim tensors of the compute dtype on the device of the shards."""
+    """Scalar inputs of a step: 0-dim tensors of the compute dtype on the device of the shards."""
 
     coefficient: Tensor
-    """c: factor of every gradient, with the sign of the direction."""
+    """The factor c of every gradient, negative under maximize."""
     lr: Tensor
     is_finite: Tensor
-    """bool: no gradient anywhere is non-finite."""
+    """Whether all gradients on all ranks are finite; bool."""
     is_live: Tensor
-    """bool: finite, and vbar > 0; otherwise moments, products and inertia stay as they are."""
+    """Whether gradients are finite and vbar > 0; bool. Otherwise moments, products and inertia do not change."""
     inverse_means: Tensor
-    """``1 / (1 - beta2^t) / vbar``, one per shard, shape (number of shards,); 0 when the step is not live."""
+    """``1 / (1 - beta2^t) / vbar`` of each shard, shape (number of shards,); 0 if the step is not live."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The real dtype of arithmetic and states for a parameter of ``dtype``: float32, or float64 if it is wider."""
+    """Return the real dtype of arithmetic and states for a parameter dtype: float32, or float64 for wider dtypes."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def scalar_tensor(value: float | Tensor, like: Tensor) -> Tensor:
-    """``value`` as a 0-dim tensor with the device and dtype of ``like``; a device tensor is not read on the host."""
+    """Convert ``value`` to a 0-dim tensor with the device and dtype of ``like``, without a read on the host."""
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return value.detach().reshape(()).to(like.device, like.dtype)
     return torch.full((), float(value), device=like.device, dtype=like.dtype)
 
 
 def bias_correction(beta2: float, t: Tensor) -> Tensor:
-    """``1 - beta2^t`` in float64, without cancellation."""
+    """Return ``1 - beta2^t`` in float64, without cancellation."""
     return -torch.expm1(t.double() * (math.log(beta2) if beta2 > 0 else -math.inf))
 
 
 def gradient(shards: LocalTensors, hyper: Hyper, c: Tensor) -> Tensors:
-    """``g = c * gradient (+ weight_decay * theta)``: new tensors of the compute dtype, which is that of c."""
+    """``g = c * gradient (+ weight_decay * theta)``, as new tensors of the compute dtype, which is that of c."""
     g = list(torch._foreach_mul([grad.to(c.dtype) for grad in shards.grad], c))
     if hyper.coupled_decay:
         torch._foreach_add_(g, [param.to(c.dtype) for param in shards.param], alpha=hyper.coupled_decay)
@@ -119,7 +120,7 @@ def gradient(shards: LocalTensors, hyper: Hyper, c: Tensor) -> Tensors:
 
 
 def decay_(theta: Tensors, hyper: Hyper, scalars: StepScalars) -> None:
-    """``theta <- theta * (1 - lr * weight_decay)``, decoupled; nothing if a gradient is non-finite."""
+    """``theta <- theta * (1 - lr * weight_decay)``, decoupled; a no-op if a gradient is non-finite."""
     if hyper.decoupled_decay:
         torch._foreach_mul_(theta, 1.0 - scalars.lr * scalars.is_finite * hyper.decoupled_decay)
 
@@ -131,7 +132,7 @@ def second_moment_(v: Tensors, g: Tensors, hyper: Hyper, scalars: StepScalars) -
 
 
 def inertia(v: Tensors, hyper: Hyper, scalars: StepScalars) -> Tensors:
-    """``beta1 = clamp(1 - beta0 * r^(1 / (3 - 2 d)), 0, 1 - eps)``; 1, which keeps all, if the step is not live."""
+    """``beta1 = clamp(1 - beta0 * r^(1 / (3 - 2 d)), 0, 1 - eps)``; 1 if the step is not live, so that m and P stay."""
     beta1 = list(torch._foreach_mul(v, list(scalars.inverse_means.unbind())))
     if hyper.inertia_exponent != 1.0:
         torch._foreach_pow_(beta1, hyper.inertia_exponent)
@@ -144,7 +145,7 @@ def inertia(v: Tensors, hyper: Hyper, scalars: StepScalars) -> Tensors:
 
 
 def inertia_product_(P: Tensors, beta1: Tensors) -> None:
-    """``P <- P * beta1``; P may be retired."""
+    """``P <- P * beta1``; a no-op if P is retired."""
     if P:
         torch._foreach_mul_(P, beta1)
 
@@ -162,11 +163,11 @@ def first_moment_(m: Tensors, beta1: Tensors, g: Tensors, hyper: Hyper) -> None:
 
 
 def update_(theta: Tensors, m: Tensors, P: Tensors, hyper: Hyper, scalars: StepScalars) -> None:
-    """``theta <- theta - lr * beta0^(1 - d) * m / (1 - P)``; without P where it is retired. Nothing if not live."""
+    """``theta <- theta - lr * beta0^(1 - d) * m / (1 - P)``, with 1 - P = 1 if P is retired; a no-op if not live."""
     step_size = scalars.lr * -hyper.lr_factor
     if P:
         one_minus_P = _one_minus(P)
-        # 1 - P >= eps after a step that counted. Before the first one it is 0, and so is m.
+        # 1 - P >= eps after a step that counted; before the first one, both 1 - P and m are 0.
         torch._foreach_clamp_min_(one_minus_P, torch.finfo(P[0].dtype).tiny)
         update = list(torch._foreach_div(m, one_minus_P))
         torch._foreach_mul_(update, step_size)
@@ -177,9 +178,9 @@ def update_(theta: Tensors, m: Tensors, P: Tensors, hyper: Hyper, scalars: StepS
 
 
 def advance(shards: LocalTensors, hyper: Hyper, scalars: StepScalars) -> None:
-    """One step of all equations above, in place on parameters and states.
+    """Take one step of all equations above, in place on parameters and states.
 
-    Temporary memory: four tensors as large as all the shards together.
+    Temporary memory: four tensors of the total size of the shards.
     """
     dtype = scalars.coefficient.dtype
     theta = [param.to(dtype) for param in shards.param]
@@ -196,21 +197,21 @@ def advance(shards: LocalTensors, hyper: Hyper, scalars: StepScalars) -> None:
 
 
 class SquaredNorms(NamedTuple):
-    """Inner products, one float64 per shard; the last three only with coupled decay, else 0."""
+    """Inner products, one float64 per shard; the last three are 0 without coupled decay."""
 
     grad_grad: Tensor
     """``<gradient, gradient>`` of the raw gradient."""
     grad_param: Tensor
     param_param: Tensor
     expected: Tensor
-    """``<g, g>`` of the effective gradient at the expected coefficient, rounded as a step rounds it."""
+    """``<g, g>`` of the effective gradient at the expected coefficient, with the rounding of a step."""
 
 
 def observe(shards: LocalTensors, hyper: Hyper, c: Tensor) -> SquaredNorms:
-    """Inner products of the raw gradients, and with coupled decay of gradients and parameters, per shard.
+    """Return the inner products of the raw gradients, and under coupled decay those with the parameters, per shard.
 
     Args:
-        c: the coefficient that is expected; 0-dim, of the compute dtype.
+        c: expected coefficient; 0-dim, of the compute dtype.
     """
     grad_grad = _norms(shards.grad, 2).square()
     if not hyper.coupled_decay:
@@ -222,12 +223,12 @@ def observe(shards: LocalTensors, hyper: Hyper, c: Tensor) -> SquaredNorms:
 
 
 def sums(v: Tensors) -> Tensor:
-    """``sum(v)`` of non-negative v, one float64 per shard; the order of summation depends on the shape alone."""
+    """Return ``sum(v)`` of non-negative v, one float64 per shard; the order of summation depends only on the shape."""
     return _norms(v, 1)
 
 
 class MeanTerms(NamedTuple):
-    """What shards add to ``sum(v / (1 - beta2^t))``, before c is known; float64. See :func:`mean_sum`."""
+    """Contributions of shards to ``sum(v / (1 - beta2^t))``, before c is known; float64. See :func:`mean_sum`."""
 
     carried: Tensor
     quadratic: Tensor
@@ -239,14 +240,14 @@ class MeanTerms(NamedTuple):
 def mean_terms(
     norms: SquaredNorms, v_sum: Tensor, correction: Tensor, hyper: Hyper, c: Tensor, dtype: torch.dtype
 ) -> MeanTerms:
-    """What a shard adds to vbar, before v is updated and before the coefficient of the gradients is known.
+    """Return the contribution of each shard to vbar, before v is updated and before c is known.
 
     Args:
-        norms: of :func:`observe`.
+        norms: result of :func:`observe`.
         v_sum: ``sum(v)`` before this step, float64, shape (number of shards,).
-        correction: ``1 - beta2^t`` of this step, likewise.
-        c: the coefficient that :func:`observe` was told to expect; 0-dim, float64.
-        dtype: of v, in which a step rounds beta2 and ``1 - beta2``.
+        correction: ``1 - beta2^t`` of this step, float64, shape (number of shards,).
+        c: expected coefficient, as passed to :func:`observe`; 0-dim, float64.
+        dtype: dtype of v, to which a step rounds beta2 and ``1 - beta2``.
     """
     gain = _rounded(1.0 - hyper.beta2, dtype) / correction
     carried, quadratic = _rounded(hyper.beta2, dtype) * v_sum / correction, gain * norms.grad_grad
@@ -259,21 +260,21 @@ def mean_terms(
 
 
 def mean_sum(terms: MeanTerms, c: Tensor, expected: Tensor) -> Tensor:
-    """``sum(v / (1 - beta2^t))`` after this step, from ``sum(v) <- beta2 * sum(v) + (1 - beta2) * ||g||^2``.
+    """Return ``sum(v / (1 - beta2^t))`` after this step: ``sum(v) <- beta2 * sum(v) + (1 - beta2) * ||g||^2``.
 
-    ``||g||^2`` is multiplied out, as the norm of all gradients must be known before c is. Near convergence under
-    coupled decay ``c * gradient`` and ``weight_decay * theta`` cancel, and it would be lost in rounding errors. There
-    it is developed around the ``||g||^2`` of the expected coefficient, which rounds as a step does.
+    ``||g||^2`` is expanded into inner products, because c depends on the norm of all gradients. Near convergence under
+    coupled decay, ``c * gradient`` and ``weight_decay * theta`` cancel, and rounding errors would dominate the sum.
+    ``||g||^2`` is then expanded around its value at the expected coefficient, which has the rounding of a step.
 
     Args:
         c: coefficient of the gradients, >= 0; 0-dim, float64.
-        expected: the one that :func:`observe` was told to expect; likewise.
+        expected: expected coefficient, as passed to :func:`observe`; 0-dim, float64.
     """
     squares = c * c * terms.quadratic + terms.constant
-    multiplied_out = squares + c * terms.linear
-    developed = terms.expected + (c - expected) * ((c + expected) * terms.quadratic + terms.linear)
-    is_cancelled = multiplied_out <= CANCELLED * squares
-    return terms.carried + torch.where(is_cancelled, developed.clamp(min=0.0), multiplied_out)
+    expanded = squares + c * terms.linear
+    around_expected = terms.expected + (c - expected) * ((c + expected) * terms.quadratic + terms.linear)
+    is_cancelled = expanded <= CANCELLED * squares
+    return terms.carried + torch.where(is_cancelled, around_expected.clamp(min=0.0), expanded)
 
 
 def _norms(tensors: Tensors, order: int) -> Tensor:

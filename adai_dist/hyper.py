@@ -1,4 +1,4 @@
-"""The hyperparameters of Adaptive Inertia: their names, defaults and ranges, declared once.
+"""The hyperparameters of Adaptive Inertia: names, defaults and ranges, each declared once.
 
 Constructors, configuration files and command lines all pass through :class:`Hyper`; no other file states a default or
 checks a range.
@@ -7,20 +7,55 @@ checks a range.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 MIN_EPS = 2.0**-24
-"""Below this bound ``1 - eps`` is 1 in float32, the inertia can reach 1, and the bias correction divides by zero."""
+"""Smallest eps: below it, ``1 - eps`` is 1 in float32, inertia can reach 1, and bias correction divides by zero."""
 
 ROUNDING = 1e-8
-"""How far outside of its range rounding may take a number that a schedule computes in float64, ..."""
+"""Largest rounding error by which a schedule in float64 may leave a range."""
 
 ROUNDING_FLOAT32 = 1e-4
-"""... and one that it computes in float32, as tensors and NumPy scalars are."""
+"""Largest rounding error by which a schedule in float32 (tensors, NumPy scalars) may leave a range."""
+
+
+class Range(NamedTuple):
+    """The values that a number may take, both ends included."""
+
+    lower: float
+    upper: float
+    rule: str
+    """The range as errors state it, after "must be"."""
+    is_scheduled: bool = True
+    """Whether a value that rounding has moved out of the range is replaced by the end of the range."""
+
+    def contains(self, value: float) -> bool:
+        return self.lower <= value <= self.upper
+
+
+_BELOW_ONE = math.nextafter(1.0, 0.0)
+_NOT_NEGATIVE = Range(0.0, sys.float_info.max, "finite and >= 0")
+
+RANGES = {
+    "lr": _NOT_NEGATIVE,
+    "eps": Range(MIN_EPS, _BELOW_ONE, "in [2**-24, 1)", is_scheduled=False),
+    "weight_decay": _NOT_NEGATIVE,
+    "dampening": Range(0.0, 1.0, "in [0, 1]"),
+}
+"""Ranges of the fields of :class:`Hyper` that are numbers. The remaining fields are ``betas`` and flags."""
+
+BETA_RANGES = {"betas[0] (beta0)": _NOT_NEGATIVE, "betas[1] (beta2)": Range(0.0, _BELOW_ONE, "in [0, 1)")}
+
+KERNEL_SCALARS = (
+    *("beta0", "beta2", "one_minus_beta2", "max_inertia", "coupled_decay", "decoupled_decay"),
+    *("dampening", "inertia_exponent", "lr_factor"),
+)
+"""Attributes of :class:`Hyper` passed to the compiled kernels, in the order of ``ADAI_HYPER`` in adai_math.h."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +74,7 @@ class Hyper:
     betas: tuple[float, float] = (0.1, 0.99)
     """``(beta0, beta2)``: scale of ``1 - inertia``, >= 0; decay rate of the second moment, in [0, 1)."""
     eps: float = 1e-3
-    """Inertia stays at or below ``1 - eps``; in [2^-24, 1)."""
+    """Distance of the largest inertia, ``1 - eps``, from 1; in [2^-24, 1)."""
     weight_decay: float = 0.0
     """Decay rate, >= 0."""
     dampening: float = 1.0
@@ -49,45 +84,43 @@ class Hyper:
     maximize: bool = False
     """Ascend instead of descend."""
     foreach: bool | None = None
-    """Where no kernels are compiled: step many tensors per operation (None and True) or one at a time (False), with the
-    same results."""
+    """Step many tensors per operation (None and True) or one at a time (False), without compiled kernels; the results
+    are the same."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "lr", _learning_rate(self.lr))
-        object.__setattr__(self, "betas", _betas(self.betas))
-        for name in ("eps", "weight_decay", "dampening"):
-            object.__setattr__(self, name, _number(name, getattr(self, name)))
-        _check(MIN_EPS <= self.eps < 1, "eps must be in [2**-24, 1)", self.eps)
-        _check(0 <= self.weight_decay < math.inf, "weight_decay must be finite and >= 0", self.weight_decay)
-        _check(0 <= self.dampening <= 1, "dampening must be in [0, 1]", self.dampening)
-        for name in ("decoupled", "maximize", "foreach"):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and not (name == "foreach" and value is None):
+        for name, value in list(vars(self).items()):
+            if name == "lr":
+                object.__setattr__(self, name, _learning_rate(value))
+            elif name == "betas":
+                object.__setattr__(self, name, _betas(value))
+            elif name in RANGES:
+                object.__setattr__(self, name, _number_in_range(name, value))
+            elif not isinstance(value, bool) and not (value is None and getattr(Hyper, name) is None):
                 raise TypeError(f"{name} must be a bool, got {value!r}")
 
     @classmethod
     def from_param_group(cls, param_group: Mapping[str, Any]) -> Hyper:
-        """Read the record back from a ``param_groups`` entry; keys of other owners in it are ignored.
+        """Read the record from a ``param_groups`` entry, ignoring keys that are not hyperparameters.
 
-        Schedulers write there. A number that rounding alone can have taken out of its range is taken as the end of it.
+        Schedulers write to these entries. A value that rounding has moved out of its range is moved back to its end.
         """
         values = {name: param_group[name] for name in FIELD_NAMES}
         try:
             return cls(**values)
         except ValueError:
-            return cls(**(values | _within_rounding(values)))
+            return cls(**(values | _moved_into_range(values)))
 
     @classmethod
     def from_param_groups(cls, param_groups: Sequence[Mapping[str, Any]]) -> list[Hyper]:
-        """The records of all groups, each as :meth:`from_param_group` reads it.
+        """Read the records of all parameter groups with :meth:`from_param_group`.
 
         Raises:
-            TypeError, ValueError: a value is none, which the message names with the index of its group.
+            TypeError, ValueError: a value is invalid; the message states the index of its parameter group.
         """
-        return [_of_group(index, param_group) for index, param_group in enumerate(param_groups)]
+        return [_of_param_group(index, param_group) for index, param_group in enumerate(param_groups)]
 
     def as_defaults(self) -> dict[str, Any]:
-        """The record as entries of a parameter group."""
+        """Return the record as entries of a parameter group."""
         return {name: getattr(self, name) for name in FIELD_NAMES}
 
     @property
@@ -97,6 +130,14 @@ class Hyper:
     @property
     def beta2(self) -> float:
         return self.betas[1]
+
+    @property
+    def one_minus_beta2(self) -> float:
+        return 1.0 - self.beta2
+
+    @property
+    def max_inertia(self) -> float:
+        return 1.0 - self.eps
 
     @property
     def inertia_exponent(self) -> float:
@@ -123,7 +164,7 @@ class Hyper:
         return -1.0 if self.maximize else 1.0
 
 
-def _of_group(index: int, param_group: Mapping[str, Any]) -> Hyper:
+def _of_param_group(index: int, param_group: Mapping[str, Any]) -> Hyper:
     try:
         return Hyper.from_param_group(param_group)
     except (TypeError, ValueError) as error:
@@ -139,39 +180,9 @@ def max_grad_norm_in_range(name: str, value: float | None) -> float | None:
     if value is None:
         return None
     bound = _number(name, value)
-    _check(bound > 0, f"{name} must be > 0 (use None for no clipping)", value)
+    if not bound > 0:  # NaN is refused
+        raise ValueError(f"{name} must be > 0 (use None for no clipping), got {value!r}")
     return bound
-
-
-def _check(holds: bool, rule: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{rule}, got {got!r}")
-
-
-def _within_rounding(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of which rounding alone can have brought them out of their range, as the ends of it."""
-    ends: dict[str, Any] = {}
-    for name, upper in (("lr", math.inf), ("weight_decay", math.inf), ("dampening", 1.0)):
-        value = values.get(name)
-        if not (isinstance(value, Tensor) and (value.numel() != 1 or value.device.type != "cpu")):
-            ends[name] = _end(value, upper)
-    betas = values.get("betas")
-    if isinstance(betas, (Sequence, Tensor)) and len(betas) == 2:
-        ends["betas"] = (_end(betas[0], math.inf), _end(betas[1], math.nextafter(1.0, 0.0)))
-    return ends
-
-
-def _end(value: Any, upper: float) -> Any:
-    if isinstance(value, (str, bytes, bool)):
-        return value
-    rounding = ROUNDING if isinstance(value, (int, float)) else ROUNDING_FLOAT32
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        return value
-    if -rounding <= number < 0:
-        return 0.0
-    return upper if upper < number <= upper + rounding else value
 
 
 def _number(name: str, value: Any) -> float:
@@ -183,13 +194,20 @@ def _number(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a number, got {value!r}") from None
 
 
+def _number_in_range(name: str, value: Any) -> float:
+    number, allowed = _number(name, value), RANGES[name]
+    if not allowed.contains(number):
+        raise ValueError(f"{name} must be {allowed.rule}, got {number!r}")
+    return number
+
+
 def _learning_rate(lr: Any) -> float | Tensor:
     if isinstance(lr, Tensor):
-        _check(lr.numel() == 1, "Tensor lr must be 1-element", tuple(lr.shape))
+        if lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got {tuple(lr.shape)}")
         if lr.device.type != "cpu":
             return lr  # reading it would wait for the device
-    value = _number("lr", lr)
-    _check(0 <= value < math.inf, "lr must be finite and >= 0", value)
+    value = _number_in_range("lr", lr)
     return lr if isinstance(lr, Tensor) else value
 
 
@@ -197,6 +215,36 @@ def _betas(betas: Any) -> tuple[float, float]:
     if isinstance(betas, (str, bytes)) or not isinstance(betas, (Sequence, Tensor)) or len(betas) != 2:
         raise TypeError(f"betas must be a pair (beta0, beta2), got {betas!r}")
     beta0, beta2 = (_number(f"betas[{i}]", betas[i]) for i in range(2))
-    _check(0 <= beta0 < math.inf, "betas[0] (beta0) must be finite and >= 0", betas)
-    _check(0 <= beta2 < 1, "betas[1] (beta2) must be in [0, 1)", betas)
+    for value, (name, allowed) in zip((beta0, beta2), BETA_RANGES.items(), strict=True):
+        if not allowed.contains(value):
+            raise ValueError(f"{name} must be {allowed.rule}, got {betas!r}")
     return beta0, beta2
+
+
+def _moved_into_range(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scheduled values, with the end of a range for each that rounding has moved out of it."""
+    moved: dict[str, Any] = {}
+    for name, allowed in RANGES.items():
+        value = values.get(name)
+        is_on_host = not isinstance(value, Tensor) or (value.numel() == 1 and value.device.type == "cpu")
+        if allowed.is_scheduled and is_on_host:
+            moved[name] = _nearest(value, allowed)
+    betas = values.get("betas")
+    if isinstance(betas, (Sequence, Tensor)) and len(betas) == 2:
+        beta0, beta2 = BETA_RANGES.values()
+        moved["betas"] = (_nearest(betas[0], beta0), _nearest(betas[1], beta2))
+    return moved
+
+
+def _nearest(value: Any, allowed: Range) -> Any:
+    """Return the end of a range if ``value`` is within rounding of it, else ``value``."""
+    if isinstance(value, (str, bytes, bool)):
+        return value
+    rounding = ROUNDING if isinstance(value, (int, float)) else ROUNDING_FLOAT32
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return value
+    if allowed.lower - rounding <= number < allowed.lower:
+        return allowed.lower
+    return allowed.upper if allowed.upper < number <= allowed.upper + rounding else value

@@ -1,6 +1,6 @@
-"""The CUDA kernels on the CPU: adai_cuda.cu compiled as C++ against a runtime that plays its threads one by one.
+"""The CUDA kernels on the CPU: adai_cuda.cu compiled as C++ with a runtime that runs its threads as coroutines.
 
-Slow, and no judge of speed; but arithmetic, indexing and barriers are those that a GPU sees.
+Speed is not representative; arithmetic, indexing and barriers are those of a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def compiler() -> str | None:
 
 
 def build(folder: Path) -> ctypes.CDLL:
-    """Compile the kernels into a folder, and load them."""
+    """Compile the kernels into a folder and load them."""
     library = folder / "emulated_cuda.so"
     command = [compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-o", str(library)]
     command += [f'-DADAI_CUDA_SOURCE="{_kernels(folder)}"', f"-I{CPP / 'emulated_cuda'}", f"-I{CSRC}"]
@@ -43,7 +43,7 @@ def build(folder: Path) -> ctypes.CDLL:
 
 
 def build_binding(folder: Path) -> None:
-    """Compile the kernels and their torch binding, and register them as torch.ops.adai_dist of the CPU."""
+    """Compile the kernels and their torch binding, and register them as torch.ops.adai_dist for the CPU."""
     from torch.utils.cpp_extension import load
 
     binding = folder / "adai_cuda_binding.cpp"
@@ -61,17 +61,17 @@ def build_binding(folder: Path) -> None:
 
 
 def _kernels(folder: Path) -> Path:
-    """The kernels' source as C++."""
+    """Write the source of the kernels as C++."""
     text = (CSRC / "adai_cuda.cu").read_text()
     text, num_launches = re.subn(r"(\w+)<<<(.*?)>>>\(", r"emulated::launch(\1, \2, ", text)
-    assert num_launches == 1, "what starts a kernel must be in one place"
+    assert num_launches == 1, "all launches must go through one function"
     source = folder / "adai_cuda_kernels.cpp"
     source.write_text(text)
     return source
 
 
 def operators(library: ctypes.CDLL) -> Operators:
-    """The same as torch.ops.adai_dist, for CPU tensors."""
+    """Return the operators of torch.ops.adai_dist for CPU tensors."""
 
     def observe(
         grads: list[Tensor], params: list[Tensor], exp_avg_sqs: list[Tensor], kept: Tensor, c: Tensor, decay: float
@@ -111,7 +111,7 @@ def operators(library: ctypes.CDLL) -> Operators:
 
 
 def chunks(library: ctypes.CDLL, sizes: Sequence[int], max_tensors: int, max_chunks: int) -> Tensor:
-    """(tensor, offset, number of elements) of the chunk of every block, in the order of their sums."""
+    """Return (tensor, offset, number of elements) of the chunk of every block, in the order of partials."""
     result = torch.zeros(sum(-(-size // 2**15) for size in sizes) + 1, 3, dtype=torch.int64)
     sizes_array = (ctypes.c_int64 * len(sizes))(*sizes)
     limits = ctypes.c_int64(max_tensors), ctypes.c_int64(max_chunks)

@@ -1,4 +1,4 @@
-"""Tables of cases for compiled kernels, and what must hold for each, wherever the kernels run."""
+"""Test cases and checks of the compiled kernels, shared by all devices."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from adai_dist import equations
 from adai_dist.equations import LocalTensors, StepScalars
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import nothing_kept
-from adai_dist.kernels.ops import packed
+from adai_dist.kernels.ops import kernel_scalars
 
 
 class Operators(NamedTuple):
-    """What :mod:`adai_dist.kernels.ops` defines, and the device of its tensors."""
+    """Implementations of the operators of :mod:`adai_dist.kernels.ops`, and the device of their tensors."""
 
     observe: Callable[..., Tensor]
     advance: Callable[..., Tensor]
@@ -62,12 +62,12 @@ COEFFICIENT, DECAY = 0.7, 0.1
 
 
 def placed(values: Tensor, offset: int) -> Tensor:
-    """The same values in the middle of a larger tensor, `offset` elements from where memory is aligned."""
+    """Copy values into the middle of a larger tensor, `offset` elements after an aligned address."""
     return torch.full((values.numel() + 32,), SENTINEL).to(values)[offset : offset + values.numel()].copy_(values)
 
 
 def neighbours(tensor: Tensor) -> Tensor:
-    """What lies beside a placed tensor."""
+    """Return the elements around a placed tensor."""
     whole, start = tensor._base, tensor.storage_offset()
     assert whole is not None
     return torch.cat([whole[:start], whole[start + tensor.numel() :]])
@@ -81,7 +81,7 @@ def make_shards(
     retired: bool = False,
     offset: int = 0,
 ) -> LocalTensors:
-    """Parameters, heavy-tailed gradients and states, the same on every device; `dtypes` of parameters and gradients."""
+    """Make parameters and heavy-tailed gradients, of the given dtypes, and states; equal on all devices."""
     random = torch.Generator().manual_seed(1)
     lists: list[list[Tensor]] = [[], [], [], [], []]
     for size in sizes:
@@ -124,7 +124,7 @@ def observe(
     exp_avg_sqs: list[Tensor] | None = None,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """What `observe` finds under coupled decay, at an expected coefficient below 1."""
+    """Run `observe` under coupled decay, at an expected coefficient below 1."""
     exp_avg_sqs = exp_avg_sqs or []
     kept = nothing_kept(exp_avg_sqs).to(operators.device) if kept is None else kept
     c = torch.tensor(COEFFICIENT, device=operators.device)
@@ -132,14 +132,14 @@ def observe(
 
 
 def sums(operators: Operators, exp_avg_sqs: list[Tensor]) -> Tensor:
-    """The sums of tensors of which nothing was kept."""
+    """Return the sums of tensors without kept sums."""
     return operators.sums(exp_avg_sqs, nothing_kept(exp_avg_sqs))
 
 
 def step(operators: Operators, shards: LocalTensors, hyper: Hyper, scalars: StepScalars) -> Tensor:
-    """One step in place. Returns: sum and sum of the samples of each new exp_avg_sq."""
+    """Take one step in place; return the sum of each new exp_avg_sq and the sum of its samples."""
     values = (scalars.inverse_means, scalars.coefficient, scalars.lr, scalars.is_finite, scalars.is_live)
-    return operators.advance(*shards, *values, packed(hyper))
+    return operators.advance(*shards, *values, kernel_scalars(hyper))
 
 
 def assert_same_bits(found: LocalTensors, expected: LocalTensors) -> None:
@@ -149,7 +149,7 @@ def assert_same_bits(found: LocalTensors, expected: LocalTensors) -> None:
 
 
 def check_advance(operators: Operators, shards: LocalTensors, hyper: Hyper) -> None:
-    """The rounding errors of a step are at most twice those of the equations in float32; gradients stay."""
+    """Check that rounding errors are at most twice those of the equations in float32, and gradients unchanged."""
     scalars = StepScalars(*(x.cpu() for x in make_scalars(shards)))
     wide = StepScalars(*(x.double() if x.dtype == torch.float32 else x for x in scalars))
     exact, rounded = copied(shards, dtype=torch.float64, device="cpu"), copied(shards, device="cpu")
@@ -167,13 +167,13 @@ def check_advance(operators: Operators, shards: LocalTensors, hyper: Hyper) -> N
 
 
 def _error(found: list[Tensor], exact: list[Tensor]) -> float:
-    """The largest difference in a list, over the largest number in its tensor."""
+    """Return the largest difference in a list, relative to the largest number in its tensor."""
     pairs = [(x.cpu().double(), y) for x, y in zip(found, exact, strict=True) if y.numel()]
     return max((((x - y).abs().max() / y.abs().max()).item() for x, y in pairs), default=0.0)
 
 
 def check_alignment(operators: Operators, hyper: Hyper, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    """Alignment changes no bit of results or sums, and nothing beside the tensors is written to."""
+    """Check that alignment changes no bit of results or sums, and that memory around the tensors is unchanged."""
     aligned = make_shards([*MIXED, 2**16 + 1], operators.device, dtypes)
     for offset in (1, 2, 3, 5):
         shifted = copied(aligned, offset)
@@ -189,8 +189,8 @@ def check_alignment(operators: Operators, hyper: Hyper, dtypes: tuple[torch.dtyp
 
 
 def check_sums(operators: Operators, shards: LocalTensors) -> None:
-    """All operators have the same bits for the sum of an exp_avg_sq, also where a step stands still."""
-    for v in shards.exp_avg_sq:  # of so many magnitudes that the sum depends on its order, also in float64
+    """Check that all operators give the sum of an exp_avg_sq the same bits, also in a step that does not count."""
+    for v in shards.exp_avg_sq:  # magnitudes so diverse that the order of summation matters in float64
         v.mul_(torch.exp2(torch.arange(v.numel(), device=v.device) % 61 - 30.0))
     returned = step(operators, shards, Hyper(lr=1.0), make_scalars(shards))
     assert torch.equal(returned[:, 0], sums(operators, shards.exp_avg_sq))
@@ -199,12 +199,12 @@ def check_sums(operators: Operators, shards: LocalTensors) -> None:
     assert torch.equal(returned, step(operators, shards, Hyper(lr=1.0), still))
 
 
-def check_recognition(operators: Operators, shards: LocalTensors) -> None:
-    """What was kept is used, and not once somebody has written to a tensor."""
+def check_detection_of_writes(operators: Operators, shards: LocalTensors) -> None:
+    """Check that a kept sum is used until the tensor is written to."""
     hyper = Hyper(lr=1.0)
     kept = step(operators, shards, hyper, make_scalars(shards))
     marked = kept.clone()
-    marked[:, 0] = SENTINEL  # so that it shows where the sum comes from
+    marked[:, 0] = SENTINEL  # distinguishes kept sums from computed ones
     assert (observe(operators, shards.grad, [], shards.exp_avg_sq, marked)[:, 1] == SENTINEL).all()
     assert (operators.sums(shards.exp_avg_sq, marked) == SENTINEL).all()
     count = len(shards.exp_avg_sq)
@@ -223,8 +223,10 @@ def check_recognition(operators: Operators, shards: LocalTensors) -> None:
             v.copy_(before)
 
 
-def check_standing_still(operators: Operators, dtypes: tuple[torch.dtype, torch.dtype], *, is_finite: bool) -> None:
-    """A step that is not live decays parameters alone, and a non-finite one does nothing."""
+def check_step_that_does_not_count(
+    operators: Operators, dtypes: tuple[torch.dtype, torch.dtype], *, is_finite: bool
+) -> None:
+    """Check that a step that is not live only decays parameters, and that a non-finite one is a no-op."""
     hyper = Hyper(lr=1.0, weight_decay=0.1, decoupled=True)
     shards = make_shards(MIXED, operators.device, dtypes)
     found, expected = copied(shards), copied(shards)
@@ -237,7 +239,7 @@ def check_standing_still(operators: Operators, dtypes: tuple[torch.dtype, torch.
 
 
 def check_observe(operators: Operators, shards: LocalTensors) -> None:
-    """Sums are right to the last bits of float64; without parameters the columns that need them are 0."""
+    """Check that sums are exact to float64 rounding; without parameters, the columns that need them are 0."""
     wide = [[x.cpu().double() for x in tensors] for tensors in (shards.grad, shards.param)]
     pairs = zip(shards.grad, shards.param, strict=True)
     effective = [g.cpu().float() * COEFFICIENT + p.cpu().float() * DECAY for g, p in pairs]  # rounded as in a step
@@ -255,7 +257,7 @@ def check_observe(operators: Operators, shards: LocalTensors) -> None:
 
 
 def check_non_finite(operators: Operators, value: float, dtype: torch.dtype) -> None:
-    """A single element that is not finite shows in the sum of its tensor, and of no other."""
+    """Check that a single non-finite element makes the sum of its tensor non-finite, and no other."""
     for position in (0, CHUNK_ELEMENTS + 2, CHUNK_ELEMENTS + TILE_ELEMENTS + 2):
         shards = make_shards(MIXED, operators.device, (torch.float32, dtype))
         shards.grad[2][position] = value
@@ -264,7 +266,7 @@ def check_non_finite(operators: Operators, value: float, dtype: torch.dtype) -> 
 
 
 def check_same_as_cpu(operators: Operators, shards: LocalTensors, hyper: Hyper) -> None:
-    """Every element has the bits that the CPU kernels give it."""
+    """Check that every element has the bits of the CPU kernels."""
     on_cpu, found = copied(shards, device="cpu"), copied(shards)
     step(torch_operators("cpu"), on_cpu, hyper, make_scalars(on_cpu))
     step(operators, found, hyper, make_scalars(found))

@@ -1,9 +1,9 @@
-"""Compiles what the tests load, before the first of them: our kernels, and operators of DeepSpeed.
+"""Compilation of the kernels and of DeepSpeed's operators before the first test.
 
-They lie in a folder of this checkout, for one version of all that they are linked with, so that the tests neither
-find nor leave anything elsewhere. torch's loader creates a file `lock` even where nothing is to be compiled, and waits
-for ever for one whose process was killed, as tests do with ranks. Therefore each process of pytest has its own copy,
-which nobody else uses: before a test, every lock in it is a leftover.
+They are compiled into a folder of this checkout, one per combination of the versions that they are linked with, so that
+the tests neither find nor leave anything elsewhere. torch's loader creates a file `lock` even if nothing has to be
+compiled, and waits forever for the lock of a killed process, such as a rank of a test. Each pytest process therefore
+has a private copy, in which every lock before a test is a leftover.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if builder.is_compatible(verbose=False):
 
 
 class CompilationError(Exception):
-    """An operator could not be compiled."""
+    """A failure to compile an operator."""
 
 
 def _version(distribution: str) -> str:
@@ -49,33 +49,33 @@ _ROOT = (
     / f"test-extensions-{sys.implementation.cache_tag}-torch-{_version('torch')}-deepspeed-{_version('deepspeed')}"
 )
 COMPILED = _ROOT / "compiled"
-COPY = _ROOT / os.environ.get("PYTEST_XDIST_WORKER", "main")  # from which the tests of this process load
+COPY = _ROOT / os.environ.get("PYTEST_XDIST_WORKER", "main")  # the copy that the tests of this process load
 
 
 def compile_kernels() -> None:
-    """Compile our kernels for the CPU. Without a compiler, tests that need them say so."""
+    """Compile the kernels for the CPU; without a compiler, the tests that need them report it."""
     with _turn() as turn:
         _run([sys.executable, "-m", "adai_dist", "build", "--device", "cpu"], turn)
 
 
 def copy_operators() -> None:
-    """Renew this process's copy. Where nothing has changed, nothing is compiled again: times are copied too."""
+    """Renew the copy of this process, including modification times, so that nothing is recompiled."""
     with _turn():
         shutil.rmtree(COPY, ignore_errors=True)
         shutil.copytree(COMPILED, COPY)
 
 
 def remove_locks(folder: Path = COPY) -> None:
-    """Remove the locks that loaders have left in a folder that no running process uses."""
+    """Remove leftover locks of loaders from a folder that no running process uses."""
     for left_behind in folder.glob("*/lock"):
         left_behind.unlink()
 
 
 def compile_for_deepspeed(names: set[str]) -> None:
-    """Compile operators of DeepSpeed, such as "CPUAdam"; one that this machine lacks the libraries for is left out.
+    """Compile operators of DeepSpeed, such as "CPUAdam", except those whose libraries this machine lacks.
 
     Raises:
-        CompilationError: DeepSpeed could not compile one, or took too long.
+        CompilationError: an operator does not compile, or takes too long.
     """
     if find_spec("deepspeed") is None:
         return
@@ -88,7 +88,7 @@ def compile_for_deepspeed(names: set[str]) -> None:
 
 @contextmanager
 def _turn() -> Iterator[int]:
-    """One process at a time, and the compilers that it has started: they inherit the descriptor that holds the lock."""
+    """Hold the lock for compiling, as do the compilers that this process starts: they inherit the descriptor."""
     COMPILED.mkdir(parents=True, exist_ok=True)
     with (COMPILED / "turn").open("w") as file:
         deadline = time.monotonic() + BOUND_SECONDS

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from adai_dist import Adai, AdaiV2, AdaiW
 from adai_dist.optimizer import AdaptiveInertia
+from adai_dist.optimizer.variants import OPTIMIZERS
 from tests.problems import THREE_GROUPS, Problem, Spec, as_pairs, relative_error, to_numpy
 from tests.trajectories import TRAJECTORIES, Trajectory
 from tests.variants import FLOAT64_TOLERANCE, VARIANTS, solve, solve_plainly
@@ -139,13 +140,13 @@ def test_each_class_runs_the_algorithm_with_its_own_defaults(optimizer_class: An
     assert relative_error(parameters, oracle, problem) < FLOAT64_TOLERANCE
 
 
-@pytest.mark.parametrize("cls", [Adai, AdaiW, AdaiV2])
+@pytest.mark.parametrize("cls", OPTIMIZERS.values())
 def test_positional_arguments_are_in_the_order_of_the_reference(cls: type[AdaptiveInertia]) -> None:
     group = cls([Parameter(torch.ones(2))], 0.5, (0.2, 0.9), 1e-2, 0.1).param_groups[0]
     assert tuple(group[key] for key in ("lr", "betas", "eps", "weight_decay")) == (0.5, (0.2, 0.9), 1e-2, 0.1)
 
 
-@pytest.mark.parametrize("cls", [Adai, AdaiW, AdaiV2])
+@pytest.mark.parametrize("cls", OPTIMIZERS.values())
 def test_arguments_that_the_reference_orders_inconsistently_are_keyword_only(cls: type[AdaptiveInertia]) -> None:
     with pytest.raises(TypeError, match="positional arguments"):
         cls([Parameter(torch.ones(2))], 0.5, (0.2, 0.9), 1e-2, 0.1, True)  # type: ignore[misc]

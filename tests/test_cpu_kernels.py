@@ -1,10 +1,11 @@
-"""The compiled CPU kernels against the equations, and what holds to the bit."""
+"""The compiled CPU kernels against the equations, and their bitwise guarantees."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from adai_dist.equations import LocalTensors
-from adai_dist.hyper import Hyper
+from adai_dist.hyper import KERNEL_SCALARS, Hyper
 from adai_dist.kernels import build
-from adai_dist.kernels.ops import packed
+from adai_dist.kernels.ops import kernel_scalars
 from tests import kernel_cases
 from tests.kernel_cases import DTYPE_PAIRS, DTYPES, MIXED, OPTIONS, SIZES, Operators, make_scalars, make_shards
 
@@ -44,8 +45,8 @@ def test_every_size_is_stepped_and_observed(operators: Operators, name: str) -> 
 
 
 @pytest.mark.parametrize("sizes", [MIXED, [2048, 2049, 5000], [3] * 260, [2**16 + 1]], ids=str)
-def test_a_write_to_a_state_is_recognised(operators: Operators, sizes: list[int]) -> None:
-    kernel_cases.check_recognition(operators, make_shards(sizes, operators.device))
+def test_a_write_to_a_state_is_detected(operators: Operators, sizes: list[int]) -> None:
+    kernel_cases.check_detection_of_writes(operators, make_shards(sizes, operators.device))
 
 
 @pytest.mark.parametrize("retired", [False, True], ids=["with products", "retired"])
@@ -69,7 +70,7 @@ def test_alignment_changes_no_bit(operators: Operators, dtypes: tuple[torch.dtyp
 def test_a_step_that_does_not_count_leaves_the_states(
     operators: Operators, dtypes: tuple[torch.dtype, torch.dtype], is_finite: bool
 ) -> None:
-    kernel_cases.check_standing_still(operators, dtypes, is_finite=is_finite)
+    kernel_cases.check_step_that_does_not_count(operators, dtypes, is_finite=is_finite)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,7 +83,7 @@ def test_a_non_finite_gradient_shows_in_its_sum(operators: Operators, value: flo
 
 
 def made_by_numpy(sizes: list[int], dtypes: tuple[torch.dtype, torch.dtype]) -> LocalTensors:
-    """Parameters, gradients and states; those of torch depend on its instruction set."""
+    """Make parameters, gradients and states with NumPy: random numbers of torch depend on its instruction set."""
     random = np.random.default_rng(0)
     lists: list[list[Tensor]] = [[], [], [], [], []]
     for size in sizes:
@@ -97,7 +98,7 @@ def made_by_numpy(sizes: list[int], dtypes: tuple[torch.dtype, torch.dtype]) -> 
 
 
 def all_bits(operators: Operators) -> str:
-    """A digest of everything that the operators write and return, over all options and dtypes."""
+    """Return a digest of everything that the operators write and return, over all options and dtypes."""
     digest = hashlib.sha256()
     for options in OPTIONS.values():
         for dtypes in DTYPE_PAIRS[::2]:
@@ -119,7 +120,7 @@ def test_the_number_of_threads_and_a_repetition_change_no_bit(operators: Operato
 
 
 def test_every_instruction_set_gives_the_same_bits(operators: Operators) -> None:
-    """torch reads its limit of the instruction set once, so each one needs a process."""
+    """Every instruction set needs a process, because torch reads its limit once."""
     program = (
         "import torch\n"
         "from tests import test_cpu_kernels as t, kernel_cases\n"
@@ -127,7 +128,7 @@ def test_every_instruction_set_gives_the_same_bits(operators: Operators) -> None
         "print(torch.backends.cpu.get_cpu_capability(), t.all_bits(kernel_cases.torch_operators('cpu')))"
     )
     found: dict[str, str] = {}
-    # Not beyond what this CPU has: torch would believe the environment, and end with an illegal instruction.
+    # Limited to what this CPU has: torch trusts the environment and would crash with an illegal instruction.
     num_usable = {"AVX2": 2, "AVX512": 3}.get(torch.backends.cpu.get_cpu_capability(), 1)
     for capability in ("default", "avx2", "avx512")[:num_usable]:
         environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
@@ -139,7 +140,7 @@ def test_every_instruction_set_gives_the_same_bits(operators: Operators) -> None
     assert len(found) == num_usable
 
 
-# -- arithmetic of its own ---------------------------------------------------------------------------------------------
+# -- arithmetic --------------------------------------------------------------------------------------------------------
 
 
 def first_step(
@@ -150,18 +151,18 @@ def first_step(
     param: Tensor | None = None,
     m: Tensor | None = None,
 ) -> LocalTensors:
-    """A step of one tensor from P = 1, with all device scalars 1 and lr 1."""
+    """Take a step of one tensor from P = 1, with all device scalars and lr equal to 1."""
     zeros = torch.zeros_like(v)
     param = zeros.clone() if param is None else param
     shards = LocalTensors([param], [gradient], [zeros.clone() if m is None else m], [v.clone()], [torch.ones_like(v)])
     one, true = torch.ones(()), torch.tensor(True)
-    operators.advance(*shards, torch.ones(1), one, one, true, true, packed(hyper))
+    operators.advance(*shards, torch.ones(1), one, one, true, true, kernel_scalars(hyper))
     return shards
 
 
 @pytest.mark.parametrize("a", [1 / 3, 0.4, 0.5, 0.75, 0.99])
-def test_the_fractional_power_is_right_to_two_units_in_the_last_place(operators: Operators, a: float) -> None:
-    """P after a step is 1 - beta0 * x^a, which is exact where beta0 is a power of 2 that brings x^a to [1/2, 1)."""
+def test_the_fractional_power_is_accurate_to_two_units_in_the_last_place(operators: Operators, a: float) -> None:
+    """After a step, P is 1 - beta0 * x^a, which is exact if beta0 is a power of 2 that brings x^a into [1/2, 1)."""
     random = np.random.default_rng(0)
     worst = 0.0
     for j in range(-30, 31):
@@ -174,19 +175,19 @@ def test_the_fractional_power_is_right_to_two_units_in_the_last_place(operators:
         found = (1 - shards.beta1_prod[0].double().numpy()) / 2.0**j
         exact = x.astype(np.float64) ** a
         worst = max(worst, np.max(np.abs(found - exact) / np.spacing(exact.astype(np.float32))))
-    assert 0.5 < worst < 2.0  # 1.7 was seen
+    assert 0.5 < worst < 2.0  # measured: 1.7
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-39])
-def test_the_power_of_nothing_is_nothing(operators: Operators, value: float) -> None:
+def test_the_power_of_zero_and_of_subnormal_numbers_is_zero(operators: Operators, value: float) -> None:
     hyper = Hyper(lr=1.0, betas=(1.0, 0.0), eps=2**-24, dampening=0.5)
     shards = first_step(operators, torch.full((5,), value), torch.zeros(5), hyper)
     assert torch.equal(shards.beta1_prod[0], torch.full((5,), 1 - 2**-24))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_number_of_low_precision_is_read_as_it_is(operators: Operators, dtype: torch.dtype) -> None:
-    """With dampening 0, beta0 1 and m = 0 the new m is the gradient."""
+def test_every_number_of_low_precision_is_widened_exactly(operators: Operators, dtype: torch.dtype) -> None:
+    """The new m is the gradient, with dampening 0, beta0 = 1 and m = 0."""
     gradient = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype)
     shards = first_step(operators, torch.zeros(2**16), gradient, Hyper(lr=1.0, betas=(1.0, 0.5), dampening=0.0))
     assert torch.equal(shards.exp_avg[0].nan_to_num(nan=7.0), gradient.float().nan_to_num(nan=7.0))
@@ -211,11 +212,11 @@ def test_numbers_are_rounded_to_low_precision_as_torch_does(operators: Operators
     assert torch.equal(in_float32.param[0][m.abs() > 1e-37], -m[m.abs() > 1e-37])
 
 
-# -- as torch sees them ------------------------------------------------------------------------------------------------
+# -- torch integration -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("retired", [False, True], ids=["with products", "retired"])
-def test_torch_finds_schemas_and_fakes_in_order(operators: Operators, retired: bool) -> None:
+def test_schemas_and_fake_implementations_pass_the_checks_of_torch(operators: Operators, retired: bool) -> None:
     del operators
     shards = make_shards([5, 7], CPU, retired=retired)
     scalars = make_scalars(shards)
@@ -225,10 +226,10 @@ def test_torch_finds_schemas_and_fakes_in_order(operators: Operators, retired: b
     observed = (shards.grad, shards.param, shards.exp_avg_sq, kept, scalars.coefficient, 0.1)
     torch.library.opcheck(ops.observe.default, observed)
     torch.library.opcheck(ops.sums.default, (shards.exp_avg_sq, kept))
-    torch.library.opcheck(ops.advance.default, (*shards, *values, packed(Hyper(lr=1.0))))
+    torch.library.opcheck(ops.advance.default, (*shards, *values, kernel_scalars(Hyper(lr=1.0))))
 
 
-def test_a_compiled_function_may_contain_them(operators: Operators) -> None:
+def test_a_compiled_function_may_contain_the_operators(operators: Operators) -> None:
     def phases(shards: LocalTensors) -> tuple[Tensor, Tensor]:
         observed = kernel_cases.observe(operators, shards.grad, [])
         return observed, kernel_cases.step(operators, shards, Hyper(lr=1.0), make_scalars(shards))
@@ -239,11 +240,16 @@ def test_a_compiled_function_may_contain_them(operators: Operators) -> None:
     kernel_cases.assert_same_bits(compiled, eager)
 
 
-def test_what_was_written_to_has_a_new_version(operators: Operators) -> None:
+def test_written_tensors_have_a_new_version(operators: Operators) -> None:
     shards = make_shards([5], CPU)
     before = [x[0]._version for x in shards]
     kernel_cases.step(operators, shards, Hyper(lr=1.0), make_scalars(shards))
     assert [x[0]._version - then for x, then in zip(shards, before, strict=True)] == [1, 0, 1, 1, 1]
+
+
+def test_the_kernels_declare_their_scalars_in_the_order_in_which_they_are_passed() -> None:
+    text = (build.CSRC / "adai_math.h").read_text()
+    assert tuple(re.findall(r"^  X\(\w+, (\w+)\)", text, re.MULTILINE)) == KERNEL_SCALARS
 
 
 BAD_ARGUMENTS = {
@@ -256,7 +262,7 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
-def test_what_does_not_fit_is_refused_before_anything_is_written(operators: Operators, name: str) -> None:
+def test_invalid_tensors_are_refused_before_anything_is_written(operators: Operators, name: str) -> None:
     change, message = BAD_ARGUMENTS[name]
     shards = make_shards([5], CPU)
     before = kernel_cases.copied(shards)

@@ -1,4 +1,4 @@
-"""The CUDA sources without a GPU: they compile for all architectures, and what they compute is right on the CPU."""
+"""The CUDA sources without a GPU: they compile for all architectures and give exact results when run on the CPU."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture(params=["ascending", "descending"])
 def operators(library: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterator[Operators]:
-    """The threads of a block take their turns in either order: results that depend on it would be a race."""
+    """Run the threads of a block in ascending and in descending order, so that a race shows as a different result."""
     library.set_descending(ctypes.c_bool(request.param == "descending"))
     yield emulated_cuda.operators(library)
     library.set_descending(ctypes.c_bool(False))
@@ -89,8 +89,8 @@ def test_every_size_is_stepped_and_observed(operators: Operators, name: str) -> 
 
 
 @pytest.mark.parametrize("sizes", [MIXED, [2048, 2049, 5000], [3] * 260, [2**16 + 1]], ids=str)
-def test_a_write_to_a_state_is_recognised(operators: Operators, sizes: list[int]) -> None:
-    kernel_cases.check_recognition(operators, make_shards(sizes, operators.device))
+def test_a_write_to_a_state_is_detected(operators: Operators, sizes: list[int]) -> None:
+    kernel_cases.check_detection_of_writes(operators, make_shards(sizes, operators.device))
 
 
 @pytest.mark.parametrize("retired", [False, True], ids=["with products", "retired"])
@@ -119,7 +119,7 @@ def test_alignment_changes_no_bit(operators: Operators, dtypes: tuple[torch.dtyp
 def test_a_step_that_does_not_count_leaves_the_states(
     operators: Operators, dtypes: tuple[torch.dtype, torch.dtype], is_finite: bool
 ) -> None:
-    kernel_cases.check_standing_still(operators, dtypes, is_finite=is_finite)
+    kernel_cases.check_step_that_does_not_count(operators, dtypes, is_finite=is_finite)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -150,7 +150,7 @@ def run_binding(folder: Path) -> None:
         shards = make_shards(MIXED, operators.device, dtypes)
         kernel_cases.check_observe(operators, shards)
         kernel_cases.check_advance(operators, shards, Hyper(lr=1.0, **OPTIONS["l2"]))
-        kernel_cases.check_standing_still(operators, dtypes, is_finite=True)
+        kernel_cases.check_step_that_does_not_count(operators, dtypes, is_finite=True)
     for retired in (False, True):
         shards = make_shards(SIZES["with nothing between"], operators.device, retired=retired)
         kernel_cases.check_sums(operators, shards)

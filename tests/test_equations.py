@@ -1,4 +1,4 @@
-"""The equations one by one, against NumPy; tests of whole steps are elsewhere."""
+"""The equations one by one, against NumPy."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_bias_correction_does_not_cancel(beta2: float, t: int) -> None:
     assert value == pytest.approx(exact, rel=1e-14)
 
 
-def test_the_gradient_is_scaled_and_decays_without_touching_what_it_is_made_of() -> None:
+def test_the_effective_gradient_leaves_gradient_and_parameter_unchanged() -> None:
     shards = LocalTensors(tensors(1), tensors(2), [], [], [])
     (g,) = equations.gradient(shards, HYPER, scalars(1).coefficient)
     np.testing.assert_allclose(g, 0.5 * tensors(2)[0] + 0.2 * tensors(1)[0], rtol=1e-15)
@@ -48,7 +48,7 @@ def test_the_gradient_is_scaled_and_decays_without_touching_what_it_is_made_of()
     assert torch.equal(shards.param[0], tensors(1)[0])
 
 
-def test_a_dead_step_does_not_let_a_gradient_in_whatever_it_is() -> None:
+def test_a_step_that_is_not_live_ignores_non_finite_gradients() -> None:
     bad = [torch.tensor([1.0, math.nan, math.inf], dtype=torch.float64)]
     shards = LocalTensors(*([torch.full((3,), 0.5, dtype=torch.float64)] for _ in range(5)))._replace(grad=bad)
     equations.advance(shards, Hyper(lr=0.3), scalars(1, live=False))
@@ -77,7 +77,7 @@ def test_first_moment_product_and_update_are_the_papers_formulas() -> None:
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_a_dead_step_changes_no_bit_of_the_states(decoupled: bool) -> None:
+def test_a_step_that_is_not_live_changes_no_bit_of_the_states(decoupled: bool) -> None:
     hyper = Hyper(lr=0.3, weight_decay=0.2, decoupled=decoupled)
     shards = LocalTensors(*([x.abs()] for x in tensors(1, 2, 3, 4, 5)))
     before = [x[0].clone() for x in shards]
@@ -89,7 +89,7 @@ def test_a_dead_step_changes_no_bit_of_the_states(decoupled: bool) -> None:
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_the_sum_of_v_follows_from_inner_products_alone(decay: float, maximize: bool, foresight: str) -> None:
-    """The identity behind the single pass, with clipping, coupled decay and heavy-tailed gradients over 2,000 steps."""
+    """The recursion behind the single pass holds over 2,000 steps with clipping, decay and heavy-tailed gradients."""
     hyper = Hyper(lr=0.1, betas=(0.1, 0.99), weight_decay=decay, maximize=maximize)
     rng = np.random.default_rng(0)
     theta = torch.from_numpy(rng.standard_normal(300).astype(np.float32))
@@ -107,12 +107,12 @@ def test_the_sum_of_v_follows_from_inner_products_alone(decay: float, maximize: 
         v.mul_(0.99).addcmul_(g, g, value=0.01)
         direct = v.double().sum() / correction
         worst = max(worst, abs(predicted / direct - 1).item())
-    assert worst < 1.5e-7  # one step of float32 rounding of v; 3e-8 was seen
+    assert worst < 1.5e-7  # one float32 rounding of v; measured: 3e-8
 
 
 @pytest.mark.parametrize("c", [1.0, 0.7, 0.7 + 1e-9])
-def test_where_gradient_and_decay_cancel_the_sum_is_developed_around_the_expected_coefficient(c: float) -> None:
-    """Gradients that leave 1e-9 of the products, in float64; multiplied out, half of these digits are noise."""
+def test_the_sum_is_expanded_around_the_expected_coefficient_if_gradient_and_decay_cancel(c: float) -> None:
+    """Gradients leave 1e-9 of the products in float64; expanded into products, half of these digits are noise."""
     hyper = Hyper(lr=0.1, betas=(0.1, 0.0), weight_decay=0.5)
     theta = torch.from_numpy(np.random.default_rng(0).standard_normal(1000))
     rest = 1e-9 * torch.from_numpy(np.random.default_rng(1).standard_normal(1000))

@@ -1,4 +1,4 @@
-"""Hyperparameters: ranges, messages, and what becomes of them in parameter groups."""
+"""Hyperparameters: ranges, error messages, and values in parameter groups."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from adai_dist import Adai, AdaiV2, AdaiW
+from adai_dist import Adai, AdaiV2
 from adai_dist.hyper import MIN_EPS, Hyper
+from adai_dist.optimizer.variants import OPTIMIZERS
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lr": -0.1}, ValueError, "lr must be finite and >= 0, got -0.1"),
@@ -47,9 +48,9 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize("optimizer_class", [Adai, AdaiW, AdaiV2])
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS.values())
 @pytest.mark.parametrize(("arguments", "error", "message"), WRONG, ids=[f"{w[0]}" for w in WRONG])
-def test_a_wrong_argument_is_named_with_its_value(
+def test_the_error_of_an_invalid_argument_states_its_name_and_value(
     optimizer_class: Any, arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=re.escape(message)):
@@ -67,7 +68,7 @@ def test_dampening_is_between_0_and_1(dampening: float) -> None:
     [w for w in WRONG if "max_grad_norm" not in w[0]],
     ids=[f"{w[0]}" for w in WRONG if "max_grad_norm" not in w[0]],
 )
-def test_a_wrong_value_in_a_parameter_group_is_refused_like_an_argument(
+def test_an_invalid_value_in_a_parameter_group_is_refused_like_an_argument(
     arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     optimizer = Adai([Parameter(torch.ones(2))], lr=0.1)
@@ -77,7 +78,7 @@ def test_a_wrong_value_in_a_parameter_group_is_refused_like_an_argument(
 
 
 @pytest.mark.parametrize("key_and_value", [("lr", -0.1), ("eps", 0.0), ("betas", (0.1, 2.0))], ids=str)
-def test_a_value_that_became_wrong_during_training_is_refused_before_anything_moves(
+def test_a_value_that_became_invalid_during_training_is_refused_before_a_parameter_changes(
     key_and_value: tuple[str, Any],
 ) -> None:
     parameter = Parameter(torch.ones(2))
@@ -110,7 +111,7 @@ each_rounded = pytest.mark.parametrize(("name", "value", "meant"), ROUNDED, ids=
 
 
 @each_rounded
-def test_what_rounding_took_out_of_its_range_during_training_is_the_end_of_it(
+def test_a_value_that_rounding_moves_out_of_its_range_during_training_becomes_the_end_of_the_range(
     name: str, value: Any, meant: Any
 ) -> None:
     found: list[torch.Tensor] = []
@@ -131,7 +132,7 @@ def test_what_rounding_took_out_of_its_range_during_training_is_the_end_of_it(
 
 
 @each_rounded
-def test_a_run_that_ended_so_can_be_resumed(name: str, value: Any, meant: Any) -> None:
+def test_a_run_that_ended_with_such_a_value_can_be_resumed(name: str, value: Any, meant: Any) -> None:
     del meant
     parameter = Parameter(torch.ones(3))
     optimizer, resumed = (AdaiV2([parameter], lr=0.1) for _ in range(2))
@@ -143,7 +144,7 @@ def test_a_run_that_ended_so_can_be_resumed(name: str, value: Any, meant: Any) -
 
 
 @pytest.mark.parametrize(("name", "value"), [rounded[:2] for rounded in ROUNDED], ids=[f"{r[:2]}" for r in ROUNDED])
-def test_the_constructor_forgives_no_rounding(name: str, value: Any) -> None:
+def test_the_constructor_accepts_no_value_out_of_range(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):
         AdaiV2([Parameter(torch.ones(2))], **({"lr": 0.1} | {name: value}))
     optimizer = AdaiV2([Parameter(torch.ones(2))], lr=0.1)
@@ -186,7 +187,9 @@ def test_schedules_of_torch_that_end_below_zero_run_to_their_end() -> None:
     ],
     ids=str,
 )
-def test_nonsense_during_training_is_refused_with_its_parameter_group(name: str, value: Any) -> None:
+def test_an_invalid_value_during_training_is_refused_with_the_name_of_its_parameter_group(
+    name: str, value: Any
+) -> None:
     groups = [{"params": [Parameter(torch.ones(2))]}, {"params": [Parameter(torch.ones(2))], "name": "decay"}]
     optimizer = AdaiV2(groups, lr=0.1)
     for param_group, place in zip(
@@ -214,18 +217,18 @@ def test_the_ends_of_the_ranges_are_allowed() -> None:
     Hyper(lr=100, betas=(20.0, 0.9999), eps=0.999, weight_decay=10, dampening=1)
 
 
-def test_betas_may_come_as_a_list_as_from_a_configuration_file() -> None:
+def test_betas_may_be_a_list_as_in_a_configuration_file() -> None:
     assert Hyper(lr=0.1, betas=[0.2, 0.95]).betas == (0.2, 0.95)  # type: ignore[arg-type]
 
 
 def test_the_smallest_eps_keeps_the_bias_correction_of_float32_above_zero() -> None:
-    """Bites on a smaller bound: 1 - eps would round to 1."""
+    """With a smaller bound, 1 - eps would round to 1."""
     assert 1.0 - torch.tensor(1.0 - MIN_EPS, dtype=torch.float32) > 0
     assert 1.0 - torch.tensor(1.0 - MIN_EPS / 4, dtype=torch.float32) == 0
 
 
 def test_groups_take_the_defaults_of_the_constructor_and_keep_foreign_keys() -> None:
-    """Trainers put names and flags of other optimizers into the groups."""
+    """Trainers add names and flags of other optimizers to the groups."""
     groups = [{"params": [Parameter(torch.ones(2))], "name": "decay", "fused": True, "lr": 0.5}]
     optimizer = AdaiV2(groups, lr=0.1, betas=(0.2, 0.9), dampening=0.5)
     group = optimizer.param_groups[0]
@@ -237,6 +240,6 @@ def test_groups_take_the_defaults_of_the_constructor_and_keep_foreign_keys() -> 
 
 
 @pytest.mark.parametrize("params", [[], torch.ones(2), [torch.ones(2, requires_grad=True) * 2]], ids=str)
-def test_what_is_no_list_of_leaf_parameters_is_refused_by_torch(params: Any) -> None:
+def test_parameters_that_are_no_list_of_leaf_tensors_are_refused_by_torch(params: Any) -> None:
     with pytest.raises((TypeError, ValueError)):
         Adai(params, lr=0.1)

@@ -1,4 +1,4 @@
-"""Kernels are compiled once per machine, by one process, and then loaded as they are."""
+"""Kernels are compiled once per machine, by one process, and loaded from the cache afterwards."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ import torch
 import torch.utils.cpp_extension
 
 from adai_dist.cli import main
-from adai_dist.kernels import build, toolchain
+from adai_dist.kernels import build, build_cache, toolchain
 from adai_dist.kernels.build import Extension
 from tests.tiny_extension import TINY, message_of, needs_toolchain, tiny_extension
 
-# Arguments: the source, and a folder in which to say "about to load".
+# Arguments: the source, and a folder in which to leave a mark before loading.
 LOAD = """
 import json, os, sys
 from pathlib import Path
@@ -51,7 +51,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Extension:
 
 
 def compiler_that(first: str, folder: Path) -> Path:
-    """A compiler that does something before it compiles a file, and keeps a list of the files."""
+    """Return a compiler that runs a command before each file, and records the files that it compiles."""
     wrapper = folder / "bin" / "g++"
     wrapper.parent.mkdir()
     compiles = f'case "$*" in *" -c "*) echo x >> {folder}/compiled; {first} ;; esac'
@@ -82,9 +82,7 @@ def facts_of(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 @needs_toolchain
-def test_a_compiled_library_loads_without_compiler_ninja_and_the_module_that_calls_them(
-    tiny: Extension, tmp_path: Path
-) -> None:
+def test_a_compiled_library_loads_without_compiler_ninja_or_cpp_extension(tiny: Extension, tmp_path: Path) -> None:
     library = build.load(tiny)
     assert library.seconds is not None
     assert build.load(tiny) is library
@@ -94,16 +92,16 @@ def test_a_compiled_library_loads_without_compiler_ninja_and_the_module_that_cal
 
 
 @needs_toolchain
-def test_other_sources_headers_flags_and_compilers_make_another_library(
+def test_a_change_of_sources_headers_flags_or_compiler_invalidates_the_library(
     tiny: Extension, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = build.load(tiny).path
     assert build.find(tiny)
     assert not build.find(dataclasses.replace(tiny, cxx_flags=("-O2",)))
     monkeypatch.setenv("CXX", str(compiler_that(":", tmp_path)))
-    assert not build.find(tiny), "whoever names a compiler wants that one"
+    assert not build.find(tiny), "a compiler named in CXX is the one to use"
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
-    assert build.find(tiny), "what is compiled serves where no compiler is"
+    assert build.find(tiny), "a compiled library needs no compiler"
     monkeypatch.delenv("CXX")
     (tmp_path / "tiny.h").write_text("// new\n")
     assert not build.find(tiny)
@@ -118,7 +116,7 @@ def test_other_sources_headers_flags_and_compilers_make_another_library(
 
 @needs_toolchain
 @pytest.mark.distributed
-def test_of_processes_that_start_together_one_compiles_and_all_load(tiny: Extension, tmp_path: Path) -> None:
+def test_one_of_several_concurrent_processes_compiles_and_all_load(tiny: Extension, tmp_path: Path) -> None:
     cxx = compiler_that("sleep 1", tmp_path)
     facts = [facts_of(process) for process in [start(tiny, tmp_path, CXX=str(cxx)) for _ in range(4)]]
     assert num_compiled(tmp_path) == 1
@@ -128,7 +126,7 @@ def test_of_processes_that_start_together_one_compiles_and_all_load(tiny: Extens
 
 @needs_toolchain
 @pytest.mark.distributed
-def test_processes_that_waited_for_a_compilation_that_failed_do_not_repeat_it(tiny: Extension, tmp_path: Path) -> None:
+def test_processes_that_waited_for_a_failed_compilation_do_not_repeat_it(tiny: Extension, tmp_path: Path) -> None:
     tiny.sources[0].write_text("broken\n")
     all_wait = f"for i in $(seq 300); do [ $(ls {tmp_path} | grep -c here) = 3 ] && break; sleep 0.1; done; sleep 1"
     cxx = compiler_that(all_wait, tmp_path)
@@ -139,7 +137,7 @@ def test_processes_that_waited_for_a_compilation_that_failed_do_not_repeat_it(ti
 
 @needs_toolchain
 @pytest.mark.distributed
-def test_a_builder_that_is_killed_leaves_the_turn_to_the_next(tiny: Extension, tmp_path: Path) -> None:
+def test_a_killed_build_does_not_block_the_next(tiny: Extension, tmp_path: Path) -> None:
     cxx = compiler_that("sleep 100", tmp_path)
     process = start(tiny, tmp_path, CXX=str(cxx))
     deadline = time.monotonic() + 60
@@ -149,10 +147,10 @@ def test_a_builder_that_is_killed_leaves_the_turn_to_the_next(tiny: Extension, t
     assert process.wait(timeout=60) == -signal.SIGKILL
     folder = tmp_path / "extensions" / "tiny"
     try:
-        assert list(folder.glob("build-*/tiny/lock")), "torch's own lock, which would be waited for, for ever"
+        assert list(folder.glob("build-*/tiny/lock")), "torch's own lock, for which a loader would wait forever"
         assert build.load(tiny).seconds is not None
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # the compiler, which lives on
+        os.killpg(process.pid, signal.SIGKILL)  # the compiler, which outlives it
         process.communicate()
     assert sorted(path.name for path in folder.iterdir()) == ["build.lock", "tiny.so", "tiny.stamp.json"]
 
@@ -175,7 +173,7 @@ def test_ninja_beside_python_is_found_and_path_stays_as_it_is(
 
 
 @needs_toolchain
-def test_what_the_compiler_complains_about_is_shown_once_and_kept_in_a_file(
+def test_compiler_errors_are_reported_once_and_logged_to_a_file(
     tiny: Extension, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", str(compiler_that(":", tmp_path)))
@@ -188,13 +186,13 @@ def test_what_the_compiler_complains_about_is_shown_once_and_kept_in_a_file(
     assert str(log) in message
     assert "unheard_of" in log.read_text()
     assert message_of(tiny) == message
-    assert num_compiled(tmp_path) == 1, "nor does the same process try again"
+    assert num_compiled(tmp_path) == 1, "the same process does not try again"
     tiny.sources[0].write_text(TINY.format("repaired"))
     path = build.load(tiny).path
     assert sorted(path.name for path in path.parent.iterdir()) == ["build.lock", "tiny.so", "tiny.stamp.json"]
 
 
-def cut_off(path: Path) -> None:
+def truncated(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
@@ -237,14 +235,14 @@ def stamp_that_is_a_folder(path: Path) -> None:
 
 
 DAMAGES = (
-    *(cut_off, empty, overgrown, folder_instead, link_to_nothing, Path.unlink),
+    *(truncated, empty, overgrown, folder_instead, link_to_nothing, Path.unlink),
     *(stamp_of_an_earlier_version, stamp_that_is_a_list, stamp_of_other_bytes, stamp_that_is_a_folder),
 )
 
 
 @needs_toolchain
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_a_library_or_stamp_that_is_not_what_was_written_is_compiled_anew(
+def test_a_damaged_library_or_stamp_is_recompiled(
     tiny: Extension, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     path = build.load(tiny).path
@@ -252,18 +250,16 @@ def test_a_library_or_stamp_that_is_not_what_was_written_is_compiled_anew(
     damage(path)
     build._loaded.clear()
     assert build.find(tiny) is None
-    facts = facts_of(start(tiny, tmp_path))  # to load a library that was cut off ends the process
+    facts = facts_of(start(tiny, tmp_path))  # loading a truncated library would crash the process
     assert facts["is_new"]
     assert facts["path"] == str(path)
     assert (len(path.read_bytes()), path.is_symlink()) == (len(content), False)
     assert not facts_of(start(tiny, tmp_path))["is_new"]
-    assert sorted(left.name for left in path.parent.iterdir()) == ["build.lock", "tiny.so", "tiny.stamp.json"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["build.lock", "tiny.so", "tiny.stamp.json"]
 
 
 @needs_toolchain
-def test_the_process_that_compiles_says_so_where_nothing_is_logged_and_no_other_one_does(
-    tiny: Extension, tmp_path: Path
-) -> None:
+def test_only_the_compiling_process_announces_the_compilation_on_stderr(tiny: Extension, tmp_path: Path) -> None:
     path = tmp_path / "extensions" / "tiny" / "tiny.so"
     process = start(tiny, tmp_path, stderr=subprocess.PIPE)
     _, stderr = process.communicate(timeout=120)
@@ -275,7 +271,7 @@ def test_the_process_that_compiles_says_so_where_nothing_is_logged_and_no_other_
 
 
 @needs_toolchain
-def test_a_library_that_does_not_load_is_named_with_the_remedy(tiny: Extension) -> None:
+def test_the_error_of_a_library_that_does_not_load_states_its_path_and_the_remedy(tiny: Extension) -> None:
     path = build.load(tiny).path
     size = path.stat().st_size
     path.unlink()
@@ -289,7 +285,7 @@ def test_the_default_folder_is_that_of_torch(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     expected = torch.utils.cpp_extension._get_build_directory("some_name", verbose=False)
-    assert str(build.cache.library_path("some_name").parent) == expected
+    assert str(build_cache.library_path("some_name").parent) == expected
 
 
 @needs_toolchain
@@ -297,7 +293,7 @@ def test_the_command_builds_ahead_of_time_in_one_line_per_library(
     tiny: Extension, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(build.EXTENSIONS, "cpu", tiny)
-    path = build.cache.library_path("tiny")
+    path = build_cache.library_path("tiny")
     assert build_command("--device", "cpu") == 0
     assert re.fullmatch(rf"tiny: {path}, compiled in \d+\.\d s\n", capfd.readouterr().out)
     build._loaded.clear()
@@ -310,11 +306,11 @@ def test_the_command_builds_ahead_of_time_in_one_line_per_library(
 
 @needs_toolchain
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
-def test_the_command_says_in_one_line_what_it_cannot_build(
+def test_the_command_reports_each_failed_build_in_one_line(
     tiny: Extension, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(build.EXTENSIONS, "cpu", tiny)
-    assert build_command() == 0, "what this machine has"
+    assert build_command() == 0, "the devices of this machine"
     assert capfd.readouterr().out.count("\n") == 1
     assert build_command("--device", "all") == 2
     out, err = capfd.readouterr()

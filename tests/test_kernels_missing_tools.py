@@ -1,4 +1,4 @@
-"""Machines that cannot compile the kernels: the optimizer steps all the same, and says once why it is slower."""
+"""Machines that cannot compile the kernels: the optimizer takes the same steps, and warns once why it is slower."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 
-# Two optimizers, and what they did against the float64 oracle and plain PyTorch.
+# Steps two optimizers, and prints their errors against the float64 oracle.
 PROGRAM = """
 import json, sys
 from dataclasses import replace
@@ -35,7 +35,7 @@ print(json.dumps({"errors": errors, "kernels": repr(optimizer).splitlines()[-1]}
 
 
 def run(folder: Path, device: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Steps in a process that finds no programs, and no library that was compiled before."""
+    """Take steps in a process that finds neither tools nor a compiled library."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ADAI_DIST_", "CXX", "LOCAL_"))}
     bare = {"PATH": str(folder), "TORCH_EXTENSIONS_DIR": str(folder / "extensions"), "PYTHONPATH": str(ROOT)}
     return subprocess.run(
@@ -48,7 +48,7 @@ def run(folder: Path, device: str, **environment: str) -> subprocess.CompletedPr
     )
 
 
-def test_without_a_compiler_steps_are_right_and_one_warning_says_why(tmp_path: Path) -> None:
+def test_without_a_compiler_steps_are_exact_and_one_warning_states_the_reason(tmp_path: Path) -> None:
     finished = run(tmp_path, "cpu")
     assert finished.returncode == 0, finished.stderr
     facts = json.loads(finished.stdout)
@@ -61,7 +61,7 @@ def test_without_a_compiler_steps_are_right_and_one_warning_says_why(tmp_path: P
     assert not (tmp_path / "extensions").exists()
 
 
-def test_without_a_compiler_an_optimizer_that_requires_kernels_raises_the_reason(tmp_path: Path) -> None:
+def test_without_a_compiler_an_optimizer_that_requires_kernels_raises_an_error_with_the_reason(tmp_path: Path) -> None:
     finished = run(tmp_path, "cpu", ADAI_DIST_KERNELS="require")
     assert finished.returncode == 1
     assert finished.stdout == ""
@@ -70,7 +70,7 @@ def test_without_a_compiler_an_optimizer_that_requires_kernels_raises_the_reason
     assert "kernels need a C++ compiler; got none by the name 'c++' in PATH; install g++" in last
 
 
-def test_kernels_that_are_not_wanted_are_not_missed(tmp_path: Path) -> None:
+def test_without_a_compiler_there_is_no_warning_if_kernels_are_off(tmp_path: Path) -> None:
     finished = run(tmp_path, "cpu", ADAI_DIST_KERNELS="off")
     assert (finished.returncode, finished.stderr) == (0, "")
 
@@ -78,7 +78,7 @@ def test_kernels_that_are_not_wanted_are_not_missed(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("tools", ["none", "all but nvcc"])
-def test_without_nvcc_steps_on_cuda_go_on_and_one_warning_says_why(tmp_path: Path, tools: str) -> None:
+def test_without_nvcc_steps_on_cuda_work_and_one_warning_states_the_reason(tmp_path: Path, tools: str) -> None:
     environment = {"CUDA_HOME": str(tmp_path)} | ({"PATH": os.environ["PATH"]} if tools != "none" else {})
     finished = run(tmp_path, "cuda", **environment)
     assert finished.returncode == 0, finished.stderr

@@ -1,4 +1,4 @@
-"""What is missing for compiling kernels is said in one message, with the remedy; which GPUs they are compiled for."""
+"""Errors for missing tools, each with its remedy, and the GPU architectures that kernels are compiled for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Extension:
     return tiny_extension(tmp_path, monkeypatch)
 
 
-def test_without_a_compiler_it_says_so(tiny: Extension, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported(tiny: Extension, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert message_of(tiny).startswith("kernels need a C++ compiler; got none by the name 'c++' in PATH; install g++")
@@ -29,7 +29,7 @@ def test_without_a_compiler_it_says_so(tiny: Extension, tmp_path: Path, monkeypa
 
 
 @needs_toolchain
-def test_without_ninja_it_says_so(tiny: Extension, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_ninja_is_reported(tiny: Extension, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", toolchain.cxx_path())
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sysconfig, "get_path", lambda *_, **__: str(tmp_path))
@@ -54,7 +54,7 @@ def test_kernels_for_cuda_need_a_torch_with_cuda() -> None:
         ("exit 3", "kernels for CUDA need an nvcc that runs; got "),
     ],
 )
-def test_without_an_nvcc_that_fits_torch_it_says_so(
+def test_an_nvcc_that_is_missing_or_does_not_match_torch_is_reported(
     nvcc: str | None, message: str, tiny: Extension, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -67,7 +67,7 @@ def test_without_an_nvcc_that_fits_torch_it_says_so(
 
 
 @needs_toolchain
-def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(
+def test_the_error_of_a_folder_that_is_not_writable_states_its_path_and_the_remedy(
     tiny: Extension, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tiny.sources[0]))  # a file; root may write into any folder
@@ -81,36 +81,36 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(
     ("built", "devices", "serves"),
     [
         ("8.0;9.0;10.0+PTX", [(8, 0)], True),
-        ("8.0;9.0;10.0+PTX", [(8, 6), (9, 0)], True),  # binaries serve later minor versions
+        ("8.0;9.0;10.0+PTX", [(8, 6), (9, 0)], True),  # binaries run on later minor versions
         ("8.0;9.0;10.0+PTX", [(7, 5)], False),
-        ("8.0;9.0;10.0+PTX", [(12, 1)], True),  # by PTX
+        ("8.0;9.0;10.0+PTX", [(12, 1)], True),  # through PTX
         ("8.0;9.0", [(10, 0)], False),
         ("8.6", [(8, 0)], False),
         ("9.0+PTX", [(9, 0), (8, 0)], False),
-        ("8.0 9.0+PTX", [], True),  # ahead of time, as it was
+        ("8.0 9.0+PTX", [], True),  # a library built ahead of time
         ("Ampere", [(8, 0)], False),
     ],
 )
-def test_a_library_serves_the_gpus_that_its_code_runs_on(
+def test_a_library_is_used_if_its_code_runs_on_all_gpus(
     built: str, devices: list[tuple[int, int]], serves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(toolchain, "_of_devices", lambda: devices)
+    monkeypatch.setattr(toolchain, "_device_capabilities", lambda: devices)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    assert toolchain.run_here(built) is serves
+    assert toolchain.runs_here(built) is serves
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", built)
-    assert toolchain.run_here(built), "compiling again would give the same"
+    assert toolchain.runs_here(built), "a new build would have the same architectures"
     assert toolchain.wanted_architectures() == built
 
 
-def test_without_a_gpu_all_that_nvcc_knows_of_the_last_years_is_compiled_for(
+def test_without_a_gpu_kernels_are_compiled_for_the_recent_architectures_that_nvcc_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_86\\ncompute_90\\n'\n")
     nvcc.chmod(0o755)
     monkeypatch.setattr(torch.version, "cuda", "12.4")
-    monkeypatch.setattr(toolchain, "_of_devices", list)
+    monkeypatch.setattr(toolchain, "_device_capabilities", list)
     monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("PYTORCH_NVCC", str(nvcc))
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)

@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
-from adai_dist import Adai, AdaiV2, AdaiW
+from adai_dist import AdaiV2, AdaiW
 from adai_dist.optimizer import likely_mistakes
 from adai_dist.optimizer.retirement import STEPS_BETWEEN_CHECKS
+from adai_dist.optimizer.variants import OPTIMIZERS
 from tests.spawn import run_ranks
 
 
@@ -42,7 +43,7 @@ def steps(optimizer: Any, number: int = 2) -> None:
 # -- Adam's hyperparameters --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer_class", [Adai, AdaiW, AdaiV2])
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS.values())
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.99), [0.95, 0.95], torch.tensor([0.9, 0.99])], ids=str)
 @pytest.mark.parametrize("lr", [1e-3, 0.1, torch.tensor(1e-4)], ids=str)
 def test_adams_betas_are_warned_about_once(

@@ -1,4 +1,4 @@
-"""What the tests compile: leftovers of a process that was killed stop nobody, and every wait has a bound."""
+"""Compilation for the tests: leftover locks of killed processes do not block it, and every wait is bounded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_operators_lie_in_a_folder_of_this_checkout() -> None:
+def test_operators_are_compiled_into_a_folder_of_this_checkout() -> None:
     checkout = Path(__file__).parent.parent
     assert Path(os.environ["TORCH_EXTENSIONS_DIR"]).is_relative_to(checkout / "build")
 
@@ -36,7 +36,7 @@ def test_a_lock_that_was_left_behind_is_removed(folder: Path) -> None:
         assert not (folder / "cpu_adam" / "lock").exists()
 
 
-def test_every_test_begins_without_locks(request: pytest.FixtureRequest) -> None:
+def test_every_test_starts_without_leftover_locks(request: pytest.FixtureRequest) -> None:
     assert "_no_lock_of_an_earlier_test" in request.fixturenames
     assert Path(os.environ["TORCH_EXTENSIONS_DIR"]) == operators.COPY
     (operators.COPY / "killed").mkdir(exist_ok=True)
@@ -45,7 +45,7 @@ def test_every_test_begins_without_locks(request: pytest.FixtureRequest) -> None
     assert not (operators.COPY / "killed" / "lock").exists()
 
 
-def test_another_compilation_is_waited_for_up_to_a_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_for_another_compilation_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "BOUND_SECONDS", 0.3)
     with (folder / "turn").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -64,7 +64,9 @@ def test_a_compilation_that_hangs_is_an_error(folder: Path, monkeypatch: pytest.
         operators._run(["sleep", "60"], turn)
 
 
-def test_a_rank_says_which_operator_it_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_rank_names_the_operator_that_it_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lock = tmp_path / "lock"
     spawn._wait_for_operator(SimpleNamespace(lock_file_path=str(lock)))
     lock.touch()
@@ -79,11 +81,11 @@ def load_in_rank() -> None:
 
 @pytest.mark.distributed
 @pytest.mark.deepspeed
-def test_ranks_and_programs_load_what_was_compiled_and_compile_nothing() -> None:
+def test_ranks_and_programs_load_compiled_operators_without_compiling() -> None:
     run_ranks(load_in_rank, 1)
     subprocess.run([sys.executable, "-c", LOAD], env=cli_environment(), check=True, timeout=120)
     copies = list(operators.COPY.glob("*/*.so"))
     assert copies
     for copy in copies:
         compiled = operators.COMPILED / copy.relative_to(operators.COPY)
-        assert copy.stat().st_mtime_ns == compiled.stat().st_mtime_ns, f"{copy.name} was compiled again"
+        assert copy.stat().st_mtime_ns == compiled.stat().st_mtime_ns, f"{copy.name} was recompiled"

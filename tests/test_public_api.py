@@ -133,7 +133,7 @@ PARAM_GROUP_KEYS = {
 }
 STATE_KEYS = {"step", "exp_avg", "exp_avg_sq", "beta1_prod"}
 
-each_class = pytest.mark.parametrize("cls", [Adai, AdaiW, AdaiV2])
+each_class = pytest.mark.parametrize("cls", DECOUPLED_BY_DEFAULT)
 
 
 def parameters(function: object, kind: inspect._ParameterKind) -> dict[str, object]:
@@ -245,7 +245,7 @@ def test_param_groups_and_states_have_these_keys(cls: type[AdaptiveInertia]) -> 
 
 
 def test_every_optimizer_is_a_torch_optimizer_and_one_class_does_the_work() -> None:
-    for cls in (Adai, AdaiW, AdaiV2):
+    for cls in DECOUPLED_BY_DEFAULT:
         assert issubclass(cls, AdaptiveInertia)
         assert issubclass(cls, torch.optim.Optimizer)
         assert inspect.unwrap(cls.step) is inspect.unwrap(AdaptiveInertia.step)  # torch wraps it per class

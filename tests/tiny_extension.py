@@ -1,4 +1,4 @@
-"""An extension that compiles in no time, for tests of how extensions are compiled and loaded."""
+"""An extension that compiles quickly, for tests of compiling and loading extensions."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ TINY = 'extern "C" const char* adai_tiny() {{ return "{}"; }}\n'
 
 
 def tiny_extension(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Extension:
-    """An extension in ``folder``, and an empty folder for compiled ones."""
+    """Create an extension in ``folder``, and an empty cache for its library."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "extensions"))
-    monkeypatch.setattr(logging.root, "handlers", logging.root.handlers[:])  # the command line adds one
+    monkeypatch.setattr(logging.root, "handlers", logging.root.handlers[:])  # the command line adds a handler
     source = folder / "tiny.cpp"
     source.write_text(TINY.format("first"))
     return Extension("tiny", "cpu", (source,), ("-O1",))

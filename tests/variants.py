@@ -1,4 +1,4 @@
-"""One problem in many variants of the algorithm, and its solutions by the package and by plain PyTorch."""
+"""Variants of one problem, and their solutions by the package and by plain PyTorch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from adai_dist import AdaiV2
 from tests.plain import PlainAdai
 from tests.problems import THREE_GROUPS, Problem
 
-# Float64 is compared with the oracle directly: relative to the distance travelled, measured at most 2e-15.
+# Largest error of float64 relative to the distance travelled; 2e-15 was measured.
 FLOAT64_TOLERANCE = 1e-14
 
 VARIANTS: dict[str, Problem] = {
@@ -64,6 +64,7 @@ def solve(problem: Problem, foreach: bool | None = None, optimizer_class: Any = 
 
 
 def solve_plainly(problem: Problem) -> dict[str, Parameter]:
+    """Run plain PyTorch over all steps of a problem."""
     parameters = problem.parameters()
     plain = PlainAdai(problem.param_groups(parameters), problem.max_grad_norm)
     for step in range(problem.steps):

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from adai_dist.integrations.import_hooks import after_import, wrap_once
-from adai_dist.kernels.waiting import span, told
+from adai_dist.kernels.wait_notices import format_duration, notices_while_waiting
 
 logger: logging.Logger = logging.getLogger("adai_dist")
 
@@ -30,7 +30,7 @@ def _register_with(module: ModuleType) -> None:
     def wrap(original: Callable[[Any], None]) -> Callable[[Any], None]:
         def wait(baton: Any) -> None:
             start = time.monotonic()
-            with told(lambda: _warning(str(baton.lock_file_path), start), logger.warning):
+            with notices_while_waiting(lambda: _warning(str(baton.lock_file_path), start), logger.warning):
                 original(baton)
 
         return wait
@@ -43,7 +43,8 @@ def _warning(path: str, start: float) -> str | None:
         age = time.time() - os.stat(path).st_mtime
     except OSError:
         return None  # just removed
+    waited, existed = format_duration(time.monotonic() - start), format_duration(age)
     return (
-        f"waiting for {span(time.monotonic() - start)} for the file {path}, which is {span(age)} old: another process "
-        "is compiling there, or was killed while compiling; if none is running, delete the file"
+        f"waiting for {waited} for the file {path}, which is {existed} old: another process is compiling there, or was "
+        "killed while compiling; if none is running, delete the file"
     )

@@ -1,4 +1,4 @@
-"""The local phases of a step, compiled where they can be: operators, their building, and the choice among backends."""
+"""The local phases of a step: compiled operators, their build, and the choice among backends."""
 
 from adai_dist.kernels.backends import Backend, Backends, Mode, mode_of, nothing_kept
 

@@ -1,7 +1,7 @@
-"""Compiles the kernels, once per machine, and loads them: `torch.ops.adai_dist` has implementations afterwards.
+"""Compilation of the kernels, once per machine, and loading, which gives `torch.ops.adai_dist` its implementations.
 
-A library is compiled in a folder of its own and moved to where it is looked for, with a stamp beside it that says what
-it was made from. Where the stamp fits, loading needs neither compiler nor ninja.
+A library is compiled in a temporary folder and moved into the cache, with a stamp that records its inputs. If the stamp
+matches, loading needs neither compiler nor ninja.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 import torch
 
-from adai_dist.kernels import cache, toolchain
+from adai_dist.kernels import build_cache, toolchain
 from adai_dist.kernels.toolchain import BuildError
-from adai_dist.kernels.waiting import say
+from adai_dist.kernels.wait_notices import write_to_stderr
 
 __all__ = ["CPU", "CUDA", "EXTENSIONS", "BuildError", "Extension", "Library", "find", "load", "set_compiler"]
 
@@ -36,19 +36,19 @@ class Extension:
     """Sources and flags of one library."""
 
     name: str
-    """Of the library and of its folder, in the manner of DeepSpeed's operators."""
+    """Name of the library and of its folder, in the style of DeepSpeed's operators."""
     device_type: str
     sources: tuple[Path, ...]
-    """Absolute; headers beside them count as sources, too."""
+    """Absolute paths; headers in the same folders count as sources."""
     cxx_flags: tuple[str, ...]
     nvcc_flags: tuple[str, ...] = ()
     takes: str = "seconds"
-    """How long it compiles, in words."""
+    """Compile time, as messages state it."""
 
 
-# No -std: torch passes the one that its headers need. No -march: the instruction set is chosen when the kernels run.
-# Every operation is rounded by itself, so that vector loops, their tails and CUDA agree. Nothing reads errno or
-# floating-point exceptions, and loops with a choice in them vectorise without them.
+# No -std: torch passes the one that its headers need. No -march: the instruction set is selected at run time. Every
+# operation is rounded separately, so that vector loops, their tails and CUDA agree. Without errno and floating-point
+# exceptions, which nothing reads, loops with conditionals vectorise.
 _CXX_FLAGS = ("-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _NVCC_FLAGS = ("-O3", "-ffp-contract=off" if torch.version.hip else "-fmad=false")
 
@@ -71,7 +71,7 @@ CUDA = Extension(
 EXTENSIONS = {extension.device_type: extension for extension in (CPU, CUDA)}
 
 Compiler = Callable[[Extension, Path], None]
-"""Compiles and loads an extension, and leaves one library in the given folder, which exists and is empty."""
+"""A function that compiles and loads an extension, leaving one library in the given folder, which is empty before."""
 
 
 def compile_with_torch(extension: Extension, folder: Path) -> None:
@@ -92,7 +92,7 @@ _compiler: Compiler = compile_with_torch
 
 
 def set_compiler(compiler: Compiler) -> None:
-    """Let others compile: DeepSpeed, where it is used."""
+    """Replace the default compiler of extensions, for example by DeepSpeed's."""
     global _compiler
     _compiler = compiler
 
@@ -102,26 +102,26 @@ class Library(NamedTuple):
 
     path: Path
     seconds: float | None
-    """How long it took to compile; None if it was there."""
+    """Compile time; None if the library was found in the cache."""
 
 
 _loaded: dict[Extension, Library] = {}
 _failed: dict[str, str] = {}
-"""Messages by fingerprint."""
+"""Messages of failed attempts, by fingerprint and compiler."""
 
 
 def load(extension: Extension, compiler: Compiler | None = None) -> Library:
-    """Give ``torch.ops.adai_dist`` its implementations for the extension's device; compile them if need be.
+    """Load the implementations of ``torch.ops.adai_dist`` for the extension's device, compiling them if necessary.
 
-    Of several processes that call it together one compiles, and the others wait for it. A compilation that failed is
-    not tried again by the same process, nor by those that waited.
+    If several processes call it at the same time, one compiles and the others wait. A failed compilation is not
+    repeated by the same process, nor by those that waited.
 
     Args:
         extension: :data:`CPU` or :data:`CUDA`.
         compiler: see :func:`set_compiler`.
 
     Raises:
-        BuildError: it cannot be compiled or loaded here.
+        BuildError: the extension cannot be compiled or loaded here.
 
     Collective: none.
     """
@@ -138,25 +138,25 @@ def _load(path: Path) -> None:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise BuildError(
-            f"the compiled library must load; got {error}; delete the folder {path.parent} to have it compiled anew"
+            f"the compiled library must load; got {error}; delete the folder {path.parent} to recompile it"
         ) from error
 
 
 def find(extension: Extension) -> Library | None:
-    """The library of these sources and flags, for this torch and the GPUs of this machine, if it has been compiled."""
-    path = cache.library_path(extension.name)
-    stamp = cache.read(cache.stamp_path(path))
+    """Find a compiled library of these sources and flags that fits this torch and the GPUs of this machine."""
+    path = build_cache.library_path(extension.name)
+    stamp = build_cache.read(build_cache.stamp_path(path))
     fits = (
         stamp.get("fingerprint") == fingerprint(extension)
         and toolchain.chosen_cxx_path() in ("", stamp.get("compiler"))
-        and (extension.device_type == "cpu" or toolchain.run_here(stamp.get("architectures", "")))
-        and stamp.get("size") == cache.size_of(path)  # what is cut off ends the process that loads it
+        and (extension.device_type == "cpu" or toolchain.runs_here(stamp.get("architectures", "")))
+        and stamp.get("size") == build_cache.size_of(path)  # loading a truncated library would crash the process
     )
     return Library(path, None) if fits else None
 
 
 def fingerprint(extension: Extension) -> str:
-    """A hash of everything that makes a library another one, but for the compiler and the GPUs it is for."""
+    """Return a hash of the inputs of a library, except the compiler and the GPU architectures."""
     headers = {header for source in extension.sources for header in source.parent.glob("*.h")}
     files = {path.name: _text(path) for path in (*extension.sources, *sorted(headers))}
     versions = (torch.__version__, torch.version.git_version, torch.version.cuda, torch.version.hip)
@@ -169,9 +169,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise BuildError(
-            f"the sources of the kernels must be readable; got {error}; install the package anew"
-        ) from error
+        raise BuildError(f"the sources of the kernels must be readable; got {error}; reinstall the package") from error
 
 
 def _build(extension: Extension, compiler: Compiler) -> Library:
@@ -179,22 +177,22 @@ def _build(extension: Extension, compiler: Compiler) -> Library:
     attempt = f"{fingerprint(extension)} {toolchain.cxx_path()}"
     if attempt in _failed:
         raise BuildError(_failed[attempt])
-    path = cache.library_path(extension.name)
-    failure_path = cache.failure_path(path)
-    earlier = cache.read(failure_path)
+    path = build_cache.library_path(extension.name)
+    failure_path = build_cache.failure_path(path)
+    earlier = build_cache.read(failure_path)
     try:
-        with cache.locked(path.parent):
+        with build_cache.locked(path.parent):
             if found := find(extension):
                 return found
-            failure = cache.read(failure_path)
+            failure = build_cache.read(failure_path)
             if failure != earlier and failure.get("attempt") == attempt:
-                raise BuildError(failure["message"])  # of a process that this one has waited for
-            say(f"compiling {extension.name} into {path}, once per machine; it takes {extension.takes}")
+                raise BuildError(failure["message"])  # in the process that this one has waited for
+            write_to_stderr(f"compiling {extension.name} into {path}, once per machine; it takes {extension.takes}")
             try:
                 return _compile(extension, compiler, path)
             except BuildError as error:
                 failure = {"attempt": attempt, "message": str(error), "time": str(time.time_ns())}
-                cache.write(failure_path, failure)
+                build_cache.write(failure_path, failure)
                 raise
     except OSError as error:
         raise BuildError(
@@ -207,9 +205,9 @@ def _build(extension: Extension, compiler: Compiler) -> Library:
 
 
 def _compile(extension: Extension, compiler: Compiler, path: Path) -> Library:
-    """Compile in a new folder: processes of a builder that was killed may go on writing into the old one."""
-    for left in path.parent.glob("build-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Compile in a new folder, because processes of a killed build may still be writing to the old one."""
+    for leftover in path.parent.glob("build-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     architectures = toolchain.wanted_architectures() if extension.device_type == "cuda" else ""
     stamp = {"fingerprint": fingerprint(extension), "compiler": toolchain.cxx_path(), "architectures": architectures}
     start = time.perf_counter()
@@ -222,16 +220,16 @@ def _compile(extension: Extension, compiler: Compiler, path: Path) -> Library:
             (built,) = folder.glob("*.so")
         except Exception as error:
             raise _failure_of(extension, error, path) from error
-        cache.sync(built)
-        cache.remove(cache.stamp_path(path))
+        build_cache.sync(built)
+        build_cache.remove(build_cache.stamp_path(path))
         if path.is_dir():
-            cache.remove(path)
-        os.replace(built, path)  # whoever has loaded the old one keeps it
-        cache.write(cache.stamp_path(path), {**stamp, "size": cache.size_of(path)})
-    for outdated in (cache.failure_path(path), cache.log_path(path)):
-        cache.remove(outdated)
+            build_cache.remove(path)
+        os.replace(built, path)  # processes that have loaded the old one keep it
+        build_cache.write(build_cache.stamp_path(path), {**stamp, "size": build_cache.size_of(path)})
+    for outdated in (build_cache.failure_path(path), build_cache.log_path(path)):
+        build_cache.remove(outdated)
     seconds = time.perf_counter() - start
-    say(f"compiled {extension.name} in {seconds:.1f} s")
+    write_to_stderr(f"compiled {extension.name} in {seconds:.1f} s")
     return Library(path, seconds)
 
 
@@ -239,15 +237,15 @@ def _failure_of(extension: Extension, error: Exception, path: Path) -> BuildErro
     if isinstance(error, BuildError):
         return error
     if isinstance(error, ModuleNotFoundError):
-        return BuildError(f"compiling needs the package {error.name}; got none; run: pip install {error.name}")
+        return BuildError(f"compilation needs the package {error.name}; got none; run: pip install {error.name}")
     output = str(error)
-    log = cache.log_path(path)
+    log = build_cache.log_path(path)
     log.write_text(output, encoding="utf-8")
     lines = [line for line in output.splitlines() if line.strip()]
     first = next((i for i, line in enumerate(lines) if "error:" in line), len(lines))
     start = max(0, min(first - 1, len(lines) - NUM_LINES_OF_OUTPUT))
-    telling = lines[start : start + NUM_LINES_OF_OUTPUT]
+    excerpt = lines[start : start + NUM_LINES_OF_OUTPUT]
     return BuildError(
-        f"{extension.name} must compile with {toolchain.cxx_path()}; got:\n" + "\n".join(telling) + "\n"
-        f"the whole output is in {log}; another compiler can be named in the environment variable CXX"
+        f"{extension.name} must compile with {toolchain.cxx_path()}; got:\n" + "\n".join(excerpt) + "\n"
+        f"read the full output in {log}, or name another compiler in the environment variable CXX"
     )

@@ -1,9 +1,8 @@
-"""The operators of the compiled kernels, as torch sees them: schemas, and what they return where nothing is computed.
+"""The torch operators of the compiled kernels: schemas, fake implementations, and typed wrappers.
 
-``csrc/adai_cpu.cpp`` and ``csrc/adai_cuda.cpp`` bring the implementations when they are loaded
-(:mod:`adai_dist.kernels.build`). Tensors of a list are on one device and dense; parameters and gradients are float32,
-bfloat16 or float16, each list of one dtype; states are float32. Tensors may be empty; the first list of an operator is
-not.
+Loading ``csrc/adai_cpu.cpp`` or ``csrc/adai_cuda.cpp`` registers the implementations (:mod:`adai_dist.kernels.build`).
+The tensors of a list are dense and on one device; parameters and gradients are float32, bfloat16 or float16, with one
+dtype per list; states are float32. Tensors may be empty, but the first list of an operator has at least one.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adai_dist.equations import LocalTensors, SquaredNorms, StepScalars
-from adai_dist.hyper import Hyper
+from adai_dist.hyper import KERNEL_SCALARS, Hyper
 
 _LIBRARY = torch.library.Library("adai_dist", "DEF")
 
@@ -51,14 +50,14 @@ torch.library.register_fake("adai_dist::sums", _sums_fake)
 
 
 def observe(shards: LocalTensors, hyper: Hyper, c: Tensor, kept: Tensor) -> tuple[SquaredNorms, Tensor]:
-    """:func:`adai_dist.equations.observe`, and the sums of exp_avg_sq; one read of the gradients.
+    """Run :func:`adai_dist.equations.observe` and sum each exp_avg_sq, in one read of the gradients.
 
-    With coupled decay parameters are read, too, and exp_avg_sq where it is not what :func:`advance` has left.
+    Parameters are read under coupled decay only, and an exp_avg_sq only if it has changed since :func:`advance`.
 
     Args:
-        kept: what :func:`advance` returned, or NaN where there is nothing to go by; float64, shape (shards, 2).
+        kept: the result of :func:`advance`, or NaN to read every exp_avg_sq; float64, shape (shards, 2).
 
-    Numerics: float64; the order of summation depends on the number of elements alone.
+    Numerics: float64; the order of summation depends only on the number of elements.
     """
     params = shards.param if hyper.coupled_decay else []
     columns = torch.ops.adai_dist.observe(shards.grad, params, shards.exp_avg_sq, kept, c, hyper.coupled_decay)
@@ -67,40 +66,30 @@ def observe(shards: LocalTensors, hyper: Hyper, c: Tensor, kept: Tensor) -> tupl
 
 
 def advance(shards: LocalTensors, hyper: Hyper, scalars: StepScalars) -> Tensor:
-    """:func:`adai_dist.equations.advance` in one pass over memory; the scalars are read on the device.
+    """Run :func:`adai_dist.equations.advance` in one pass over memory, reading the scalars on the device.
 
     Returns:
-        For each shard the sum of the new exp_avg_sq, and that of some of its elements, by which the next
-        :func:`observe` recognises it; float64, shape (shards, 2).
+        The sum of each new exp_avg_sq, and the sum of samples of it, by which the next :func:`observe` detects a
+        change; float64, shape (shards, 2).
 
-    Numerics: float32, every operation rounded by itself; the sums as those of :func:`observe`.
+    Numerics: float32, every operation rounded separately; sums as in :func:`observe`.
     """
-    return torch.ops.adai_dist.advance(*shards, *_packed(scalars), packed(hyper))
+    return torch.ops.adai_dist.advance(*shards, *_operator_order(scalars), kernel_scalars(hyper))
 
 
 def sums(exp_avg_sqs: list[Tensor], kept: Tensor) -> Tensor:
-    """The sum of each tensor, added up in the order of :func:`advance`, so that a resumed run goes on to the bit.
+    """Return the sum of each tensor, added in the order of :func:`advance`, so that a resumed run is bitwise the same.
 
     Args:
-        kept: as for :func:`observe`; where it holds, the tensor is not read.
+        kept: see :func:`observe`; a tensor that has not changed is not read.
     """
     return torch.ops.adai_dist.sums(exp_avg_sqs, kept)
 
 
-def _packed(scalars: StepScalars) -> tuple[Tensor, ...]:
+def _operator_order(scalars: StepScalars) -> tuple[Tensor, ...]:
     return scalars.inverse_means, scalars.coefficient, scalars.lr, scalars.is_finite, scalars.is_live
 
 
-def packed(hyper: Hyper) -> list[float]:
-    """The argument ``hyper`` of the operator ``advance``: its order is that of ``hyper_of`` in adai_arguments.h."""
-    return [
-        hyper.beta0,
-        hyper.beta2,
-        1.0 - hyper.beta2,
-        1.0 - hyper.eps,
-        hyper.coupled_decay,
-        hyper.decoupled_decay,
-        hyper.dampening,
-        hyper.inertia_exponent,
-        hyper.lr_factor,
-    ]
+def kernel_scalars(hyper: Hyper) -> list[float]:
+    """Return the argument ``hyper`` of the operator ``advance``."""
+    return [getattr(hyper, name) for name in KERNEL_SCALARS]

@@ -1,4 +1,4 @@
-"""What compiling needs beside the sources: a C++ compiler, ninja, and for CUDA an nvcc that fits torch."""
+"""The tools that compile the kernels: a C++ compiler, ninja, and for CUDA an nvcc that matches torch."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from typing import NamedTuple
 import torch
 
 ARCHITECTURES = "TORCH_CUDA_ARCH_LIST"
-"""Environment variable: the GPUs to compile for, such as ``8.0;9.0+PTX``."""
+"""Environment variable with the GPU architectures to compile for, such as ``8.0;9.0+PTX``."""
 
 ARCHITECTURES_WITHOUT_DEVICE = ((8, 0), (9, 0), (10, 0))
-"""Compute capabilities to compile for where no GPU says otherwise; PTX of the last one serves later GPUs."""
+"""Compute capabilities to compile for on a machine without GPUs; PTX of the last one serves later GPUs."""
 
 
 class BuildError(RuntimeError):
-    """The kernels cannot be compiled or loaded here. The message has the reason and the remedy."""
+    """A failure to compile or load the kernels; the message states the reason and the remedy."""
 
 
 def check_toolchain(device_type: str) -> None:
-    """Make sure that kernels for ``device_type`` can be compiled.
+    """Check that kernels for ``device_type`` can be compiled.
 
     Raises:
-        BuildError: something is missing.
+        BuildError: a tool is missing.
     """
     if sys.platform == "win32":
         raise BuildError("kernels are compiled on Linux and macOS; got Windows; use WSL")
@@ -51,14 +51,14 @@ def check_toolchain(device_type: str) -> None:
 
 
 def cxx_path() -> str:
-    """The C++ compiler that torch will call, with links followed; empty if there is none."""
+    """Return the resolved path of the C++ compiler that torch will call; empty if there is none."""
     words = shlex.split(_cxx())
     path = shutil.which(words[0]) if words else None
     return os.path.realpath(path) if path else ""
 
 
 def chosen_cxx_path() -> str:
-    """The compiler if the environment names it, else empty: any will do."""
+    """Return the path of the compiler named in the environment; empty if none is, so that any will do."""
     return cxx_path() if os.environ.get("CXX") else ""
 
 
@@ -67,9 +67,9 @@ def _cxx() -> str:
 
 
 def _ninja_folder() -> str | None:
-    """A folder to add to PATH for ninja; empty if it is in PATH already, None if there is none.
+    """Return the folder to add to PATH for ninja; empty if PATH already has ninja, None if there is none.
 
-    `pip install ninja` puts it beside python, which is not in PATH where an environment is used without activation.
+    `pip install ninja` installs it beside python, which is not in PATH when an environment is used without activation.
     """
     if shutil.which("ninja"):
         return ""
@@ -79,10 +79,10 @@ def _ninja_folder() -> str | None:
 
 @contextmanager
 def toolchain_environment(architectures: str) -> Generator[None]:
-    """While it lasts, torch finds ninja, and compiles for these GPUs."""
+    """Let torch find ninja and compile for these architectures within the block."""
     changes: dict[str, str] = {}
     if folder := _ninja_folder():
-        # at the end: a compiler or ninja beside python must not take the place of another
+        # at the end, so that a compiler beside python does not take precedence
         changes["PATH"] = os.pathsep.join([*filter(None, [os.environ.get("PATH")]), folder])
     if architectures:
         changes[ARCHITECTURES] = architectures
@@ -92,7 +92,7 @@ def toolchain_environment(architectures: str) -> Generator[None]:
 
 @contextmanager
 def environment(changes: dict[str, str]) -> Generator[None]:
-    """Environment variables of this process that hold for a while."""
+    """Set environment variables of this process within the block."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -109,14 +109,14 @@ def environment(changes: dict[str, str]) -> Generator[None]:
 
 
 def _nvcc() -> list[str]:
-    """The words that call nvcc, as torch would; none if it cannot be found."""
+    """Return the command for nvcc that torch would use; empty if there is no nvcc."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     words = shlex.split(os.environ.get("PYTORCH_NVCC") or f"{CUDA_HOME}/bin/nvcc")
     return words if CUDA_HOME and shutil.which(words[0]) else []
 
 
-def _output_of_nvcc(option: str) -> str:
+def _nvcc_output(option: str) -> str:
     try:
         return subprocess.run([*_nvcc(), option], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
@@ -124,19 +124,19 @@ def _output_of_nvcc(option: str) -> str:
 
 
 def _check_nvcc() -> None:
-    of_torch = str(torch.version.cuda)
-    remedy = f"install the CUDA toolkit {of_torch}, or set CUDA_HOME to its folder"
+    required = str(torch.version.cuda)
+    remedy = f"install the CUDA toolkit {required}, or set CUDA_HOME to its folder"
     if not _nvcc():
         raise BuildError(f"kernels for CUDA need nvcc; got none in CUDA_HOME, PATH or /usr/local/cuda; {remedy}")
-    found = re.search(r"release (\d+)\.(\d+)", _output_of_nvcc("--version"))
-    if found is None or found[1] != of_torch.split(".")[0]:
-        release = f"{found[1]}.{found[2]}" if found else "one without a release"
-        raise BuildError(f"nvcc must be of CUDA {of_torch.split('.')[0]}, as torch is; got {release}; {remedy}")
+    found = re.search(r"release (\d+)\.(\d+)", _nvcc_output("--version"))
+    if found is None or found[1] != required.split(".")[0]:
+        release = f"{found[1]}.{found[2]}" if found else "an unknown release"
+        raise BuildError(f"nvcc must be of CUDA {required.split('.')[0]}, as torch is; got {release}; {remedy}")
     _check_cuda_headers(remedy)
 
 
 def _check_cuda_headers(remedy: str) -> None:
-    """torch takes the folder above the nvcc in PATH for the toolkit, which is wrong where that is a link or script."""
+    """Check the include path, which torch derives from the path of nvcc even if that is a link or a script."""
     from torch.utils.cpp_extension import CUDA_HOME, include_paths
 
     folders = [word for path in include_paths("cuda") for word in ("-isystem", path)]
@@ -146,15 +146,15 @@ def _check_cuda_headers(remedy: str) -> None:
 
 
 class Architecture(NamedTuple):
-    """An entry of the list of architectures, such as ``9.0+PTX``."""
+    """A GPU architecture to compile for, such as ``9.0+PTX``."""
 
     capability: tuple[int, int]
     has_ptx: bool
 
     @classmethod
-    def of(cls, words: str) -> list[Architecture]:
-        """The entries of a list that are numbers; names such as ``Ampere`` are left out."""
-        found = (re.fullmatch(r"(\d+)\.(\d+)(\+PTX)?", word) for word in re.split(r"[;\s]+", words))
+    def parse(cls, architectures: str) -> list[Architecture]:
+        """Parse a list of architectures, ignoring names such as ``Ampere``."""
+        found = (re.fullmatch(r"(\d+)\.(\d+)(\+PTX)?", entry) for entry in re.split(r"[;\s]+", architectures))
         return [cls((int(match[1]), int(match[2])), bool(match[3])) for match in found if match]
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
@@ -163,28 +163,28 @@ class Architecture(NamedTuple):
 
 
 def wanted_architectures() -> str:
-    """What to compile for: what the environment says; else the GPUs of this machine; else those of the last years."""
+    """Return the architectures to compile for: those in the environment, of this machine's GPUs, or of recent GPUs."""
     if torch.version.cuda is None:
         return ""
-    if named := os.environ.get(ARCHITECTURES):
-        return named
-    return _listed(_of_devices() or _known_to_nvcc(ARCHITECTURES_WITHOUT_DEVICE))
+    if requested := os.environ.get(ARCHITECTURES):
+        return requested
+    return _formatted(_device_capabilities() or _known_to_nvcc(ARCHITECTURES_WITHOUT_DEVICE))
 
 
-def run_here(architectures: str) -> bool:
-    """Whether a library for ``architectures`` runs on every GPU of this machine; without any, whether it is wanted."""
+def runs_here(architectures: str) -> bool:
+    """Return whether a library for ``architectures`` fits the environment, or else every GPU of this machine."""
     if architectures == os.environ.get(ARCHITECTURES) or torch.version.cuda is None:
         return True
-    built = Architecture.of(architectures)
-    if devices := _of_devices():
+    built = Architecture.parse(architectures)
+    if devices := _device_capabilities():
         return all(any(architecture.runs_on(capability) for architecture in built) for capability in devices)
     return not os.environ.get(ARCHITECTURES)
 
 
-def _of_devices() -> list[tuple[int, int]]:
+def _device_capabilities() -> list[tuple[int, int]]:
     if not torch.cuda.is_available():
         return []
-    # As torch does it: an nvcc of the age of torch knows no newer GPUs.
+    # Limited as in torch, because an nvcc of the same age does not know newer GPUs.
     known = [
         tuple(map(int, re.findall(r"sm_(\d+)(\d)", name)[0])) for name in torch.cuda.get_arch_list() if "sm_" in name
     ]
@@ -194,9 +194,9 @@ def _of_devices() -> list[tuple[int, int]]:
 
 
 def _known_to_nvcc(capabilities: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    known = _output_of_nvcc("--list-gpu-arch").split()
+    known = _nvcc_output("--list-gpu-arch").split()
     return [(major, minor) for major, minor in capabilities if f"compute_{major}{minor}" in known]
 
 
-def _listed(capabilities: Sequence[tuple[int, int]]) -> str:
+def _formatted(capabilities: Sequence[tuple[int, int]]) -> str:
     return ";".join(f"{major}.{minor}" for major, minor in capabilities) + "+PTX"

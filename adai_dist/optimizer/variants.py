@@ -9,7 +9,7 @@ from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 
 
 class Adai(AdaptiveInertia):
-    r"""Adai: Adam with adaptive inertia in place of an adaptive learning rate; L2 weight decay by default.
+    r"""Adam with adaptive inertia in place of an adaptive learning rate; L2 weight decay by default.
 
     .. math::
         \beta_{1,t} &= \mathrm{clamp}(1 - \beta_0 \hat v_t / \bar v_t,\ 0,\ 1 - \epsilon) \\
@@ -25,16 +25,16 @@ class Adai(AdaptiveInertia):
 
 
 class AdaiW(AdaptiveInertia):
-    """AdaiW: :class:`Adai` with decoupled weight decay by default, ``theta <- theta * (1 - lr * weight_decay)``."""
+    """:class:`Adai` with decoupled weight decay by default, ``theta <- theta * (1 - lr * weight_decay)``."""
 
     decoupled_by_default = True
 
 
 class AdaiV2(AdaptiveInertia):
-    r"""AdaiV2: Adai with dampening ``d`` between 0 and 1; decoupled weight decay by default.
+    r""":class:`Adai` with dampening ``d`` between 0 and 1; decoupled weight decay by default.
 
-    Pass ``dampening``: its default, 1, is that of the authors' code and makes this AdaiW under another name. On
-    transformers, start with ``dampening=0.0``.
+    Pass ``dampening``: the default of the authors' code, 1, makes this :class:`AdaiW`. For transformers, start with
+    ``dampening=0.0``.
 
     .. math::
         \beta_{1,t} &= \mathrm{clamp}(1 - \beta_0 (\hat v_t / \bar v_t)^{1/(3-2d)},\ 0,\ 1 - \epsilon) \\
@@ -47,3 +47,7 @@ class AdaiV2(AdaptiveInertia):
     """
 
     decoupled_by_default = True
+
+
+OPTIMIZERS: dict[str, type[AdaptiveInertia]] = {cls.__name__: cls for cls in (Adai, AdaiW, AdaiV2)}
+"""The named optimizers, by name."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from adai_dist.kernels.cache import sync
+from adai_dist.kernels.build_cache import sync
 
 _HIDDEN = ".removing-"
 

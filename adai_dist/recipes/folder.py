@@ -28,7 +28,7 @@ from typing import TextIO
 
 import torch.distributed as dist
 
-from adai_dist.kernels.holder import Holder, read_holder, sign
+from adai_dist.kernels.lock_holder import LockHolder, read_holder, write_holder
 from adai_dist.recipes.job import World
 from adai_dist.recipes.recipe import Recipe, RecipeError, load_recipe
 
@@ -167,11 +167,11 @@ def run_lock(folder: Path, patience: float = GRACE_SECONDS) -> Generator[None]:
             if time.monotonic() > deadline:
                 raise refusal
             time.sleep(_POLL_SECONDS)
-        sign(file, Holder.of_this_process())
+        write_holder(file, LockHolder.of_this_process())
         try:
             yield
         finally:
-            sign(file, None)
+            write_holder(file, None)
 
 
 def _try_lock(file: TextIO, path: Path) -> RecipeError | None:
@@ -189,9 +189,9 @@ def _try_lock(file: TextIO, path: Path) -> RecipeError | None:
     return None
 
 
-def _has_ended(holder: Holder) -> bool:
+def _has_ended(holder: LockHolder) -> bool:
     """Return whether the process has certainly ended; unknown, and thus False, for another host."""
-    here = Holder.of_this_process()
+    here = LockHolder.of_this_process()
     if holder.host != here.host:
         return False
     if holder.pid == here.pid:
@@ -205,12 +205,12 @@ def _has_ended(holder: Holder) -> bool:
     return False
 
 
-def _refusal(path: Path, other: Holder | None, may_be_over: bool) -> RecipeError:
+def _refusal(path: Path, other: LockHolder | None, may_be_over: bool) -> RecipeError:
     must, who = f"a run must have its folder to itself; got {str(path.parent)!r}", "another process"
     since, advice = "", "wait for it, end it, or change run.name"
     if other is not None:
         who, since = str(other), f" for {other.age}"
         # A file server may keep the lock of a host that is gone.
-        if may_be_over or other.host != Holder.of_this_process().host:
+        if may_be_over or other.host != LockHolder.of_this_process().host:
             advice = f"end it, or delete {str(path)!r} if it has ended"
     return RecipeError(f"{must}, where {who} has been at work{since}; {advice}")

@@ -1,5 +1,5 @@
-// The CUDA kernels on the CPU, as functions that Python can call; tests/test_cuda_source.py builds and calls them.
-#include ADAI_CUDA_SOURCE  // adai_cuda.cu, its launches written as calls of emulated::launch
+// The CUDA kernels on the CPU, as C functions that tests/test_cuda_source.py calls.
+#include ADAI_CUDA_SOURCE  // adai_cuda.cu with its launches replaced by calls of emulated::launch
 
 using namespace adai;
 using namespace adai::cuda;
@@ -15,7 +15,7 @@ extern "C" {
 
 void set_descending(bool value) { emulated::descending = value; }
 
-// Writes (tensor, offset, count) of the chunk of every block, in the order of their partials. Returns their number.
+// Writes (tensor, offset, count) of the chunk of every block, in the order of partials. Returns the number of chunks.
 int64_t chunks(const int64_t* num_elements, int64_t num_tensors, int64_t max_tensors, int64_t max_chunks,
                int64_t (*result)[3]) {
   const std::vector<int64_t> sizes(num_elements, num_elements + num_tensors);
@@ -68,10 +68,7 @@ const char* advance(const int64_t* num_elements, int64_t num_tensors, void* cons
   x.lr = &scalars[1];
   x.is_finite = &flags[0];
   x.is_live = &flags[1];
-  const auto rounded = [&](int i) { return static_cast<float>(hyper[i]); };
-  x.hyper = {rounded(0), rounded(1), rounded(2), rounded(3), rounded(4), rounded(5), rounded(8), exponent(hyper[7]),
-             exponent(hyper[6])};
-  x.dampening = hyper[6] == 1.0 ? Dampening::one : hyper[6] == 0.0 ? Dampening::zero : Dampening::between;
+  x.hyper = hyper_of(hyper);
   std::vector<double> partials(static_cast<size_t>(num_partials(x)));
   return advance(x, partials.data(), sums, nullptr);
 }

@@ -203,10 +203,7 @@ def test_under_fsdp2_what_cannot_be_loaded_is_one_error_on_all_ranks_and_changes
     assert "continued by the model that wrote it" in first["model"][0]
     assert "'weight' has the shape [3, 33] there and [3, 34] in this model; change run.name" in first["model"][0]
     assert "Missing key in checkpoint state_dict: optimizer." in first["optimizer"][0]
-    assert (
-        "one checkpoint must be undamaged; got step_00000002: __1_0.distcp has 100 b"
-        in first["all damaged"][0]
-    )
+    assert "one checkpoint must be undamaged; got step_00000002: __1_0.distcp has 100 b" in first["all damaged"][0]
     assert all("\n" not in error for error, _ in first.values())
 
 
@@ -286,7 +283,6 @@ def test_the_command_goes_back_to_a_whole_checkpoint_and_refuses_where_there_is_
     codes, words = result("nothing left", "run.steps=8")
     assert codes == [1, 1], words
     assert (
-        words.count("adai-dist: at least one checkpoint must be undamaged; got step_00000006: .metadata has 10 ")
-        == 2
+        words.count("adai-dist: at least one checkpoint must be undamaged; got step_00000006: .metadata has 10 ") == 2
     )
     assert "Traceback" not in words

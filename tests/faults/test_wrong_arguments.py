@@ -15,14 +15,15 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
-from adai_dist import Adai, AdaiV2, AdaiW, share_mean
+from adai_dist import AdaiV2, share_mean
 from adai_dist.cli import main
+from adai_dist.optimizer.variants import OPTIMIZERS
 from adai_dist.recipes.recipe import RecipeError, load_recipe
 from tests.recipe_runs import write_recipe
 
 SEED = 0
 NUM_CASES = 500
-CLASSES = (Adai, AdaiW, AdaiV2)
+CLASSES = tuple(OPTIMIZERS.values())
 
 NAN, INF = float("nan"), float("inf")
 NO_NUMBERS = (None, "0.1", "", [], {}, (1, 2), object, torch.ones(3), 1j, b"1", True)

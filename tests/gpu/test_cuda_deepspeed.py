@@ -1,4 +1,4 @@
-"""DeepSpeed's engines on one CUDA device: the oracle's trajectory, and no wait for the device but DeepSpeed's own."""
+"""DeepSpeed's engines on one CUDA device: the oracle's trajectory, and no synchronisation beyond DeepSpeed's own."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], Problem]] = {
 
 
 class Products(nn.Module):
-    """A model whose gradients are those of the problem."""
+    """A model with the gradients of the problem."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def trajectory(config: dict[str, Any], problem: Problem, accelerator: str = "cud
 
 
 def num_waits(optimizer_type: str, stage: int) -> int:
-    """How often a step makes the host wait for the device, as torch reports it."""
+    """Count the synchronisations of a step, as torch reports them."""
     engine = engine_of(
         zero(stage) | BF16 | {"optimizer": {"type": optimizer_type, "params": {"lr": 0.1}}}, PROBLEM, "cuda"
     )

@@ -1,4 +1,4 @@
-"""The CUDA kernels as operators: right, the same bits every time, and without a word to the host."""
+"""The CUDA kernels as operators: exact, deterministic, and without synchronisation with the host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from adai_dist.equations import LocalTensors, StepScalars
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import build
-from adai_dist.kernels.ops import packed
+from adai_dist.kernels.ops import kernel_scalars
 from tests import kernel_cases
 from tests.kernel_cases import (
     DTYPE_PAIRS,
@@ -44,7 +44,7 @@ def operators() -> Operators:
     return kernel_cases.torch_operators("cuda")
 
 
-# -- what they compute -------------------------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -55,8 +55,8 @@ def test_every_size_is_stepped_and_observed(operators: Operators, name: str) -> 
 
 
 @pytest.mark.parametrize("sizes", [MIXED, [2048, 2049, 5000], [3] * 260, [2**16 + 1]], ids=str)
-def test_a_write_to_a_state_is_recognised(operators: Operators, sizes: list[int]) -> None:
-    kernel_cases.check_recognition(operators, make_shards(sizes, operators.device))
+def test_a_write_to_a_state_is_detected(operators: Operators, sizes: list[int]) -> None:
+    kernel_cases.check_detection_of_writes(operators, make_shards(sizes, operators.device))
 
 
 @pytest.mark.parametrize("retired", [False, True], ids=["with products", "retired"])
@@ -96,7 +96,7 @@ def test_alignment_changes_no_bit(operators: Operators, dtypes: tuple[torch.dtyp
 def test_a_step_that_does_not_count_leaves_the_states(
     operators: Operators, dtypes: tuple[torch.dtype, torch.dtype], is_finite: bool
 ) -> None:
-    kernel_cases.check_standing_still(operators, dtypes, is_finite=is_finite)
+    kernel_cases.check_step_that_does_not_count(operators, dtypes, is_finite=is_finite)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -105,7 +105,7 @@ def test_a_non_finite_gradient_shows_in_its_sum(operators: Operators, value: flo
     kernel_cases.check_non_finite(operators, value, dtype)
 
 
-# -- the same every time -----------------------------------------------------------------------------------------------
+# -- determinism -------------------------------------------------------------------------------------------------------
 
 
 def test_results_have_the_same_bits_from_run_to_run(operators: Operators) -> None:
@@ -147,7 +147,7 @@ def test_work_follows_the_device_of_the_tensors(operators: Operators) -> None:
     assert_same_bits(*of_devices)
 
 
-# -- no word to the host -----------------------------------------------------------------------------------------------
+# -- no synchronisation ------------------------------------------------------------------------------------------------
 
 
 def test_the_host_does_not_wait_for_the_device(operators: Operators) -> None:
@@ -157,12 +157,12 @@ def test_the_host_does_not_wait_for_the_device(operators: Operators) -> None:
     try:
         norms = kernel_cases.observe(operators, shards.grad, shards.param)
         returned = step(operators, shards, L2, scalars)
-        recognised = kernel_cases.observe(operators, shards.grad, [], shards.exp_avg_sq, returned)[:, 1]
+        kept = kernel_cases.observe(operators, shards.grad, [], shards.exp_avg_sq, returned)[:, 1]
         sums = kernel_cases.sums(operators, shards.exp_avg_sq)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(returned[:, 0], sums)
-    assert torch.equal(returned[:, 0], recognised)
+    assert torch.equal(returned[:, 0], kept)
     assert norms.isfinite().all()
 
 
@@ -179,18 +179,18 @@ def test_a_captured_graph_replays_what_it_recorded(operators: Operators) -> None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run(found)
-    assert_same_bits(found, shards)  # so far nothing has run
+    assert_same_bits(found, shards)  # nothing has run yet
     for _ in range(3):
         eager = run(expected)
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True))
     assert_same_bits(found, expected)
-    scalars.is_live.fill_(False)  # read where it lies, in every replay
+    scalars.is_live.fill_(False)  # read on the device in every replay
     graph.replay()
     assert_same_bits(found, expected)
 
 
-def test_compiled_functions_call_them(operators: Operators) -> None:
+def test_compiled_functions_call_the_operators(operators: Operators) -> None:
     shards = make_shards(MIXED, operators.device)
     expected, found = copied(shards), copied(shards)
     scalars = make_scalars(shards)
@@ -206,7 +206,7 @@ def test_compiled_functions_call_them(operators: Operators) -> None:
     assert_same_bits(found, expected)
 
 
-def test_schemas_and_fakes_tell_the_truth(operators: Operators) -> None:
+def test_schemas_and_fake_implementations_match_the_kernels(operators: Operators) -> None:
     shards = make_shards(MIXED, operators.device)
     scalars = make_scalars(shards)
     values = (scalars.inverse_means, scalars.coefficient, scalars.lr, scalars.is_finite, scalars.is_live)
@@ -215,7 +215,7 @@ def test_schemas_and_fakes_tell_the_truth(operators: Operators) -> None:
     kept = torch.zeros(len(shards.param), 2, dtype=torch.float64, device=operators.device)
     observed = (shards.grad, shards.param, shards.exp_avg_sq, kept, scalars.coefficient, 0.1)
     torch.library.opcheck(ops.observe.default, observed, test_utils=checks)
-    torch.library.opcheck(ops.advance.default, (*shards, *values, packed(L2)), test_utils=checks)
+    torch.library.opcheck(ops.advance.default, (*shards, *values, kernel_scalars(L2)), test_utils=checks)
     torch.library.opcheck(ops.sums.default, (shards.exp_avg_sq, kept), test_utils=checks)
 
 

@@ -1,4 +1,4 @@
-"""Parameters on a device that is not the current one, and on two devices in one process."""
+"""Parameters on a device other than the current one, and on two devices of one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [
 ]
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 LONG = 500_000_000
-"""Cycles that a device sleeps: long enough for the host to look meanwhile."""
+"""Cycles of a sleep that is long enough for the host to query events."""
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def busy(device: str) -> None:
 @pytest.mark.parametrize("device", ["cuda:0", pytest.param("cuda:1", marks=needs_two)])
 def test_nothing_is_read_before_it_has_arrived(device: str) -> None:
     copy = HostCopy()
-    for number in (1.0, 2.0):  # the second time memory and event serve again
+    for number in (1.0, 2.0):  # the second pass reuses memory and event
         tensor = torch.zeros(3, device=device)
         busy(device)
         tensor += number
@@ -65,7 +65,7 @@ def test_a_copy_follows_the_stream_that_was_current(device: str) -> None:
 
 @needs_two
 def test_products_that_are_large_stay_where_the_current_device_is_another() -> None:
-    """An event of the current device would be complete at once, and zeros would be read."""
+    """An event of the current device would complete at once, and the host would read zeros."""
     param = Parameter(torch.linspace(-1, 1, 1000, device="cuda:1"))
     optimizer = Adai([param], lr=0.05, eps=1e-3)
     for number in range(STEPS_BETWEEN_CHECKS + 2):

@@ -1,4 +1,4 @@
-"""Retirement of beta1_prod on a CUDA device: the same bits, no wait for the device, and never under a CUDA graph."""
+"""Retirement of beta1_prod on a CUDA device: the same bits, no synchronisation, and none under a CUDA graph."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def is_retired(optimizer: Adai) -> list[bool]:
     return ["beta1_prod" not in state for state in optimizer.state.values()]
 
 
-def test_not_a_bit_changes() -> None:
+def test_retirement_changes_no_bit() -> None:
     first, second = make(), make(retire_beta1_prod=False)
     seen: set[tuple[bool, ...]] = set()
     for seed in range(2 * STEPS_BETWEEN_CHECKS + 100):
@@ -57,10 +57,10 @@ def test_not_a_bit_changes() -> None:
             assert torch.equal(first.state[a][name], second.state[b][name])
 
 
-def test_a_look_does_not_wait_for_the_device() -> None:
+def test_the_check_for_retirement_does_not_wait_for_the_device() -> None:
     optimizer = make(betas=(0.1, 0.99))
     for param_group in optimizer.param_groups:
-        param_group["eps"] = 1e-4  # nothing retires; only the look is taken
+        param_group["eps"] = 1e-4  # nothing retires, but the check runs
     generator = torch.Generator("cuda").manual_seed(0)
     for _ in range(STEPS_BETWEEN_CHECKS - 2):
         step(optimizer, generator)
@@ -73,7 +73,7 @@ def test_a_look_does_not_wait_for_the_device() -> None:
     assert is_retired(optimizer) == [False, False]
 
 
-def test_memory_is_given_back() -> None:
+def test_retirement_frees_memory() -> None:
     param = Parameter(torch.ones(1 << 20, device="cuda"))
     optimizer = Adai([param], lr=0.05, eps=0.1)
     generator = torch.Generator("cuda").manual_seed(0)

@@ -1,4 +1,4 @@
-"""A part of the kernel tests under NVIDIA's compute-sanitizer: no access out of bounds, no race, no unset memory."""
+"""Kernel tests under NVIDIA's compute-sanitizer: no access out of bounds, no race, no uninitialised memory."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ pytestmark = [
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 def test_the_sanitizer_finds_nothing(tool: str) -> None:
-    build.load(build.CUDA)  # before, and not under the sanitizer
+    build.load(build.CUDA)  # compiled outside of the sanitizer
     command = [SANITIZER, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=adai"]
     command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu/test_cuda_kernels.py"]
     command += ["-k", TESTS]
-    # Without torch's cache every tensor is an allocation of its own, whose bounds the sanitizer knows.
+    # Without torch's caching allocator, every tensor is an allocation whose bounds the sanitizer knows.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run([str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""Skipped steps on a CUDA device, where the host learns of them late and must not wait for each."""
+"""Skipped steps on a CUDA device, which the host detects late because it does not wait for each step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def step_often(optimizer: AdaiV2, num_steps: int) -> None:
         optimizer.step()
 
 
-def test_a_row_of_skips_ends_at_most_two_looks_later() -> None:
+def test_consecutive_skips_raise_at_most_two_checks_later() -> None:
     param = Parameter(torch.ones(1000, device="cuda"))
     optimizer = optimizer_of(param, max_consecutive_skips=LIMIT)
     param.grad = torch.full_like(param, math.nan)
@@ -42,7 +42,7 @@ def test_a_row_of_skips_ends_at_most_two_looks_later() -> None:
     assert bool(param.isfinite().all())
 
 
-def test_a_skip_says_what_was_not_finite_once_its_number_has_arrived(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_skip_is_logged_with_its_cause_once_the_count_has_arrived(caplog: pytest.LogCaptureFixture) -> None:
     param = Parameter(torch.ones(1000, device="cuda"))
     optimizer = optimizer_of(param)
     param.grad = torch.full_like(param, math.inf)
@@ -55,7 +55,7 @@ def test_a_skip_says_what_was_not_finite_once_its_number_has_arrived(caplog: pyt
     assert optimizer.num_skipped_steps.item() == 1
 
 
-def test_a_first_moment_that_is_nan_is_not_stepped_with() -> None:
+def test_a_first_moment_of_nan_skips_the_step() -> None:
     param = Parameter(torch.ones(1000, device="cuda"))
     optimizer = optimizer_of(param)
     before = param.detach().clone()
@@ -65,7 +65,7 @@ def test_a_first_moment_that_is_nan_is_not_stepped_with() -> None:
     assert optimizer.num_skipped_steps.item() == 1
 
 
-def test_steps_look_at_fresh_states_without_waiting() -> None:
+def test_new_states_are_checked_without_waiting() -> None:
     param = Parameter(torch.ones(1000, device="cuda"))
     optimizer = optimizer_of(param)
     torch.cuda.set_sync_debug_mode("error")

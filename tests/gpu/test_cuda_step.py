@@ -1,4 +1,4 @@
-"""The step on a CUDA device: the same numbers as on the CPU, and no wait for the device."""
+"""The step on a CUDA device: the same numbers as on the CPU, and no synchronisation."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_step_does_not_wait_for_the_device(name: str) -> None:
     problem = replace(VARIANTS[name].with_all(), dtype=torch.float32)
     params, optimizer = make(problem)
     set_gradients(problem, params, 0)
-    optimizer.step()  # the first step makes the states
+    optimizer.step()  # the first step creates the states
     optimizer.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -82,7 +82,7 @@ def test_a_captured_step_can_be_replayed() -> None:
                 parameter.grad.copy_(gradient)
 
     (parameters, optimizer), (expected, eager) = prepared(), prepared()
-    for step in range(3):  # makes the states and the sums that the captured step begins with
+    for step in range(3):  # creates the states and sums with which the captured step begins
         for each, stepped in ((parameters, optimizer), (expected, eager)):
             set_gradients(each, step)
             stepped.step()

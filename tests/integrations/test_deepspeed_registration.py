@@ -13,6 +13,7 @@ from torch import nn
 
 from adai_dist import Adai, AdaiV2, AdaiW
 from adai_dist.optimizer import AdaptiveInertia
+from adai_dist.optimizer.variants import OPTIMIZERS
 from tests.integrations.deepspeed_engines import launched, set_environment
 from tests.integrations.deepspeed_setups import zero
 from tests.spawn import run_ranks
@@ -91,7 +92,7 @@ def callable_client(params: Any) -> AdaptiveInertia:
     return AdaiV2(params, lr=0.1, dampening=0.5)
 
 
-@pytest.mark.parametrize("cls", [Adai, AdaiW, AdaiV2])
+@pytest.mark.parametrize("cls", OPTIMIZERS.values())
 def test_the_json_selects_the_optimizer_by_either_spelling_and_sets_its_hyperparameters(
     cls: type[AdaptiveInertia],
 ) -> None:

@@ -1,4 +1,4 @@
-// What both torch bindings, CPU and CUDA, check of their arguments and read from them.
+// Checks and conversions of the operators' arguments, shared by the torch bindings for CPU and CUDA.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,33 +9,18 @@
 
 namespace adai {
 
-// Order of the list `hyper`, as in ops.py: beta0, beta2, 1 - beta2, 1 - eps, coupled_decay, decoupled_decay, dampening,
-// inertia_exponent, lr_factor.
-constexpr size_t NUM_HYPER = 9;
-
-inline Hyper hyper_of(c10::ArrayRef<double> values) {
+inline Hyper checked_hyper(c10::ArrayRef<double> values) {
   TORCH_CHECK(values.size() == NUM_HYPER, "hyper must have ", NUM_HYPER, " numbers, got ", values.size());
-  const auto rounded = [&](size_t i) { return static_cast<float>(values[i]); };
-  Hyper hyper;
-  hyper.beta0 = rounded(0);
-  hyper.beta2 = rounded(1);
-  hyper.one_minus_beta2 = rounded(2);
-  hyper.max_inertia = rounded(3);
-  hyper.coupled_decay = rounded(4);
-  hyper.decoupled_decay = rounded(5);
-  hyper.dampening = exponent(values[6]);
-  hyper.inertia = exponent(values[7]);
-  hyper.lr_factor = rounded(8);
-  return hyper;
+  return hyper_of(values.data());
 }
 
-// Of a list that was checked; of an empty one any will do.
+// The dtype of a checked list; an empty list may have any.
 inline Dtype dtype_of(at::TensorList tensors) {
   if (tensors.empty() || tensors[0].scalar_type() == at::kFloat) return Dtype::float32;
   return tensors[0].scalar_type() == at::kBFloat16 ? Dtype::bfloat16 : Dtype::float16;
 }
 
-// The memory of both can be walked in one order. Strides of dimensions of size 1 say nothing.
+// Whether both can be traversed in one order of memory. Strides of dimensions of size 1 do not matter.
 inline bool same_layout(const at::Tensor& a, const at::Tensor& b) {
   if (a.sizes() != b.sizes()) return false;
   if (a.strides() == b.strides() || a.numel() == 0) return true;
@@ -50,7 +35,7 @@ inline void check_dtype(const char* name, at::ScalarType dtype) {
                    " must be float32, bfloat16 or float16, got ", dtype);
 }
 
-// The list that the others are compared with: one device, one dtype, no gaps and no overlaps.
+// The list that the others must match: one device, one dtype, dense without overlaps.
 inline void check_leading_list(const char* name, at::TensorList tensors) {
   if (tensors.empty()) return;
   check_dtype(name, tensors[0].scalar_type());
@@ -64,7 +49,7 @@ inline void check_leading_list(const char* name, at::TensorList tensors) {
   }
 }
 
-// A list with a tensor for each one of the leading list, laid out alike.
+// A list that matches the leading one in number of tensors, sizes and strides.
 inline void check_list(const char* name, at::TensorList tensors, const char* leading_name, at::TensorList leading) {
   TORCH_CHECK_VALUE(tensors.size() == leading.size(), name, " must have as many tensors as ", leading_name, ", ",
                     leading.size(), ", got ", tensors.size());
@@ -87,7 +72,7 @@ inline void check_states(const char* name, at::TensorList tensors, const char* l
                    tensors[0].scalar_type());
 }
 
-// A tensor of scalars that is read on the device of the lists.
+// A tensor of scalars, read on the device of the lists.
 inline void check_scalars(const char* name, const at::Tensor& tensor, at::ScalarType dtype, int64_t num_elements,
                           at::Device device) {
   TORCH_CHECK_VALUE(tensor.numel() == num_elements && tensor.is_contiguous(), name, " must be contiguous with ",
@@ -96,7 +81,7 @@ inline void check_scalars(const char* name, const at::Tensor& tensor, at::Scalar
   TORCH_CHECK(tensor.device() == device, name, " must be on ", device, ", got ", tensor.device());
 }
 
-// The arguments of observe; params and exp_avg_sqs may be empty.
+// Arguments of observe; params and exp_avg_sqs may be empty.
 inline void check_observe(at::TensorList grads, at::TensorList params, at::TensorList exp_avg_sqs,
                           const at::Tensor& kept, const at::Tensor& coefficient) {
   check_leading_list("grads", grads);
@@ -107,7 +92,7 @@ inline void check_observe(at::TensorList grads, at::TensorList params, at::Tenso
   check_scalars("kept", kept, at::kDouble, static_cast<int64_t>(exp_avg_sqs.size()) * NUM_KEPT, grads[0].device());
 }
 
-// The lists of advance; beta1_prods may be empty.
+// Lists of advance; beta1_prods may be empty.
 inline void check_advance(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                           at::TensorList exp_avg_sqs, at::TensorList beta1_prods) {
   check_leading_list("params", params);
@@ -117,7 +102,7 @@ inline void check_advance(at::TensorList params, at::TensorList grads, at::Tenso
   if (!beta1_prods.empty()) check_states("beta1_prods", beta1_prods, "params", params);
 }
 
-// The scalars of advance.
+// Scalars of advance.
 inline void check_step(const at::Tensor& inverse_means, const at::Tensor& coefficient, const at::Tensor& lr,
                        const at::Tensor& is_finite, const at::Tensor& is_live, at::TensorList params) {
   if (params.empty()) return;
@@ -129,7 +114,7 @@ inline void check_step(const at::Tensor& inverse_means, const at::Tensor& coeffi
   check_scalars("is_live", is_live, at::kBool, 1, device);
 }
 
-// The arguments of sums.
+// Arguments of sums.
 inline void check_sums(at::TensorList exp_avg_sqs, const at::Tensor& kept) {
   check_leading_list("exp_avg_sqs", exp_avg_sqs);
   check_states("exp_avg_sqs", exp_avg_sqs, "exp_avg_sqs", exp_avg_sqs);
@@ -138,12 +123,7 @@ inline void check_sums(at::TensorList exp_avg_sqs, const at::Tensor& kept) {
                 exp_avg_sqs[0].device());
 }
 
-inline Dampening dampening_of(const Hyper& hyper) {
-  if (hyper.dampening.whole == 1.0f) return Dampening::one;
-  return hyper.dampening.whole == 0.0f ? Dampening::zero : Dampening::between;
-}
-
-// Tell autograd, and whoever keeps sums of a state, that the tensors were written to.
+// Increments the version counters, by which autograd and cached sums of states detect the write.
 inline void bump_versions(at::TensorList tensors) {
   for (const at::Tensor& tensor : tensors) {
     if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();

@@ -1,5 +1,4 @@
-// torch.ops.adai_dist.{observe, advance, sums} on the CPU; the schemas, and what they mean, are in
-// adai_dist/kernels/ops.py.
+// torch.ops.adai_dist.{observe, advance, sums} on the CPU; adai_dist/kernels/ops.py documents the operators.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/zeros.h>
@@ -16,7 +15,7 @@ namespace adai {
 namespace cpu {
 namespace {
 
-// Fewer elements than this are not worth waking a thread for.
+// The fewest elements for which waking a thread pays off.
 constexpr int64_t ELEMENTS_PER_THREAD = 1 << 15;
 
 // The instruction set that torch itself uses; ATEN_CPU_CAPABILITY restricts it.
@@ -32,7 +31,7 @@ const Kernels& kernels() {
   return chosen;
 }
 
-// Elements `start` onwards of a tensor.
+// The address of element `start` of a tensor.
 void* address(const at::Tensor& tensor, int64_t start) {
   return static_cast<char*>(tensor.data_ptr()) + start * tensor.element_size();
 }
@@ -54,7 +53,7 @@ void for_each_chunk(const std::vector<int64_t>& first_chunks, at::TensorList ten
   });
 }
 
-// The number of the first chunk of each tensor, and the number of all chunks behind.
+// The index of the first chunk of each tensor, followed by the number of chunks.
 std::vector<int64_t> first_chunks_of(at::TensorList tensors) {
   std::vector<int64_t> first_chunks{0};
   for (const at::Tensor& tensor : tensors) {
@@ -63,7 +62,7 @@ std::vector<int64_t> first_chunks_of(at::TensorList tensors) {
   return first_chunks;
 }
 
-// The sum over the chunks of each tensor, in their order.
+// Adds up the chunks of each tensor in order.
 at::Tensor sums_of(const std::vector<double>& of_chunks, const std::vector<int64_t>& first_chunks) {
   at::Tensor sums = at::zeros({static_cast<int64_t>(first_chunks.size()) - 1}, at::kDouble);
   double* of_tensors = sums.data_ptr<double>();
@@ -73,7 +72,7 @@ at::Tensor sums_of(const std::vector<double>& of_chunks, const std::vector<int64
   return sums;
 }
 
-// The sum of the samples among n elements of v, the first of which is element `start` of its tensor.
+// Sums the samples among n elements of v, starting at element `start` of the tensor.
 double sample_sum(const float* v, int64_t start, int64_t n, int64_t distance) {
   if (distance == 1) return kernels().sum(v, n);
   double sum = 0.0;
@@ -81,7 +80,7 @@ double sample_sum(const float* v, int64_t start, int64_t n, int64_t distance) {
   return sum;
 }
 
-// The sum of the samples of each tensor, with which it is recognised; chunk by chunk, as a step adds them up.
+// Sums the samples of each tensor, chunk by chunk as advance does.
 std::vector<double> samples_of(at::TensorList exp_avg_sqs) {
   std::vector<double> sums(exp_avg_sqs.size());
   for (size_t i = 0; i < sums.size(); ++i) {
@@ -94,15 +93,15 @@ std::vector<double> samples_of(at::TensorList exp_avg_sqs) {
   return sums;
 }
 
-// Which sums of exp_avg_sqs are those that a step has kept, because nobody has written to them since.
-class Recognised {
+// The sums that the last step returned, for the exp_avg_sqs that have not been written to since.
+class KeptSums {
  public:
-  Recognised(at::TensorList exp_avg_sqs, const at::Tensor& kept)
+  KeptSums(at::TensorList exp_avg_sqs, const at::Tensor& kept)
       : samples_(samples_of(exp_avg_sqs)), kept_(samples_.empty() ? nullptr : kept.data_ptr<double>()) {}
 
-  bool is_kept(size_t i) const { return kept_[i * NUM_KEPT + SAMPLE_SUM] == samples_[i]; }  // never of NaN
+  bool is_kept(size_t i) const { return kept_[i * NUM_KEPT + SAMPLE_SUM] == samples_[i]; }  // false for NaN
 
-  // Writes those sums into every stride-th number.
+  // Writes the kept sums into every stride-th number.
   void fill(double* sums, int64_t stride) const {
     for (size_t i = 0; i < samples_.size(); ++i) {
       if (is_kept(i)) sums[i * stride] = kept_[i * NUM_KEPT];
@@ -117,18 +116,18 @@ class Recognised {
 at::Tensor observe(at::TensorList grads, at::TensorList params, at::TensorList exp_avg_sqs, const at::Tensor& kept,
                    const at::Tensor& coefficient, double coupled_decay) {
   check_observe(grads, params, exp_avg_sqs, kept, coefficient);
-  const Options options{dtype_of(params), dtype_of(grads), !params.empty(), false, Dampening::one};
+  const Dtypes dtypes{dtype_of(params), dtype_of(grads)};
   const float c = grads.empty() ? 1.0f : *coefficient.data_ptr<float>();
   const float decay = static_cast<float>(coupled_decay);
   const std::vector<int64_t> first_chunks = first_chunks_of(grads);
-  const Recognised recognised(exp_avg_sqs, kept);
+  const KeptSums kept_sums(exp_avg_sqs, kept);
   std::vector<Sums> of_chunks(first_chunks.back());
   std::vector<double> v_sums(first_chunks.back());
   for_each_chunk(first_chunks, grads, [&](size_t i, int64_t start, int64_t n, int64_t chunk) {
     void* param = params.empty() ? nullptr : address(params[i], start);
     const Chunk of_tensor{param, address(grads[i], start), nullptr, nullptr, nullptr, n};
-    of_chunks[chunk] = kernels().observe(of_tensor, options, c, decay);
-    if (exp_avg_sqs.empty() || recognised.is_kept(i)) return;
+    of_chunks[chunk] = kernels().observe(of_tensor, dtypes, c, decay);
+    if (exp_avg_sqs.empty() || kept_sums.is_kept(i)) return;
     v_sums[chunk] = kernels().sum(static_cast<const float*>(address(exp_avg_sqs[i], start)), n);
   });
   at::Tensor sums = at::zeros({static_cast<int64_t>(grads.size()), NUM_OBSERVED}, at::kDouble);
@@ -142,7 +141,7 @@ at::Tensor observe(at::TensorList grads, at::TensorList params, at::TensorList e
       of_tensor[4] += of_chunks[chunk].expected;
     }
   }
-  recognised.fill(sums.data_ptr<double>() + V_SUM, NUM_OBSERVED);
+  kept_sums.fill(sums.data_ptr<double>() + V_SUM, NUM_OBSERVED);
   return sums;
 }
 
@@ -152,9 +151,8 @@ at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList e
                    at::ArrayRef<double> hyperparameters) {
   check_advance(params, grads, exp_avgs, exp_avg_sqs, beta1_prods);
   check_step(inverse_means, coefficient, lr, is_finite, is_live, params);
-  const Hyper hyper = hyper_of(hyperparameters);
-  const Options options{dtype_of(params), dtype_of(grads), hyper.coupled_decay != 0.0f, !beta1_prods.empty(),
-                        dampening_of(hyper)};
+  const Hyper hyper = checked_hyper(hyperparameters);
+  const Dtypes dtypes{dtype_of(params), dtype_of(grads)};
   const bool live = *is_live.data_ptr<bool>();
   const float c = *coefficient.data_ptr<float>();
   const float rate = *is_finite.data_ptr<bool>() ? *lr.data_ptr<float>() : 0.0f;
@@ -164,12 +162,12 @@ at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList e
   for_each_chunk(first_chunks, params, [&](size_t i, int64_t start, int64_t n, int64_t chunk) {
     const auto state = [&](at::TensorList states) { return static_cast<float*>(address(states[i], start)); };
     const Chunk of_tensor{address(params[i], start), address(grads[i], start), state(exp_avgs), state(exp_avg_sqs),
-                          options.has_product ? state(beta1_prods) : nullptr, n};
+                          beta1_prods.empty() ? nullptr : state(beta1_prods), n};
     const Step step = step_of(hyper, c, rate, inverse_mean[i]);
     if (live) {
-      of_chunks[chunk] = kernels().advance(of_tensor, options, hyper, step);
+      of_chunks[chunk] = kernels().advance(of_tensor, dtypes, hyper, step);
     } else {
-      if (step.decay_factor != 1.0f) kernels().decay(of_tensor, options, step);
+      if (step.decay_factor != 1.0f) kernels().decay(of_tensor, dtypes, step);
       of_chunks[chunk] = kernels().sum(of_tensor.exp_avg_sq, n);
     }
     const int64_t distance = sample_distance(exp_avg_sqs[i].numel());
@@ -190,14 +188,14 @@ at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList e
 at::Tensor sums(at::TensorList exp_avg_sqs, const at::Tensor& kept) {
   check_sums(exp_avg_sqs, kept);
   const std::vector<int64_t> first_chunks = first_chunks_of(exp_avg_sqs);
-  const Recognised recognised(exp_avg_sqs, kept);
+  const KeptSums kept_sums(exp_avg_sqs, kept);
   std::vector<double> of_chunks(first_chunks.back());
   for_each_chunk(first_chunks, exp_avg_sqs, [&](size_t i, int64_t start, int64_t n, int64_t chunk) {
-    if (recognised.is_kept(i)) return;
+    if (kept_sums.is_kept(i)) return;
     of_chunks[chunk] = kernels().sum(static_cast<const float*>(address(exp_avg_sqs[i], start)), n);
   });
   at::Tensor sums = sums_of(of_chunks, first_chunks);
-  recognised.fill(sums.data_ptr<double>(), 1);
+  kept_sums.fill(sums.data_ptr<double>(), 1);
   return sums;
 }
 

@@ -1,4 +1,4 @@
-// The CPU kernels as the glue sees them: torch-free, compiled once per instruction set, chosen when they run.
+// Interface of the CPU kernels: independent of torch, compiled once per instruction set, selected at run time.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 namespace adai {
 namespace cpu {
 
-// Tensors are stepped and summed in chunks, by as many threads as there are; a chunk is always summed in one order.
+// Tensors are stepped and summed in chunks, on all threads; the order of summation within a chunk is fixed.
 constexpr int64_t CHUNK_ELEMENTS = 1 << 14;
 
 // A run of elements of one parameter, at most CHUNK_ELEMENTS long.
@@ -17,14 +17,12 @@ struct Chunk {
   const void* grad;
   float* exp_avg;
   float* exp_avg_sq;
-  float* beta1_prod;  // null where it is retired
+  float* beta1_prod;  // null if retired
   int64_t num_elements;
 };
 
-struct Options {
-  Dtype param_dtype, grad_dtype;
-  bool is_coupled, has_product;
-  Dampening dampening;
+struct Dtypes {
+  Dtype param, grad;
 };
 
 struct Sums {
@@ -32,14 +30,13 @@ struct Sums {
 };
 
 struct Kernels {
-  // Inner products of one chunk; those with the parameter are 0 where it is null. The last is the squared norm of the
-  // effective gradient.
-  Sums (*observe)(const Chunk&, const Options&, float coefficient, float coupled_decay);
-  // One step of one chunk; returns the sum of the new exp_avg_sq.
-  double (*advance)(const Chunk&, const Options&, const Hyper&, const Step&);
-  // The parameter's part in a step that does not count.
-  void (*decay)(const Chunk&, const Options&, const Step&);
-  // The sum of a chunk of exp_avg_sq, added up as advance does.
+  // Inner products of one chunk, the last of the effective gradient; without a parameter, all but the first are 0.
+  Sums (*observe)(const Chunk&, const Dtypes&, float coefficient, float coupled_decay);
+  // Steps one chunk; returns the sum of the new exp_avg_sq.
+  double (*advance)(const Chunk&, const Dtypes&, const Hyper&, const Step&);
+  // Decays the parameter in a step that does not count.
+  void (*decay)(const Chunk&, const Dtypes&, const Step&);
+  // Sums a chunk of exp_avg_sq in the order of advance.
   double (*sum)(const float* exp_avg_sq, int64_t num_elements);
 };
 

@@ -1,3 +1,3 @@
-// The CPU kernels with the instructions that every processor of the target has.
+// The CPU kernels with the baseline instruction set of the target.
 #define ADAI_CPU_KERNELS kernels_default
 #include "adai_cpu_kernels.h"

@@ -1,8 +1,8 @@
-// The loops of the CPU kernels. Each adai_cpu_<instruction set>.cpp includes this once, with its instructions enabled;
-// everything here has internal linkage, so that no linker merges code for one processor with code for another.
+// The loops of the CPU kernels. Each adai_cpu_<instruction set>.cpp includes this file once, with its instructions
+// enabled. Everything has internal linkage, so that the linker cannot merge code for different processors.
 //
-// Sums are kept in LANES float64 accumulators, whatever the width of the vectors: the result depends on the elements
-// alone. Low precision is converted to float32 block by block, within the first-level cache.
+// Sums use LANES float64 accumulators for every vector width, so that results depend only on the elements. Low
+// precision is converted to float32 block by block, within the L1 cache.
 
 #include "adai_cpu.h"
 
@@ -34,7 +34,7 @@ ADAI_FUNCTION float widen(Float16 x) {
   const uint32_t sign = (x.bits & uint32_t{0x8000}) << 16;
   const int32_t magnitude = x.bits & 0x7fff;
   const float subnormal = static_cast<float>(magnitude) * 5.9604644775390625e-8f;  // 2^-24
-  const int32_t rebias = magnitude >= 0x7c00 ? 224 << 23 : 112 << 23;              // infinity and NaN stay themselves
+  const int32_t rebias = magnitude >= 0x7c00 ? 224 << 23 : 112 << 23;              // keeps infinity and NaN
   const int32_t normal = magnitude * (1 << 13) + rebias;
   return float_of((magnitude < 0x400 ? bits_of(subnormal) : normal) | static_cast<int32_t>(sign));
 }
@@ -83,7 +83,7 @@ void observe_block(const float* grad, const float* param, int64_t n, float coeff
   };
   for (; i + LANES <= n; i += LANES) {
     for (int64_t j = i; j < i + LANES; j += CACHE_LINE_ELEMENTS) {
-      __builtin_prefetch(grad + j + 2 * PREFETCH_ELEMENTS);  // a step is slower, and needs half as many ahead
+      __builtin_prefetch(grad + j + 2 * PREFETCH_ELEMENTS);  // twice as far ahead as in advance, which is slower
       if (HAS_PARAM) __builtin_prefetch(param + j + 2 * PREFETCH_ELEMENTS);
     }
     observe_next(LANES);
@@ -100,7 +100,7 @@ struct Block {
   float* __restrict__ P;
 };
 
-// Five streams are more than hardware prefetchers follow well. Beyond the end of a tensor a prefetch does nothing.
+// Hardware prefetchers do not follow five streams well. A prefetch beyond the end of a tensor is harmless.
 template <class VARIANT>
 ADAI_FUNCTION void prefetch(const Block& block, int64_t start) {
   for (int64_t i = start; i < start + LANES; i += CACHE_LINE_ELEMENTS) {
@@ -112,14 +112,14 @@ ADAI_FUNCTION void prefetch(const Block& block, int64_t start) {
   }
 }
 
-// At most LANES elements from `start` on.
+// Steps n <= LANES elements from `start` on.
 template <class VARIANT>
 ADAI_FUNCTION void advance_lanes(const Block& block, int64_t start, int64_t n, const Hyper& hyper, const Step& step,
                                  double (&lanes)[LANES]) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
     const int64_t i = start + j;
-    // Copies: through references into arrays every intermediate result would go to memory.
+    // Copies: references into the arrays would store every intermediate result.
     float theta = block.theta[i], m = block.m[i], v = block.v[i], P = VARIANT::HAS_PRODUCT ? block.P[i] : 0.0f;
     advance<VARIANT>(theta, block.grad[i], m, v, P, hyper, step);
     block.theta[i] = theta;
@@ -148,25 +148,9 @@ void advance_block(const Block& arguments, int64_t n, const Hyper& hyper_, const
 
 using AdvanceBlock = void (*)(const Block&, int64_t, const Hyper&, const Step&, double (&)[LANES]);
 
-template <bool COUPLED, bool HAS_PRODUCT>
-AdvanceBlock advance_of(Dampening dampening) {
-  switch (dampening) {
-    case Dampening::one: return advance_block<Variant<COUPLED, Dampening::one, HAS_PRODUCT>>;
-    case Dampening::zero: return advance_block<Variant<COUPLED, Dampening::zero, HAS_PRODUCT>>;
-    default: return advance_block<Variant<COUPLED, Dampening::between, HAS_PRODUCT>>;
-  }
-}
-
-AdvanceBlock advance_of(const Options& options) {
-  if (options.is_coupled) {
-    return options.has_product ? advance_of<true, true>(options.dampening) : advance_of<true, false>(options.dampening);
-  }
-  return options.has_product ? advance_of<false, true>(options.dampening) : advance_of<false, false>(options.dampening);
-}
-
 // -- chunks of any dtype ----------------------------------------------------------------------------------------------
 
-// A block of `from` as float32: the block itself, or a converted copy in `buffer`.
+// Returns a block as float32: the block itself, or a converted copy in `buffer`.
 template <class T>
 ADAI_FUNCTION const float* widened(const T* from, int64_t n, float* buffer) {
 #pragma omp simd
@@ -190,7 +174,7 @@ ADAI_FUNCTION void narrowed(const float* buffer, T* to, int64_t n) {
   for (int64_t j = 0; j < n; ++j) narrow(buffer[j], to[j]);
 }
 
-// Writes a block that block_of() has converted back to where it came from.
+// Writes a block that block_of() converted back to its source.
 void write_back(const float* buffer, void* data, Dtype dtype, int64_t start, int64_t n) {
   if (dtype == Dtype::bfloat16) narrowed(buffer, static_cast<BFloat16*>(data) + start, n);
   if (dtype == Dtype::float16) narrowed(buffer, static_cast<Float16*>(data) + start, n);
@@ -201,44 +185,45 @@ ADAI_FUNCTION int64_t block_elements(const Chunk& chunk, int64_t start) {
   return left < BLOCK_ELEMENTS ? left : BLOCK_ELEMENTS;
 }
 
-Sums observe(const Chunk& chunk, const Options& options, float coefficient, float coupled_decay) {
+Sums observe(const Chunk& chunk, const Dtypes& dtypes, float coefficient, float coupled_decay) {
   float grad_buffer[BLOCK_ELEMENTS], param_buffer[BLOCK_ELEMENTS];
   ObserveLanes lanes;
   for (int64_t start = 0; start < chunk.num_elements; start += BLOCK_ELEMENTS) {
     const int64_t n = block_elements(chunk, start);
-    const float* grad = block_of(chunk.grad, options.grad_dtype, start, n, grad_buffer);
+    const float* grad = block_of(chunk.grad, dtypes.grad, start, n, grad_buffer);
     if (chunk.param == nullptr) {
       observe_block<false>(grad, nullptr, n, 0.0f, 0.0f, lanes);
     } else {
-      const float* param = block_of(chunk.param, options.param_dtype, start, n, param_buffer);
+      const float* param = block_of(chunk.param, dtypes.param, start, n, param_buffer);
       observe_block<true>(grad, param, n, coefficient, coupled_decay, lanes);
     }
   }
   return {sum_of(lanes.grad_grad), sum_of(lanes.grad_param), sum_of(lanes.param_param), sum_of(lanes.expected)};
 }
 
-double advance(const Chunk& chunk, const Options& options, const Hyper& hyper, const Step& step) {
-  const AdvanceBlock advance_block = advance_of(options);
+double advance(const Chunk& chunk, const Dtypes& dtypes, const Hyper& hyper, const Step& step) {
+  const auto block_function = [](auto variant) -> AdvanceBlock { return advance_block<decltype(variant)>; };
+  const AdvanceBlock advance_next = with_variant(hyper, chunk.beta1_prod != nullptr, block_function);
   float grad_buffer[BLOCK_ELEMENTS], param_buffer[BLOCK_ELEMENTS];
   double lanes[LANES] = {};
   for (int64_t start = 0; start < chunk.num_elements; start += BLOCK_ELEMENTS) {
     const int64_t n = block_elements(chunk, start);
-    const float* grad = block_of(chunk.grad, options.grad_dtype, start, n, grad_buffer);
-    float* theta = const_cast<float*>(block_of(chunk.param, options.param_dtype, start, n, param_buffer));
+    const float* grad = block_of(chunk.grad, dtypes.grad, start, n, grad_buffer);
+    float* theta = const_cast<float*>(block_of(chunk.param, dtypes.param, start, n, param_buffer));
     float* P = chunk.beta1_prod == nullptr ? nullptr : chunk.beta1_prod + start;
-    advance_block({theta, grad, chunk.exp_avg + start, chunk.exp_avg_sq + start, P}, n, hyper, step, lanes);
-    write_back(theta, chunk.param, options.param_dtype, start, n);
+    advance_next({theta, grad, chunk.exp_avg + start, chunk.exp_avg_sq + start, P}, n, hyper, step, lanes);
+    write_back(theta, chunk.param, dtypes.param, start, n);
   }
   return sum_of(lanes);
 }
 
-void decay(const Chunk& chunk, const Options& options, const Step& step) {
+void decay(const Chunk& chunk, const Dtypes& dtypes, const Step& step) {
   float buffer[BLOCK_ELEMENTS];
   for (int64_t start = 0; start < chunk.num_elements; start += BLOCK_ELEMENTS) {
     const int64_t n = block_elements(chunk, start);
-    float* theta = const_cast<float*>(block_of(chunk.param, options.param_dtype, start, n, buffer));
+    float* theta = const_cast<float*>(block_of(chunk.param, dtypes.param, start, n, buffer));
     for (int64_t j = 0; j < n; ++j) adai::decay(theta[j], step);
-    write_back(theta, chunk.param, options.param_dtype, start, n);
+    write_back(theta, chunk.param, dtypes.param, start, n);
   }
 }
 

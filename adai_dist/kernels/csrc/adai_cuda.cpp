@@ -1,5 +1,5 @@
-// torch.ops.adai_dist.{observe, advance, sums} on CUDA; the schemas, and what they mean, are in
-// adai_dist/kernels/ops.py. Nothing here waits for the device.
+// torch.ops.adai_dist.{observe, advance, sums} on CUDA; adai_dist/kernels/ops.py documents the operators. Nothing here
+// synchronises with the device.
 #include "adai_cuda.h"
 
 #include <ATen/ops/empty.h>
@@ -32,7 +32,7 @@ std::vector<void*> written_to(at::TensorList tensors) {
   return pointers;
 }
 
-// Allocate the partials and `sums`, and enqueue.
+// Allocates the partials and the result, and enqueues the kernels.
 template <class LISTS, class ENQUEUE>
 at::Tensor enqueued(const LISTS& lists, at::TensorList tensors, at::IntArrayRef shape, const ENQUEUE& enqueue) {
   const auto options = at::TensorOptions().dtype(at::kDouble).device(tensors[0].device());
@@ -67,7 +67,7 @@ at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList e
                    at::ArrayRef<double> hyperparameters) {
   adai::check_advance(params, grads, exp_avgs, exp_avg_sqs, beta1_prods);
   adai::check_step(inverse_means, coefficient, lr, is_finite, is_live, params);
-  const adai::Hyper hyper = adai::hyper_of(hyperparameters);
+  const adai::Hyper hyper = adai::checked_hyper(hyperparameters);
   if (params.empty()) return at::empty({0, adai::NUM_KEPT}, lr.options().dtype(at::kDouble));
   const c10::cuda::CUDAGuard guard(params[0].device());
   adai::cuda::Advanced lists;
@@ -85,7 +85,6 @@ at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList e
   lists.is_finite = is_finite.const_data_ptr<bool>();
   lists.is_live = is_live.const_data_ptr<bool>();
   lists.hyper = hyper;
-  lists.dampening = adai::dampening_of(hyper);
   const int64_t num_tensors = static_cast<int64_t>(params.size());
   const at::Tensor kept = enqueued(lists, params, {num_tensors, adai::NUM_KEPT}, adai::cuda::advance);
   for (const at::TensorList& written : {params, exp_avgs, exp_avg_sqs, beta1_prods}) adai::bump_versions(written);

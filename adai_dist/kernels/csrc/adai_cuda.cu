@@ -1,23 +1,23 @@
-// The CUDA kernels; adai_cuda.h says how tensors become chunks, adai_math.h has the formulas.
+// The CUDA kernels; adai_cuda.h describes the chunks, adai_math.h has the formulas.
 //
-// Only what HIP has as well is used: nothing assumes how many threads a warp has. No atomics, no copies and no waiting:
-// the lists of tensors travel as kernel arguments, which a CUDA graph records by value.
+// The code is restricted to features of HIP and assumes no warp size. It has no atomics, copies or synchronisation:
+// lists of tensors are kernel arguments, which a CUDA graph records by value.
 #include "adai_cuda_chunks.h"
 
 namespace adai::cuda {
 namespace {
 
-constexpr int64_t MAX_BLOCKS = int64_t{1} << 23;  // of a launch: HIP allows 2^32 threads
+constexpr int64_t MAX_BLOCKS = int64_t{1} << 23;  // per launch: HIP allows 2^32 threads
 
-// What a thread requests before it computes: of each tensor of a step, and in all where it observes. With 32 to 76
-// registers, 3 blocks or more run on a multiprocessor at once and have 60 to 120 KiB in flight; an H200 needs about 26
-// to keep its memory busy (4.8 TB/s, 700 ns, 132 multiprocessors), a B200 about 43.
+// Data that a thread requests before it computes: vectors per tensor in advance, bytes in all in observe. With 32 to 76
+// registers, 3 or more blocks are resident per multiprocessor, with 60 to 120 KiB in flight; an H200 needs about 26 KiB
+// to saturate its memory (4.8 TB/s, 700 ns, 132 multiprocessors), a B200 about 43 KiB.
 constexpr int STEP_VECTORS = 2;
 constexpr int OBSERVE_BYTES = 64;
 
 // -- observe ----------------------------------------------------------------------------------------------------------
 
-// The sum of the samples of a whole tensor; all threads of a block take part, and thread 0 has it.
+// Sums the samples of a whole tensor with all threads of a block; thread 0 has the sum.
 __device__ double sample_sum(const float* v, int64_t num_elements) {
   const int64_t distance = sample_distance(num_elements);
   double sum = 0.0;
@@ -25,9 +25,9 @@ __device__ double sample_sum(const float* v, int64_t num_elements) {
   return block_sum(sum);
 }
 
-// Block i tells whether somebody has written to the exp_avg_sq of tensor i of this launch.
-struct RecogniseArguments {
-  static constexpr int CAPACITY = 250;  // within 4 KiB, which a launch copies
+// Block i detects whether the exp_avg_sq of tensor i of this launch has been written to.
+struct DetectArguments {
+  static constexpr int CAPACITY = 250;  // within 4 KiB, as each launch copies its arguments
 
   const double* kept;
   double* is_stale;
@@ -35,15 +35,15 @@ struct RecogniseArguments {
   int64_t num_elements[CAPACITY];
 };
 
-__global__ void __launch_bounds__(THREADS) recognise(const RecogniseArguments arguments) {
+__global__ void __launch_bounds__(THREADS) detect_writes(const DetectArguments arguments) {
   const double sum = sample_sum(arguments.exp_avg_sqs[blockIdx.x], arguments.num_elements[blockIdx.x]);
   if (threadIdx.x == 0) {
-    const bool is_kept = arguments.kept[blockIdx.x * NUM_KEPT + SAMPLE_SUM] == sum;  // never of NaN
+    const bool is_kept = arguments.kept[blockIdx.x * NUM_KEPT + SAMPLE_SUM] == sum;  // false for NaN
     arguments.is_stale[blockIdx.x] = is_kept ? 0.0 : 1.0;
   }
 }
 
-// In the order of advance_chunk, so that equal exp_avg_sqs have equal sums.
+// Sums in the order of advance_chunk, so that equal exp_avg_sqs have equal sums.
 __device__ double sum_chunk(const float* exp_avg_sqs, int count) {
   double sum = 0.0;
   for_each_tile<STEP_VECTORS>(count, is_aligned(exp_avg_sqs), [&](auto tile) {
@@ -58,7 +58,7 @@ __device__ double sum_chunk(const float* exp_avg_sqs, int count) {
 struct ObserveArguments {
   double* partials;
   int64_t column_stride;
-  const double* is_stale;  // null: there are no exp_avg_sqs
+  const double* is_stale;  // null without exp_avg_sqs
   const float* coefficient;
   float coupled_decay;
   Table<3> table;  // gradients, parameters, exp_avg_sqs
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(THREADS) observe_chunks(const ObserveArguments
     if (COUPLED) tile.load(params, theta);
 #pragma unroll
     for (int i = 0; i < tile.NUM; ++i) {
-      // float64 holds these products without rounding, so that fma has the bits of a product and a sum.
+      // These products are exact in float64, so that fma has the bits of a product and a sum.
       const double gradient = widen(g[i]);
       grad_grad = fma(gradient, gradient, grad_grad);
       if (COUPLED) {
@@ -139,7 +139,7 @@ __device__ double advance_chunk(const AdvanceArguments& arguments, const Chunk& 
       float theta_i = widen(theta[i]);
       adai::advance<VARIANT>(theta_i, widen(g[i]), m[i], v[i], P[i], arguments.hyper, step);
       narrow(theta_i, theta[i]);
-      sum += v[i];  // of elements beyond the end: 0
+      sum += v[i];  // 0 beyond the end
     }
     tile.store(theta, params);
     tile.store(m, exp_avgs);
@@ -190,25 +190,25 @@ struct SumArguments {
 
 __global__ void __launch_bounds__(THREADS) sum_chunks(const SumArguments arguments) {
   const Chunk chunk(arguments.table, blockIdx.x);
-  if (arguments.is_stale[chunk.slot] == 0.0) return;  // nobody looks at the partial
+  if (arguments.is_stale[chunk.slot] == 0.0) return;  // the partial is not used
   const double sum = block_sum(sum_chunk(chunk.of<float>(arguments.table.lists[0]), chunk.count));
   if (threadIdx.x == 0) arguments.partials[blockIdx.x] = sum;
 }
 
 // -- second stage -----------------------------------------------------------------------------------------------------
 
-// Block (i, column) adds up the partials of tensor i of this launch.
+// Block (i, column) adds up the partials of tensor i of this launch in one column.
 struct AddArguments {
-  static constexpr int CAPACITY = 160;  // within 4 KiB, which a launch copies
+  static constexpr int CAPACITY = 160;  // within 4 KiB, as each launch copies its arguments
 
   const double* partials;
   int64_t column_stride;
-  int num_columns;  // the others are 0
+  int num_columns;  // further columns are 0
   double* sums;
   int v_sum_column;
-  const double *kept, *is_stale;  // the sum of v is the kept one where it is not out of date; null: it never is
+  const double *kept, *is_stale;  // the kept sum of v is used unless stale; null to use none
   int64_t first_partials[CAPACITY + 1];
-  const float* sampled[CAPACITY];  // of advance: the new exp_avg_sqs; else null
+  const float* sampled[CAPACITY];  // in advance the new exp_avg_sqs, else null
   int64_t num_elements[CAPACITY];
 };
 
@@ -234,17 +234,17 @@ __global__ void __launch_bounds__(THREADS) add_partials(const AddArguments argum
 
 template <class ARGUMENTS>
 const char* launch_kernel(void (*kernel)(ARGUMENTS), dim3 blocks, const ARGUMENTS& arguments, void* stream) {
-  static_assert(sizeof(ARGUMENTS) <= MAX_ARGUMENT_BYTES, "the arguments of a kernel have a limit");
+  static_assert(sizeof(ARGUMENTS) <= MAX_ARGUMENT_BYTES, "the arguments exceed the limit of a kernel");
   kernel<<<blocks, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// What becomes of partials: num_columns rows of one number for each chunk.
+// The partials, num_columns rows of one number per chunk, and the sums made from them.
 struct Totals {
   const double* partials;
   int num_columns;
-  int out_columns;  // of `sums`, one row for each tensor
+  int out_columns;  // of `sums`, which has one row per tensor
   double* sums;
   int v_sum_column = 0;
   const double *kept = nullptr, *is_stale = nullptr;
@@ -277,9 +277,10 @@ const char* add_all_partials(const std::vector<int64_t>& num_elements, const Tot
   return nullptr;
 }
 
-const char* recognise_all(const States& x, const std::vector<int64_t>& num_elements, double* is_stale, void* stream) {
+const char* detect_all_writes(const States& x, const std::vector<int64_t>& num_elements, double* is_stale,
+                              void* stream) {
   const int64_t num_tensors = static_cast<int64_t>(x.exp_avg_sqs.size());
-  RecogniseArguments arguments;
+  DetectArguments arguments;
   for (int64_t start = 0; start < num_tensors; start += arguments.CAPACITY) {
     const int num_blocks = static_cast<int>(std::min<int64_t>(arguments.CAPACITY, num_tensors - start));
     for (int i = 0; i < num_blocks; ++i) {
@@ -288,7 +289,7 @@ const char* recognise_all(const States& x, const std::vector<int64_t>& num_eleme
     }
     arguments.kept = x.kept + start * NUM_KEPT;
     arguments.is_stale = is_stale + start;
-    if (const char* error = launch_kernel(recognise, dim3(num_blocks), arguments, stream)) return error;
+    if (const char* error = launch_kernel(detect_writes, dim3(num_blocks), arguments, stream)) return error;
   }
   return nullptr;
 }
@@ -302,24 +303,6 @@ const char* with_dtype(Dtype dtype, const CALL& call) {
   }
 }
 
-template <bool COUPLED, bool HAS_PRODUCT, class CALL>
-const char* with_dampening(Dampening dampening, const CALL& call) {
-  switch (dampening) {
-    case Dampening::one: return call(Variant<COUPLED, Dampening::one, HAS_PRODUCT>{});
-    case Dampening::zero: return call(Variant<COUPLED, Dampening::zero, HAS_PRODUCT>{});
-    default: return call(Variant<COUPLED, Dampening::between, HAS_PRODUCT>{});
-  }
-}
-
-template <class CALL>
-const char* with_variant(const Advanced& x, const CALL& call) {
-  const bool has_product = !x.beta1_prods.empty();
-  if (x.hyper.coupled_decay != 0.0f) {
-    return has_product ? with_dampening<true, true>(x.dampening, call) : with_dampening<true, false>(x.dampening, call);
-  }
-  return has_product ? with_dampening<false, true>(x.dampening, call) : with_dampening<false, false>(x.dampening, call);
-}
-
 }  // namespace
 
 const char* observe(const Observed& x, double* partials, double* sums, void* stream) {
@@ -328,7 +311,7 @@ const char* observe(const Observed& x, double* partials, double* sums, void* str
   arguments.coefficient = x.coefficient;
   arguments.coupled_decay = x.coupled_decay;
   double* is_stale = x.states.exp_avg_sqs.empty() ? nullptr : partials + arguments.column_stride * NUM_OBSERVED;
-  if (const char* error = recognise_all(x.states, x.num_elements, is_stale, stream)) return error;
+  if (const char* error = detect_all_writes(x.states, x.num_elements, is_stale, stream)) return error;
   for (const Launch& launch : plan_launches(x.num_elements, arguments.table.CAPACITY, MAX_BLOCKS)) {
     arguments.partials = partials + launch.first_chunk;
     arguments.table.set_sizes(x.num_elements, launch);
@@ -367,7 +350,7 @@ const char* advance(const Advanced& x, double* partials, double* kept, void* str
     arguments.table.set_list(2, x.exp_avgs, launch);
     arguments.table.set_list(3, x.exp_avg_sqs, launch);
     arguments.table.set_list(4, x.beta1_prods, launch);
-    const char* error = with_variant(x, [&](auto variant) {
+    const char* error = with_variant(x.hyper, !x.beta1_prods.empty(), [&](auto variant) {
       return with_dtype(x.param_dtype, [&](auto param) {
         return with_dtype(x.grad_dtype, [&](auto grad) {
           const auto kernel = advance_chunks<decltype(variant), decltype(param), decltype(grad)>;
@@ -383,7 +366,7 @@ const char* advance(const Advanced& x, double* partials, double* kept, void* str
 const char* sum(const Summed& x, double* partials, double* sums, void* stream) {
   SumArguments arguments;
   double* is_stale = partials + num_chunks(x.num_elements);
-  if (const char* error = recognise_all(x.states, x.num_elements, is_stale, stream)) return error;
+  if (const char* error = detect_all_writes(x.states, x.num_elements, is_stale, stream)) return error;
   for (const Launch& launch : plan_launches(x.num_elements, arguments.table.CAPACITY, MAX_BLOCKS)) {
     arguments.partials = partials + launch.first_chunk;
     arguments.is_stale = is_stale + launch.first_tensor;

@@ -1,9 +1,9 @@
-// The CUDA kernels as plain functions, and how lists of tensors are cut into launches. Neither torch nor CUDA is
-// included, so that the cutting can be compiled and tested on any machine.
+// Interface of the CUDA kernels, and the division of lists of tensors into launches. It includes neither torch nor
+// CUDA, so that the division can be compiled and tested on any machine.
 //
-// A tensor is cut into chunks of CHUNK_ELEMENTS, and each block of threads takes one chunk. Chunks are numbered through
-// all tensors of a call; chunk number i writes its float64 sums as partial number i, and a second kernel adds up the
-// partials of each tensor. Which elements meet in which order follows from their index within the tensor alone.
+// A tensor is divided into chunks of CHUNK_ELEMENTS, and each block of threads takes one chunk. Chunks are numbered
+// across all tensors of a call; chunk i writes its float64 sums as partial i, and a second kernel adds up the partials
+// of each tensor. The order of summation depends only on the index of an element within its tensor.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 
 namespace adai::cuda {
 
-// A block lasts long enough to hide its start and end, and a small model has enough of them to fill a large GPU.
+// Large enough to amortise the start and end of a block, small enough for a small model to fill a large GPU.
 constexpr int64_t CHUNK_ELEMENTS = int64_t{1} << 15;
 
 constexpr int64_t num_chunks(int64_t num_elements) {
@@ -27,14 +27,14 @@ inline int64_t num_chunks(const std::vector<int64_t>& num_elements) {
   return sum;
 }
 
-// A run of chunks for one launch: of consecutive tensors, or a part of one tensor that is too large for a launch.
+// A range of chunks for one launch: consecutive tensors, or a part of one tensor that is too large for a launch.
 struct Launch {
   int64_t first_tensor, num_tensors;
-  int64_t first_chunk, num_chunks;  // numbered through all tensors of the call
-  int64_t num_skipped;              // leading chunks of the first tensor that are left to other launches
+  int64_t first_chunk, num_chunks;  // numbered across all tensors of the call
+  int64_t num_skipped;              // leading chunks of the first tensor that belong to other launches
 };
 
-// Cut a list of tensors into launches, in order. Every chunk is in exactly one of them; empty tensors have none.
+// Divides a list of tensors into launches, in order. Every chunk is in exactly one of them; empty tensors have none.
 inline std::vector<Launch> plan_launches(const std::vector<int64_t>& num_elements, int64_t max_tensors,
                                          int64_t max_chunks) {
   std::vector<Launch> launches;
@@ -58,19 +58,19 @@ inline std::vector<Launch> plan_launches(const std::vector<int64_t>& num_element
   return launches;
 }
 
-// Tensors without gaps, the same elements in the same order in each list; pointers to device memory.
+// Pointers to device memory; tensors are dense, with elements in the same order in each list.
 
-// The exp_avg_sqs that are read where their samples are not what was kept.
+// The exp_avg_sqs; one is read only if the sum of its samples differs from the kept one.
 struct States {
   std::vector<const void*> exp_avg_sqs;
-  const double* kept;  // what advance has left, shape (number of tensors, NUM_KEPT)
+  const double* kept;  // the result of advance, shape (number of tensors, NUM_KEPT)
 };
 
 struct Observed {
   std::vector<int64_t> num_elements;
   std::vector<const void*> grads;
-  std::vector<const void*> params;  // empty: no coupled decay, and the columns that need them are 0
-  States states;                    // none: no sums of them
+  std::vector<const void*> params;  // empty: no coupled decay, and their columns are 0
+  States states;                    // empty: no sums of v
   Dtype grad_dtype, param_dtype;
   const float* coefficient;
   float coupled_decay;
@@ -81,12 +81,11 @@ struct Advanced {
   std::vector<void*> params;
   std::vector<const void*> grads;
   std::vector<void*> exp_avgs, exp_avg_sqs;
-  std::vector<void*> beta1_prods;  // empty: retired, 1 - P is 1
+  std::vector<void*> beta1_prods;  // empty if retired: 1 - P is 1
   Dtype param_dtype, grad_dtype;
-  const float *inverse_means, *coefficient, *lr;  // the first with one entry for each tensor
+  const float *inverse_means, *coefficient, *lr;  // inverse_means has one entry per tensor
   const bool *is_finite, *is_live;
   Hyper hyper;
-  Dampening dampening;
 };
 
 struct Summed {
@@ -94,10 +93,10 @@ struct Summed {
   States states;
 };
 
-// Float64 that the functions below need at `partials`, device memory.
+// Number of float64 values that the functions below need at `partials`, in device memory.
 inline int64_t num_partials(const Observed& x) {
   const int64_t num_tensors = static_cast<int64_t>(x.num_elements.size());
-  return num_chunks(x.num_elements) * NUM_OBSERVED + num_tensors;  // behind: which sums of v are out of date
+  return num_chunks(x.num_elements) * NUM_OBSERVED + num_tensors;  // at the end: which sums of v are stale
 }
 
 inline int64_t num_partials(const Advanced& x) { return num_chunks(x.num_elements); }
@@ -106,15 +105,15 @@ inline int64_t num_partials(const Summed& x) {
   return num_chunks(x.num_elements) + static_cast<int64_t>(x.num_elements.size());
 }
 
-// Sums of each tensor, shape (number of tensors, NUM_OBSERVED), float64. An exp_avg_sq is read where its samples are not
-// what was kept. Enqueued on `stream`, a cudaStream_t, without waiting. Returns what went wrong, or nullptr.
+// Computes `sums`, shape (number of tensors, NUM_OBSERVED), float64. Enqueued on `stream`, a cudaStream_t, without
+// synchronising. Returns an error message or nullptr.
 const char* observe(const Observed& x, double* partials, double* sums, void* stream);
 
-// One step in place; `kept`, shape (number of tensors, NUM_KEPT), float64, is for the next observe. Where is_live is
-// false nothing but the decoupled decay happens, where is_finite is false nothing at all. Otherwise as observe.
+// Takes one step in place and computes `kept`, shape (number of tensors, NUM_KEPT), float64, for the next observe. If
+// is_live is false, only decoupled decay applies; if is_finite is false, nothing changes. Enqueued as observe.
 const char* advance(const Advanced& x, double* partials, double* kept, void* stream);
 
-// The sums of the exp_avg_sqs as they are, to the bit what `advance` returned when it wrote them.
+// Computes the current sums of the exp_avg_sqs, with the bits that `advance` returned when it wrote them.
 const char* sum(const Summed& x, double* partials, double* sums, void* stream);
 
 }  // namespace adai::cuda

@@ -1,5 +1,5 @@
-// What the kernels in adai_cuda.cu share: element types, lists of tensors as kernel arguments, and how the threads of a
-// block read, write and add up a chunk.
+// Device code shared by the kernels in adai_cuda.cu: float16 conversions, lists of tensors as kernel arguments, and the
+// reading, writing and summation of a chunk by the threads of a block.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -14,9 +14,9 @@
 namespace adai::cuda {
 
 constexpr int THREADS = 256;
-constexpr int VECTOR_ELEMENTS = 4;  // consecutive elements that a thread takes in one access: 16 bytes of float32
+constexpr int VECTOR_ELEMENTS = 4;  // consecutive elements per access of a thread: 16 bytes of float32
 
-// Of all arguments of a kernel; CUDA 12.1 raised the limit for architectures from 7.0 on.
+// The limit of a kernel's arguments, which CUDA 12.1 raised for architectures from 7.0 on.
 #define ADAI_FIRST_OF(first, ...) first
 #define ADAI_LOWEST_ARCHITECTURE(...) ADAI_FIRST_OF(__VA_ARGS__, 0)
 #if defined(CUDART_VERSION) && CUDART_VERSION >= 12010 && ADAI_LOWEST_ARCHITECTURE(__CUDA_ARCH_LIST__) >= 700
@@ -24,7 +24,7 @@ constexpr int64_t MAX_ARGUMENT_BYTES = 32764;
 #else
 constexpr int64_t MAX_ARGUMENT_BYTES = 4096;
 #endif
-constexpr int64_t MAX_SCALAR_BYTES = 192;  // arguments beside the lists
+constexpr int64_t MAX_SCALAR_BYTES = 192;  // arguments other than lists
 
 using adai::narrow;
 using adai::widen;
@@ -34,7 +34,7 @@ DEVICE_FUNCTION void narrow(float x, Float16& to) { to.bits = __half_as_ushort(_
 
 // -- lists of tensors -------------------------------------------------------------------------------------------------
 
-// A launch's tensors, as arguments of its kernel. Block b has chunk b - first_blocks[slot] of the tensor at `slot`.
+// The tensors of a launch as kernel arguments. Block b takes chunk b - first_blocks[slot] of the tensor at `slot`.
 template <int NUM_LISTS>
 struct Table {
   static constexpr int64_t TENSOR_BYTES = (NUM_LISTS + 2) * 8;
@@ -62,7 +62,7 @@ struct Table {
     }
   }
 
-  // The last tensor that begins at this block or before; an empty one begins where the next one does.
+  // The last tensor that begins at or before this block; an empty tensor begins where the next one does.
   __device__ int slot_of(int64_t block) const {
     int low = 0, high = num_tensors;
     while (high - low > 1) {
@@ -74,7 +74,7 @@ struct Table {
   }
 };
 
-// Where a block finds its elements.
+// The elements of a block.
 struct Chunk {
   int slot;
   int64_t offset;  // of the first element, in its tensor
@@ -106,9 +106,9 @@ DEVICE_FUNCTION bool is_aligned(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % sizeof(Vector<T>) == 0;
 }
 
-// What the threads take at a time: NUM elements each, in vectors of consecutive ones; vector i of a thread lies THREADS
-// vectors behind its vector i - 1. So a thread has the same elements in the same order, however the tiles are cut. A
-// whole tile is read and written in vectors, any other one element by element and no further than `count`.
+// The elements that the threads take at once: NUM per thread, in vectors of consecutive elements; vector i of a thread
+// follows its vector i - 1 at a distance of THREADS vectors. A thread thus has the same elements in the same order for
+// every tile size. A whole tile is accessed in vectors, a partial one element by element up to `count`.
 template <int NUM_VECTORS, bool IS_WHOLE>
 struct Tile {
   static constexpr int NUM = NUM_VECTORS * VECTOR_ELEMENTS;
@@ -116,13 +116,13 @@ struct Tile {
 
   int first, count;  // in the chunk
 
-  // Where element i of this thread is in the chunk.
+  // Index in the chunk of element i of this thread.
   __device__ int index(int i) const {
     const int vector = i / VECTOR_ELEMENTS * THREADS + static_cast<int>(threadIdx.x);
     return first + vector * VECTOR_ELEMENTS + i % VECTOR_ELEMENTS;
   }
 
-  // Elements from `count` on read as 0.
+  // Elements beyond `count` read as 0.
   template <class T>
   __device__ void load(const T* chunk, T (&x)[NUM]) const {
 #pragma unroll
@@ -152,7 +152,7 @@ struct Tile {
   }
 };
 
-// Call body(tile) until all elements of a chunk had their turn.
+// Calls body(tile) for tiles that cover a chunk.
 template <int NUM_VECTORS, class BODY>
 DEVICE_FUNCTION void for_each_tile(int count, bool are_aligned, const BODY& body) {
   using Whole = Tile<NUM_VECTORS, true>;
@@ -164,10 +164,10 @@ DEVICE_FUNCTION void for_each_tile(int count, bool are_aligned, const BODY& body
   for (; first < count; first += Part::ELEMENTS) body(Part{first, count});
 }
 
-// Add up one number of each thread, always in the same order. Thread 0 has the sum.
+// Adds up one number per thread in a fixed order; thread 0 has the sum.
 DEVICE_FUNCTION double block_sum(double x) {
   __shared__ double terms[THREADS];
-  __syncthreads();  // thread 0 may still read the terms of the sum before this one
+  __syncthreads();  // thread 0 may still be reading the terms of the previous sum
   terms[threadIdx.x] = x;
   for (unsigned stride = THREADS / 2; stride > 0; stride /= 2) {
     __syncthreads();

@@ -1,4 +1,4 @@
-// The element types of parameters and gradients, for the CPU and CUDA kernels; torch-free.
+// Element types of parameters and gradients, for the CPU and CUDA kernels; independent of torch.
 #pragma once
 
 #include "adai_math.h"
@@ -15,8 +15,8 @@ struct Float16 {
   uint16_t bits;
 };
 
-// Conversions are exact to float32, and round to nearest, ties to even, from it. Those of Float16 are where the
-// kernels are: GPUs have instructions for them.
+// Conversions to float32 are exact; those from float32 round to nearest, ties to even. Those of Float16 are defined
+// with the kernels, because GPUs have instructions for them.
 ADAI_FUNCTION float widen(float x) { return x; }
 
 ADAI_FUNCTION float widen(BFloat16 x) { return float_of(static_cast<int32_t>(uint32_t{x.bits} << 16)); }

@@ -1,5 +1,5 @@
-// As much of the CUDA runtime as adai_cuda.cu uses, on the CPU: the threads of a block are coroutines that take turns
-// at every barrier, so that what a kernel computes, where it reads and where it writes can be tested without a GPU.
+// The part of the CUDA runtime that adai_cuda.cu uses, on the CPU: the threads of a block are coroutines that switch at
+// every barrier, so that the results and memory accesses of a kernel can be tested without a GPU.
 #pragma once
 
 #include <setjmp.h>
@@ -34,7 +34,7 @@ namespace emulated {
 
 constexpr size_t STACK_BYTES = size_t{1} << 16;
 
-// A coroutine that runs kernels for ever: it stops at barriers and at the end of each block.
+// A coroutine that runs kernels in an endless loop, and stops at barriers and at the end of each block.
 struct Thread {
   ucontext_t start;
   jmp_buf position;
@@ -42,7 +42,7 @@ struct Thread {
   bool has_started = false, is_done = false;
 };
 
-inline bool descending = false;  // threads take their turns from the last to the first: a race shows as another result
+inline bool descending = false;  // run threads from the last to the first: a race shows as a different result
 inline jmp_buf scheduler;
 inline Thread* current = nullptr;
 inline void (*run_kernel)(const void*) = nullptr;

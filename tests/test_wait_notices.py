@@ -1,4 +1,4 @@
-"""Whoever waits for another process that compiles says so, and goes on once that has ended."""
+"""Notices of a process that waits for the compilation of another, and the end of the wait."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 from torch.utils import cpp_extension
 from torch.utils.file_baton import FileBaton
 
-from adai_dist.kernels import cache, waiting
+from adai_dist.kernels import build_cache, wait_notices
 from tests.recipe_runs import run_command
 from tests.tiny_extension import TINY, needs_toolchain
 
@@ -27,7 +27,7 @@ from tests.tiny_extension import TINY, needs_toolchain
 HOLD = """
 import sys
 from pathlib import Path
-from adai_dist.kernels.cache import locked
+from adai_dist.kernels.build_cache import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -48,8 +48,8 @@ def held(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "SOON_SECONDS", 0.1)
-    monkeypatch.setattr(waiting, "NOTICE_SECONDS", 0.3)
+    monkeypatch.setattr(wait_notices, "EARLY_NOTICE_SECONDS", 0.1)
+    monkeypatch.setattr(wait_notices, "NOTICE_SECONDS", 0.3)
 
 
 def after(seconds: float, work: Callable[[], Any]) -> None:
@@ -62,63 +62,65 @@ def close_input(process: subprocess.Popen[str]) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
-def test_a_process_that_waits_for_a_compilation_says_for_whom_and_takes_its_turn(
+def test_a_process_that_waits_for_a_compilation_names_the_lock_holder_and_compiles_next(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], is_killed: bool
 ) -> None:
     folder = tmp_path / "cpu_adai"
     with held(folder) as process:
         after(1.0, process.kill if is_killed else close_input(process))
-        with cache.locked(folder):
+        with build_cache.locked(folder):
             lines = capfd.readouterr().err.splitlines()
             assert json.loads((folder / "build.lock").read_text())["pid"] == os.getpid()
     assert len(lines) == 3, "after 0.1, 0.3 and 0.6 s"
     who = f"process {process.pid} on host {socket.gethostname()}"
     start = f"adai_dist: waiting for {who}, which has been compiling cpu_adai for "
     assert all(line.startswith(start) and line.endswith(f"it holds {folder / 'build.lock'}") for line in lines)
-    assert (folder / "build.lock").read_text() == "", "nobody holds it any longer"
+    assert (folder / "build.lock").read_text() == "", "the lock is released"
 
 
-def test_a_holder_who_has_not_signed_is_another_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_lock_holder_is_reported_as_another_process(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     for text in ("", "{", "[3]", '{"pid": 3}', '{"pid": "x", "host": "a", "since": 1}'):
         with held(tmp_path) as process:
             (tmp_path / "build.lock").write_text(text)
             after(0.25, close_input(process))
-            with cache.locked(tmp_path):
+            with build_cache.locked(tmp_path):
                 pass
         expected = f"adai_dist: waiting for another process, which is compiling {tmp_path.name}; it holds "
         assert capfd.readouterr().err.startswith(expected), text
 
 
-def test_a_wait_that_is_short_is_not_told(
+def test_a_short_wait_is_not_announced(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waiting, "SOON_SECONDS", 5.0)
-    monkeypatch.setattr(waiting, "NOTICE_SECONDS", 30.0)
+    monkeypatch.setattr(wait_notices, "EARLY_NOTICE_SECONDS", 5.0)
+    monkeypatch.setattr(wait_notices, "NOTICE_SECONDS", 30.0)
     with held(tmp_path) as process:
         after(0.3, close_input(process))
-        with cache.locked(tmp_path):
+        with build_cache.locked(tmp_path):
             pass
     assert capfd.readouterr().err == ""
-    assert not [thread for thread in threading.enumerate() if thread.name == "adai_dist.waiting"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "adai_dist.wait_notices"]
 
 
-def test_a_line_that_nobody_can_read_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_closed_or_missing_stderr_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with (tmp_path / "closed").open("w") as closed:
         pass
     for stderr in (None, closed):
         monkeypatch.setattr(sys, "stderr", stderr)
-        waiting.say("a line")
+        wait_notices.write_to_stderr("a line")
 
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(-3, "0 s"), (0.4, "0 s"), (119, "119 s"), (600, "10 min"), (7200, "2 h"), (172800, "2 days"), (1e7, "116 days")],
 )
-def test_times_are_told_as_people_tell_them(seconds: float, words: str) -> None:
-    assert waiting.span(seconds) == words
+def test_durations_are_formatted_in_the_largest_unit_of_which_there_are_two(seconds: float, words: str) -> None:
+    assert wait_notices.format_duration(seconds) == words
 
 
-def test_torchs_loader_names_the_file_that_it_waits_for_its_age_and_the_remedy(
+def test_the_notice_of_torchs_loader_states_the_file_its_age_and_the_remedy(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lock = tmp_path / "lock"
@@ -132,19 +134,19 @@ def test_torchs_loader_names_the_file_that_it_waits_for_its_age_and_the_remedy(
     assert all("or was killed while compiling; if none is running, delete the file" in message for message in messages)
 
 
-def test_a_file_that_cannot_be_looked_at_or_goes_at_once_is_not_told(
+def test_a_file_that_is_missing_or_soon_removed_is_not_announced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     FileBaton(str(tmp_path / "none")).wait()
     lock = tmp_path / "lock"
     lock.touch()
     after(0.1, lock.unlink)
-    FileBaton(str(lock), wait_seconds=0.8).wait()  # the file is gone when it would be told
+    FileBaton(str(lock), wait_seconds=0.8).wait()  # the file is removed before the notice
     assert not caplog.records
 
 
 @needs_toolchain
-def test_an_extension_of_anyone_is_loaded_after_the_lock_that_a_killed_build_left(
+def test_an_extension_of_another_package_waits_for_the_lock_of_a_killed_build(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = tmp_path / "other.cpp"
@@ -165,9 +167,9 @@ OPERATOR = """
 import os, sys, threading
 from pathlib import Path
 import adai_dist
-from adai_dist.kernels import waiting
+from adai_dist.kernels import wait_notices
 {register}
-waiting.NOTICE_SECONDS = 0.5
+wait_notices.NOTICE_SECONDS = 0.5
 from deepspeed.accelerator import get_accelerator
 lock = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "deepspeed_shm_comm" / "lock"
 lock.touch()
@@ -180,11 +182,11 @@ assert get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=F
 @pytest.mark.parametrize(
     ("hooks", "register", "num_warnings"), [("1", "", 2), ("0", "", 0), ("0", "adai_dist.register()", 2)]
 )
-def test_an_operator_of_deepspeed_names_the_lock_it_waits_for_unless_hooks_are_left_out(
+def test_the_notice_of_a_deepspeed_operator_names_its_lock_unless_import_hooks_are_off(
     hooks: str, register: str, num_warnings: int
 ) -> None:
     program = OPERATOR.format(register=register)
     finished = run_command([sys.executable, "-c", program], ADAI_DIST_REGISTER=hooks)
     assert finished.returncode == 0, finished.stderr
-    told = [line for line in finished.stderr.splitlines() if "deepspeed_shm_comm/lock, which is " in line]
-    assert len(told) == num_warnings, finished.stderr
+    notices = [line for line in finished.stderr.splitlines() if "deepspeed_shm_comm/lock, which is " in line]
+    assert len(notices) == num_warnings, finished.stderr

@@ -1,4 +1,4 @@
-"""Where compiled libraries lie, what lies beside them, and whose turn it is to compile."""
+"""The cache of compiled libraries: its paths, the files beside a library, and the lock for compiling."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any, cast
 import torch
 from torch import _appdirs
 
-from adai_dist.kernels.holder import Holder, read_holder, sign
-from adai_dist.kernels.waiting import say, told
+from adai_dist.kernels.lock_holder import LockHolder, read_holder, write_holder
+from adai_dist.kernels.wait_notices import notices_while_waiting, write_to_stderr
 
 
 def library_path(name: str) -> Path:
-    """Where torch's own loader puts the library of this name."""
+    """Return the path at which torch's own loader puts the library of this name."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if root is None:
         accelerator = f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cpu"
@@ -30,22 +30,22 @@ def library_path(name: str) -> Path:
 
 
 def stamp_path(path: Path) -> Path:
-    """What a library was made from."""
+    """Return the path of a library's stamp, which records its inputs."""
     return path.with_suffix(".stamp.json")
 
 
 def failure_path(path: Path) -> Path:
-    """How the last compilation failed, for the processes that waited for it."""
+    """Return the path of the last failure to compile, which the processes that waited for it read."""
     return path.with_suffix(".failure.json")
 
 
 def log_path(path: Path) -> Path:
-    """The output of the last compilation that failed, for people."""
+    """Return the path of the compiler's output in the last failure, for the user."""
     return path.with_name("build.log")
 
 
 def read(path: Path) -> dict[str, str]:
-    """The content of such a file; nothing if there is none."""
+    """Read a stamp or a failure; an empty dict if the file is missing or damaged."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -54,14 +54,14 @@ def read(path: Path) -> dict[str, str]:
 
 
 def write(path: Path, content: dict[str, str]) -> None:
-    """Whoever reads it meanwhile gets all of it or nothing."""
+    """Replace a stamp or a failure atomically."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(content), encoding="utf-8")
     os.replace(temporary, path)
 
 
 def size_of(path: Path) -> str:
-    """The size of a file in bytes, as stamps have it; empty where there is no file."""
+    """Return the size of a file in bytes, as recorded in a stamp; empty if there is no file."""
     try:
         return str(path.stat().st_size) if path.is_file() else ""
     except OSError:
@@ -69,7 +69,7 @@ def size_of(path: Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove what has this name, a folder too, if there is anything."""
+    """Remove a file, link or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -77,7 +77,7 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on the disk, and would outlast the machine."""
+    """Flush a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -87,9 +87,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Generator[None]:
-    """One process at a time. The system frees the lock of a process that ends, however it ends.
+    """Hold the lock of a folder; a process that has to wait for it announces the holder.
 
-    Whoever waits says for whom.
+    The system releases the lock when its process ends, however it ends.
 
     Raises:
         OSError: the folder is not writable, or its file system has no locks.
@@ -102,16 +102,16 @@ def locked(folder: Path) -> Generator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with told(lambda: _who_compiles(path), say, soon=True):
+            with notices_while_waiting(lambda: _wait_notice(path), write_to_stderr, early=True):
                 fcntl.flock(lock, fcntl.LOCK_EX)
-        sign(lock, Holder.of_this_process())
+        write_holder(lock, LockHolder.of_this_process())
         try:
             yield
         finally:
-            sign(lock, None)
+            write_holder(lock, None)
 
 
-def _who_compiles(lock: Path) -> str:
+def _wait_notice(lock: Path) -> str:
     holder, name = read_holder(lock), lock.parent.name
     if holder is None:
         return f"waiting for another process, which is compiling {name}; it holds {lock}"
