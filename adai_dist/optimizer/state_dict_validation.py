@@ -31,7 +31,7 @@ class _SavedState(NamedTuple):
     """The state of one parameter in a checkpoint."""
 
     name: str
-    """Its path in the state_dict, for messages."""
+    """Path in the state_dict, for messages."""
     param: Tensor
     state: Mapping[str, Any]
 

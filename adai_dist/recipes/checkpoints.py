@@ -57,7 +57,7 @@ class Manifest(BaseModel, frozen=True):
     shapes: dict[str, list[int]]
     """Global shape of every parameter, by name."""
     files: dict[str, FileSum]
-    """By path below the folder."""
+    """Checksums by path below the folder."""
 
     def write(self, folder: Path) -> None:
         """Make the folder a complete checkpoint; its other files must be on the disk."""

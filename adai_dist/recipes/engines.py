@@ -1,4 +1,4 @@
-"""Engines: how a model is spread over ranks, stepped and saved. Here: the seam, and the two engines of torch.
+"""Engines, which spread a model over ranks, step it and save it: the interface, and the engine of torch.
 
 An engine owns the model and its optimizer, because some engines replace both.
 """
@@ -28,7 +28,7 @@ from adai_dist.tools.telemetry import inertia_histogram
 
 
 class Engine(ABC):
-    """What the training loop needs. Collective: all methods; all ranks of the job."""
+    """A model and its optimizer, spread over ranks. Collective: all methods; all ranks of the job."""
 
     model: nn.Module
     """Names its parameters like the model that was given, whatever wraps it."""
@@ -42,7 +42,7 @@ class Engine(ABC):
         return sum(param.numel() for param in self.model.parameters())
 
     def parameter_shapes(self) -> dict[str, list[int]]:
-        """Return the global shape of every parameter by name, which tells one model from another."""
+        """Return the global shape of every parameter by name, which identifies the model."""
         named = self.model.named_parameters()
         return {name: list(getattr(param, "ds_shape", param.shape)) for name, param in named}  # DeepSpeed's ZeRO 3
 

@@ -54,9 +54,9 @@ class Reading(NamedTuple):
     num_steps: int
     """Number of timed steps."""
     seconds: float
-    """From the data to the new parameters, without evaluations and checkpoints."""
+    """Time of these steps, from the data to the new parameters, without evaluations and checkpoints."""
     optimizer_seconds: float
-    """The part of it spent in clipping and in the optimizer."""
+    """The part of ``seconds`` spent in clipping and in the optimizer."""
 
     @property
     def optimizer_share(self) -> float | None:
@@ -163,7 +163,7 @@ class Journal:
             self._bar.update()
 
     def record(self, step: int, **scalars: float | None) -> None:
-        """Append scalars to metrics.jsonl and TensorBoard; None stands for an unknown value."""
+        """Append scalars to metrics.jsonl and TensorBoard; None is an unknown value."""
         if not self._is_main:
             return
         _append(self._folder / "metrics.jsonl", {"step": step, **scalars})

@@ -137,9 +137,9 @@ class DatasetData(_Sequences):
     source: Literal["dataset"]
     path: Name = Field(min_length=1)
     subset: Name = ""
-    """For dataset: the name of its configuration, if it has several."""
+    """Name of the dataset's configuration, if it has several; for dataset."""
     text_column: Name = "text"
-    """For dataset: the column that holds the text."""
+    """Column of the dataset that holds the text; for dataset."""
 
 
 class TokensData(_Sequences):
@@ -189,9 +189,9 @@ class Schedule(_Section):
     min_ratio: float = Field(default=0.1, ge=0, le=1)
     """Final learning rate of cosine, as a share of the peak."""
     milestones: list[int] = []
-    """For multistep: steps, in ascending order, after which the learning rate falls."""
+    """Steps, in ascending order, after which the learning rate falls; for multistep."""
     gamma: float = Field(default=0.1, ge=0, le=1)
-    """For multistep: factor applied at each milestone."""
+    """Factor applied at each milestone; for multistep."""
 
     @model_validator(mode="after")
     def _check(self) -> Schedule:
@@ -225,12 +225,12 @@ class Recipe(_Section):
 
     run: Run = Run()
     model: dict[str, Any] = {}
-    """For text: `architecture` (a model_type of transformers) and settings of its config class. For images:
-    `architecture` (cnn, resnet18 or resnet34) and the settings of that network (images.py)."""
+    """`architecture` and its settings. For text, a model_type of transformers and settings of its config class; for
+    images, cnn (channels, hidden), resnet18 or resnet34 (width)."""
     data: Annotated[TextData | ImageData, Field(discriminator="source")] = StdlibData()
     """The data; `source` decides which other keys there are."""
     engine: Literal["ddp", "fsdp2", "deepspeed"] = "fsdp2"
-    """How the model is spread over ranks: ddp, fsdp2 or deepspeed."""
+    """ddp, fsdp2 or deepspeed, which spreads the model over the ranks."""
     deepspeed: DeepSpeed = DeepSpeed()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cpu, cuda, or auto: CUDA if there is a device, else the CPU."""

@@ -71,7 +71,7 @@ def load_task(recipe: Recipe) -> Task:
 
 
 def _engine_of(recipe: Recipe, world: World) -> Callable[[Task, nn.Module], Engine]:
-    """Return the constructor of the engine, after a check of what it needs beside the recipe."""
+    """Return the constructor of the engine, once its own settings are valid."""
     if recipe.engine != "deepspeed":
         return functools.partial(TorchEngine, recipe, world)
     from adai_dist.recipes.deepspeed_engine import DeepSpeedEngine, read_settings
