@@ -38,7 +38,7 @@ def train(recipe: Recipe, world: World) -> Summary:
     Raises:
         RecipeError: the recipe cannot be run.
         Stopped: a rank got SIGTERM or SIGUSR1; there is a checkpoint of the next logged step.
-        KeyboardInterrupt: as it came, with a message on how to continue.
+        KeyboardInterrupt: Ctrl-C; the message says how to continue.
 
     Collective: all ranks of the job.
     """
@@ -88,7 +88,8 @@ def _train_in(folder: Path, recipe: Recipe, task: Task, engine: Engine, world: W
     if first_step == run.steps and (folder / "summary.json").exists():
         return read_summary(folder)
 
-    held_out = HeldOut(*task.val_rows(world.rank, world.size), recipe.data.batch // world.size)
+    num_at_once = recipe.data.batch // (world.size * recipe.grad_accumulation)
+    held_out = HeldOut(*task.val_rows(world.rank, world.size), num_at_once)
     meter, stop = Meter(world.device), StopRequest()
     journal = Journal(folder, first_step, run.steps, world)
     with (
