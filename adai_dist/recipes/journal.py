@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,7 +22,6 @@ Summary = dict[str, Any]
 
 _BAR_SECONDS = 15.0  # between two updates of the bar where stderr is not a terminal
 _FILES = ("metrics.jsonl", "inertia.jsonl")
-_PACKAGES = ("adai-dist", "torch", "transformers", "numpy", "pydantic")
 _IN_TABLE = (
     ("run", "run", "{}"),
     ("val_loss", "held-out loss (nats per {unit})", "{:.4f}"),
@@ -208,39 +203,3 @@ def summary_table(summary: Summary) -> str:
     rows = [(label, form.format(summary[key])) for key, label, form in named if summary.get(key) is not None]
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)
-
-
-def describe_environment(device: torch.device) -> Summary:
-    """Return versions, git commit and hardware, as entries of a summary."""
-    versions = {name.replace("-", "_"): importlib.metadata.version(name) for name in _PACKAGES}
-    return {
-        "versions": {"python": platform.python_version(), **versions},
-        "git_commit": _git_commit(Path(__file__).parent),
-        "hardware": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "cpu": _cpu_name(),
-            "cpu_cores": os.cpu_count(),
-            "platform": sys.platform,
-        },
-    }
-
-
-def _git_commit(folder: Path) -> str | None:
-    """Return the commit of the package's sources, with "+" if they were changed since; None outside a repository."""
-
-    def git(*arguments: str) -> str:
-        command = ("git", "-C", str(folder), *arguments)
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # an installed package may be inside an unrelated repository
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -55,7 +55,9 @@ def _did_you_mean(given: str, valid: Iterable[str], prefix: str = "") -> str:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, coerce_numbers_to_str=True, use_attribute_docstrings=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", strict=True, coerce_numbers_to_str=True, use_attribute_docstrings=True
+    )
 
 
 Name = Annotated[str, Field(strict=False)]  # YAML reads some names as numbers

@@ -19,9 +19,10 @@ from adai_dist.recipes.checkpoints import Checkpoints
 from adai_dist.recipes.engines import Engine, TorchEngine
 from adai_dist.recipes.folder import CONFIG, open_run_folder
 from adai_dist.recipes.job import Stopped, StopRequest, World, interruptible
-from adai_dist.recipes.journal import Journal, Meter, Summary, describe_environment
+from adai_dist.recipes.journal import Journal, Meter, Summary
 from adai_dist.recipes.recipe import Recipe, TextData, require
 from adai_dist.recipes.task import Rows, Task
+from adai_dist.tools import environment
 from adai_dist.tools.plots import plot_inertia, plot_loss, read_summary
 
 
@@ -217,7 +218,9 @@ def summarize(
         "optimizer_share": meter.total.optimizer_share,
         "skipped_steps": int(optimizer.num_skipped_steps) if isinstance(optimizer, AdaptiveInertia) else None,
         "folder": str(folder),
-        **describe_environment(world.device),
+        "versions": environment.versions("transformers", "numpy", "deepspeed"),
+        "git_commit": environment.git_commit(),
+        "hardware": environment.hardware(world.device.type),
     }
 
 

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import re
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
-
-import torch
 
 _WIDTH = 30
 _COLUMNS = {"ms": 9, "spread": 8, "bytes/param": 13, "GB/s": 8, "of copy": 9, "ratio": 8, "extra MiB": 11}
@@ -42,21 +35,6 @@ class Row:
     """Median time relative to that of clipped fused AdamW; None for the copy."""
     extra_bytes: int
     """Peak memory of the step in addition to parameters, gradients and states."""
-
-
-def hardware(device: str) -> dict[str, Any]:
-    """Return the names of the processor, the system and, if it was measured, the GPU."""
-    found: dict[str, Any] = {"cpu": _cpu_name(), "num_cpus": os.cpu_count(), "system": platform.platform()}
-    if device == "cuda":
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
-
-
-def versions() -> dict[str, str | None]:
-    """Return the versions of all software that affects the time; None for packages that are not installed."""
-    found: dict[str, str | None] = {"adai_dist": _version("adai-dist"), "python": platform.python_version()}
-    found |= {"torch": torch.__version__, "cuda": torch.version.cuda}
-    return found | {package: _version(package) for package in ("deepspeed", "pytorch_optimizer")}
 
 
 def bench_table(report: dict[str, Any]) -> str:
@@ -99,17 +77,3 @@ def _row_line(row: dict[str, Any]) -> str:
     )
     padded = (f"{cell:>{width}}" for cell, width in zip(cells, _COLUMNS.values(), strict=True))
     return f"{row['case']:<{_WIDTH}}{''.join(padded)}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    """Return the name that Linux gives the processor, because platform.processor() returns only its architecture."""
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return named[1] if named else platform.processor() or platform.machine()

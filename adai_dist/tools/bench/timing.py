@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from adai_dist.tools import environment
 from adai_dist.tools.bench.cases import COPY, COPY_BYTES, REFERENCE, Case, Model, adai_cases, adamw_cases, copy_case
 from adai_dist.tools.bench.memory import extra_bytes
 from adai_dist.tools.bench.other_packages import other_cases
-from adai_dist.tools.bench.report import Row, hardware, versions
+from adai_dist.tools.bench.report import Row
 from adai_dist.tools.bench.shapes import SHAPES, shapes_of_numel
 
 DEFAULT_NUMEL = 2**25
@@ -89,9 +90,9 @@ def measure(settings: Settings) -> dict[str, Any]:
             )
         return {
             "command": settings.command(),
-            "hardware": hardware(settings.device),
+            "hardware": environment.hardware(settings.device),
             "threads": torch.get_num_threads(),
-            "versions": versions(),
+            "versions": environment.versions("deepspeed", "pytorch_optimizer"),
             "kernels": str(optimizer.backends),
             "shapes": settings.shapes,
             "num_tensors": len(shapes),
