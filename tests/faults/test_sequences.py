@@ -121,10 +121,12 @@ class Training:
                 v = torch.from_numpy(np.asarray(self.random.random(tuple(param.shape)))).to(self.dtype)
                 state["exp_avg_sq"].data.copy_(v)
                 state["exp_avg"].data.copy_(v - 0.5)
-                state["beta1_prod"].data.copy_(v / 2)
+                product = v / 2 if "beta1_prod" in state else torch.zeros_like(v)  # zeros stand for a retired product
+                if "beta1_prod" in state:
+                    state["beta1_prod"].data.copy_(product)
                 state["step"].data.fill_(7 + number % 2)
                 of_oracle.exp_avg_sq, of_oracle.exp_avg = v.double().numpy().copy(), (v - 0.5).double().numpy()
-                of_oracle.beta1_prod, of_oracle.step = (v / 2).double().numpy(), 7 + number % 2
+                of_oracle.beta1_prod, of_oracle.step = product.double().numpy(), 7 + number % 2
 
     def replace(self, number: int) -> None:
         if name := self.some_name(number):
