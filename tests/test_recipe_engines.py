@@ -42,12 +42,13 @@ def try_every_way(recipe: str) -> dict[str, dict[int, float]]:
 def stop_and_continue(recipe: str) -> dict[str, dict[int, float]]:
     """Train without interruption, and stop and resume on either engine. The model has tied weights and dropout."""
     constant = "schedule.shape=constant"  # independent of the number of steps
-    results = {"whole": run(recipe, constant, "engine=ddp", name="whole", steps=4, eval_every=1, keep_checkpoints=1)}
+    settings = {"name": "uninterrupted", "steps": 4, "eval_every": 1, "keep_checkpoints": 1}
+    results = {"uninterrupted": run(recipe, constant, "engine=ddp", **settings)}
     for first, second in (("ddp", "ddp"), ("fsdp2", "fsdp2"), ("ddp", "fsdp2"), ("fsdp2", "ddp")):
         name = f"{first}-{second}"
         run(recipe, constant, f"engine={first}", name=name, steps=2)
         results[name] = run(recipe, constant, f"engine={second}", name=name, steps=4, resume=True)
-    results["once more"] = run(recipe, constant, "engine=ddp", name="whole", steps=4, resume=True)
+    results["once more"] = run(recipe, constant, "engine=ddp", name="uninterrupted", steps=4, resume=True)
     return results
 
 
@@ -87,14 +88,14 @@ def test_bf16_stays_close_to_fp32(ways: dict[str, dict[int, float]], engine: str
 def test_a_run_resumed_on_either_engine_has_the_losses_of_the_uninterrupted_one(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, GPT2)
     results, _ = run_ranks(stop_and_continue, 2, str(recipe))
-    whole = results.pop("whole")
-    assert list(whole) == [1, 2, 3, 4]
+    uninterrupted = results.pop("uninterrupted")
+    assert list(uninterrupted) == [1, 2, 3, 4]
     for way, curve in results.items():
-        assert curve == pytest.approx(whole, rel=1e-5), way
-    assert results["ddp-ddp"] == results["once more"] == whole
+        assert curve == pytest.approx(uninterrupted, rel=1e-5), way
+    assert results["ddp-ddp"] == results["once more"] == uninterrupted
     kept = {
         run.name: sorted(path.name for path in run.glob("checkpoints/*")) for run in (recipe.parent / "runs").iterdir()
     }
-    assert kept["whole"] == ["step_00000004"], "keep_checkpoints=1"
+    assert kept["uninterrupted"] == ["step_00000004"], "keep_checkpoints=1"
     assert kept["ddp-ddp"] == ["step_00000002", "step_00000004"]
     assert len(kept) == 5, "no run got a second folder"

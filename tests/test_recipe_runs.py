@@ -115,12 +115,12 @@ def test_tensorboard_reads_the_same_losses(runs: dict[str, Path], engine: str) -
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(runs: dict[str, Path], engine: str) -> None:
-    whole, resumed = runs[engine], runs[f"{engine}-resumed"]
+    uninterrupted, resumed = runs[engine], runs[f"{engine}-resumed"]
     assert (resumed / "summary.json").exists()
-    assert losses(resumed) == losses(whole)
-    assert losses(resumed, "grad_norm") == losses(whole, "grad_norm")
-    assert losses(resumed, "val_loss") == losses(whole, "val_loss")
-    assert (resumed / "inertia.jsonl").read_text() == (whole / "inertia.jsonl").read_text()
+    assert losses(resumed) == losses(uninterrupted)
+    assert losses(resumed, "grad_norm") == losses(uninterrupted, "grad_norm")
+    assert losses(resumed, "val_loss") == losses(uninterrupted, "val_loss")
+    assert (resumed / "inertia.jsonl").read_text() == (uninterrupted / "inertia.jsonl").read_text()
     assert not (resumed / "checkpoints" / "writing").exists()
 
 
@@ -185,12 +185,12 @@ def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_continues_to_the_sa
     assert done % 3 == 0, "not at a logged step"
     assert max(losses(run)) == done
 
-    for other in (name, f"{name}-whole"):
+    for other in (name, f"{name}-uninterrupted"):
         words = ("--config", recipe, f"run.name={other}", f"run.steps={done + 4}", *settings, "run.resume=true")
         result = run_cli("train", *words, num_ranks=2)
         assert result.returncode == 0, result.stderr
     for key in ("loss", "grad_norm", "val_loss"):
-        assert losses(run, key) == losses(run.with_name(f"{name}-whole"), key)
+        assert losses(run, key) == losses(run.with_name(f"{name}-uninterrupted"), key)
 
 
 @pytest.mark.parametrize("number", [None, signal.SIGTERM, signal.SIGUSR1])

@@ -90,7 +90,7 @@ def run_in_fork(work: Callable[..., None], *args: Any) -> int:
 
 
 def die_at_every_change(folder: Path, step: int, sender: Any) -> None:
-    """Save `step` into copies of a folder with steps 2 and 3, exiting before each change; one of 3 and `step` must stay."""
+    """Save `step` into copies of a folder with steps 2 and 3, exiting before each change; 3 or `step` must remain."""
     torch.set_num_threads(1)
     original = folder / "original"
     for earlier in (2, 3):
@@ -264,7 +264,7 @@ def test_the_command_falls_back_to_an_intact_checkpoint_and_fails_without_one(st
         ranks = starter.start(tmp_path / attempt, 2, *arguments, *more)
         return [rank.wait(60) for rank in ranks], output_of(ranks)
 
-    assert result("whole")[0] == [0, 0]
+    assert result("undamaged")[0] == [0, 0]
     curve = losses(run)
     os.truncate(run / "checkpoints" / "step_00000006" / "__0_0.distcp", 100)
     codes, output = result("back")

@@ -65,7 +65,7 @@ def attacks(engine: str) -> list[Attack]:
 def test_a_run_killed_ten_times_ends_with_the_bits_of_the_uninterrupted_one(
     starter: Starter, recipe: Path, engine: str
 ) -> None:
-    whole = run_to_the_end(starter, recipe, engine, f"{engine}-whole")
+    uninterrupted = run_to_the_end(starter, recipe, engine, f"{engine}-uninterrupted")
     killed_while_writing = 0
     planned = attacks(engine)
     started = recipe.parent / "runs" / f"{engine}-once"  # as left by a kill before its folder was complete
@@ -75,7 +75,7 @@ def test_a_run_killed_ten_times_ends_with_the_bits_of_the_uninterrupted_one(
         for attack in some:
             killed_while_writing += start_and_kill(starter, recipe, engine, name, attack)
         run = run_to_the_end(starter, recipe, engine, name)
-        assert_same_run(run, whole)
+        assert_same_run(run, uninterrupted)
     assert killed_while_writing >= 2, "no kill hit a checkpoint that was being written"
     assert not [path.name for path in started.parent.iterdir() if path.name.endswith("-2")], "a run got a second folder"
 
@@ -138,21 +138,21 @@ def wait_until(holds: Callable[[], bool], ranks: list[Rank], seconds: float = 60
         time.sleep(0.001)
 
 
-def assert_same_run(run: Path, whole: Path) -> None:
+def assert_same_run(run: Path, uninterrupted: Path) -> None:
     for key in EXACT:
-        assert losses(run, key) == losses(whole, key), key
+        assert losses(run, key) == losses(uninterrupted, key), key
     for name in ("metrics.jsonl", "inertia.jsonl"):
-        steps, expected = ([line["step"] for line in read_lines(of / name)] for of in (run, whole))
+        steps, expected = ([line["step"] for line in read_lines(of / name)] for of in (run, uninterrupted))
         assert steps == expected, "a step is missing or repeated"
-    assert (run / "inertia.jsonl").read_text() == (whole / "inertia.jsonl").read_text()
+    assert (run / "inertia.jsonl").read_text() == (uninterrupted / "inertia.jsonl").read_text()
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{STEPS:08d}"]
-    assert_same_tensors(final_state(run), final_state(whole), "")
+    assert_same_tensors(final_state(run), final_state(uninterrupted), "")
 
 
 def final_state(run: Path) -> dict[str, Any]:
-    whole = run / "final.pt"
-    dcp_to_torch_save(run / "checkpoints" / f"step_{STEPS:08d}", whole)
-    return torch.load(whole, weights_only=True)
+    path = run / "final.pt"
+    dcp_to_torch_save(run / "checkpoints" / f"step_{STEPS:08d}", path)
+    return torch.load(path, weights_only=True)
 
 
 def assert_same_tensors(a: Any, b: Any, where: str) -> None:

@@ -94,11 +94,11 @@ def run(recipe: str, *overrides: str, **settings: Any) -> Path:
         return Path(train(loaded, world)["folder"])
 
 
-def cut_after_step_2(whole: Path) -> Path:
+def cut_after_step_2(uninterrupted: Path) -> Path:
     """Copy a run without its last checkpoint, so that it resumes after step 2. Collective: all ranks."""
-    cut = whole.with_name(f"{whole.name}-resumed")
+    cut = uninterrupted.with_name(f"{uninterrupted.name}-resumed")
     if dist.get_rank() == 0:
-        shutil.copytree(whole, cut)
+        shutil.copytree(uninterrupted, cut)
         shutil.rmtree(cut / "checkpoints" / f"step_{STEPS:08d}")
     dist.barrier()
     return cut
@@ -124,8 +124,8 @@ def try_every_way(recipe: str, larger: str) -> str:
         if "nvme" in config.stem and not AsyncIOBuilder().is_compatible():
             continue
         overrides = ("engine=deepspeed", f"deepspeed.config={config}")
-        whole = run(text, *overrides, name=config.stem)
-        cut = cut_after_step_2(whole)
+        uninterrupted = run(text, *overrides, name=config.stem)
+        cut = cut_after_step_2(uninterrupted)
         if "nvme" not in config.stem:
             run(text, *overrides, name=cut.name, resume=True)
         exact = write_variant(config, Path.cwd(), bf16={"enabled": False})
@@ -196,15 +196,15 @@ def test_every_shipped_configuration_trains_as_ddp_does(runs: Path, name: str) -
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(recipe: Path, runs: Path, name: str) -> None:
-    whole = needs_run(runs, name)
+    uninterrupted = needs_run(runs, name)
     resumed = runs / f"{name}-resumed"
     if "nvme" in name:  # resumes in new processes only
         arguments = ("train", "--config", resumed / "config.yaml", f"run.name={resumed.name}", "--resume")
         result = run_command(cli_command(*arguments, num_ranks=2), cwd=recipe.parent)
         assert result.returncode == 0, result.stderr
     for key in ("loss", "val_loss", "grad_norm"):
-        assert losses(resumed, key) == losses(whole, key)
-    assert (resumed / "inertia.jsonl").read_text() == (whole / "inertia.jsonl").read_text()
+        assert losses(resumed, key) == losses(uninterrupted, key)
+    assert (resumed / "inertia.jsonl").read_text() == (uninterrupted / "inertia.jsonl").read_text()
     assert sorted(path.name for path in (resumed / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
 
 
