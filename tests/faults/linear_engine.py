@@ -18,7 +18,7 @@ from adai_dist.recipes.task import Rows
 
 
 class LinearEngine(Engine):
-    """A linear layer, under FSDP2 if there are several ranks. Collective: all methods; all ranks."""
+    """A linear layer and its optimizer, under FSDP2 if there are several ranks."""
 
     precision = "fp32"
 
