@@ -32,7 +32,7 @@ torch.set_num_threads(1)
 
 EXHAUSTIVE = ("configs", "faults", "launch")  # folders that only `make check` runs
 
-# Limitations of older releases of torch: (fixed in, words in the name of a test, reason).
+# Limitations of older releases of torch: (fixed in, parts of test ids, reason).
 FIXED_IN_TORCH = (
     (
         "2.9",

@@ -1,4 +1,4 @@
-"""What the tests of the training program share: a small recipe, generated text, and real processes."""
+"""Shared parts of the tests of the training program: a small recipe, generated text, and real processes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ schedule: {{warmup: 2}}
 
 
 def write_text(folder: Path, num_files: int = 12, num_words: int = 300) -> Path:
-    """Makes a folder of text files that are the same on every call."""
+    """Write a folder of text files, the same on every call, and return it."""
     numbers = random.Random(0)
     folder.mkdir(parents=True)
     for index in range(num_files):
@@ -64,7 +64,7 @@ def write_text(folder: Path, num_files: int = 12, num_words: int = 300) -> Path:
 
 
 def write_recipe(folder: Path, model: str = LLAMA) -> Path:
-    """Makes a text folder and a recipe that reads it, and returns the recipe's path; its runs go to FOLDER/runs."""
+    """Write a text folder and a recipe that reads it, with runs in FOLDER/runs; return the path of the recipe."""
     path = folder / "tiny.yaml"
     path.write_text(TINY_RECIPE.format(out=folder / "runs", text=write_text(folder / "text"), model=model))
     return path
@@ -73,7 +73,7 @@ def write_recipe(folder: Path, model: str = LLAMA) -> Path:
 def run_cli(
     *arguments: str | Path, num_ranks: int = 1, launcher: str = "torchrun", timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the command line in a process of its own, or in several under a launcher."""
+    """Run the command line in one process, or in several under a launcher."""
     return run_command(cli_command(*arguments, num_ranks=num_ranks, launcher=launcher), timeout)
 
 
@@ -97,7 +97,7 @@ def cli_command(*arguments: str | Path, num_ranks: int = 1, launcher: str = "tor
 
 
 def launch_module(launcher: str, num_ranks: int) -> list[str]:
-    """The command that starts a module on several ranks, up to the module's name."""
+    """Return the command that starts a module on several ranks, up to the module's name."""
     port = str(free_port())
     if launcher == "torchrun":
         return [*TORCHRUN, "--standalone", f"--nproc-per-node={num_ranks}", "-m"]
@@ -107,8 +107,8 @@ def launch_module(launcher: str, num_ranks: int) -> list[str]:
         count = ["--num_processes", str(num_ranks), "--num_machines", "1", "--main_process_port", port]
         return [*ACCELERATE, "--multi_gpu", *count, "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
     assert launcher == "mpirun"
-    meeting = ["-x", "MASTER_ADDR=127.0.0.1", "-x", f"MASTER_PORT={port}"]
-    return [*MPIRUN, "-np", str(num_ranks), *meeting, sys.executable, "-m"]
+    rendezvous = ["-x", "MASTER_ADDR=127.0.0.1", "-x", f"MASTER_PORT={port}"]
+    return [*MPIRUN, "-np", str(num_ranks), *rendezvous, sys.executable, "-m"]
 
 
 def free_port() -> int:
@@ -130,5 +130,5 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def losses(run: Path, key: str = "loss") -> dict[int, float]:
-    """The logged values of a run by step."""
+    """Return the logged values of a metric by step."""
     return {line["step"]: line[key] for line in read_lines(run / "metrics.jsonl") if key in line}

@@ -13,7 +13,7 @@ import pytest
 
 import adai_dist
 from adai_dist.cli import main
-from tests.faults.started import Starter
+from tests.faults.starter import Starter
 from tests.recipe_runs import run_cli, write_recipe
 
 

@@ -23,7 +23,7 @@ def kibibytes(name):
 def extra_kibibytes(step):
     step()  # makes the states
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = kibibytes("VmRSS")
     step()
     return kibibytes("VmHWM") - before

@@ -19,7 +19,7 @@ from adai_dist.sharding.mean import GlobalMean
 
 @dataclass
 class FakeEvent:
-    """An event that is complete when the test says so."""
+    """An event whose completion the test controls."""
 
     device: torch.device
     streams: list[Any] = field(default_factory=list)

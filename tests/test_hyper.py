@@ -240,6 +240,6 @@ def test_groups_take_the_defaults_of_the_constructor_and_keep_foreign_keys() -> 
 
 
 @pytest.mark.parametrize("params", [[], torch.ones(2), [torch.ones(2, requires_grad=True) * 2]], ids=str)
-def test_parameters_that_are_no_list_of_leaf_tensors_are_refused_by_torch(params: Any) -> None:
+def test_parameters_that_are_not_a_list_of_leaf_tensors_are_refused_by_torch(params: Any) -> None:
     with pytest.raises((TypeError, ValueError)):
         Adai(params, lr=0.1)

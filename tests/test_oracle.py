@@ -56,7 +56,7 @@ def test_alternating_gradients_give_constant_inertia_and_a_closed_form(dampening
 
 
 def test_the_largest_second_moment_gets_the_least_inertia() -> None:
-    """Detects an inverted ratio."""
+    """An inverted ratio would fail this test."""
     oracle = single(np.zeros(2), lr=1.0)
     oracle.step({"w": np.array([0.5, 2.0])})
     slow, fast = oracle.states["w"].beta1_prod

@@ -244,7 +244,7 @@ def test_a_checkpoint_saved_through_a_proxy_is_the_optimizers(build: Callable[[A
 
 @each_build
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
-def test_a_copy_of_the_optimizer_has_attributes_of_its_own(
+def test_a_copy_of_the_optimizer_has_separate_attributes(
     build: Callable[[AdaiV2], Any], make_copy: Callable[[AdaiV2], AdaiV2]
 ) -> None:
     pair = Pair(build, max_grad_norm=0.5, independent=True)

@@ -1,4 +1,4 @@
-"""Recipes: the files that are shipped can be read, and what is wrong with one is said in one line."""
+"""Recipes: the shipped files are valid, and an error in a file or override is one line that names the key."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_shipped_recipe_runs_with_every_optimizer(shipped: Path, optimizer
     assert recipe.learning_rate(recipe.schedule.warmup) == recipe.optimizer_arguments["lr"] > 0
 
 
-def test_there_are_recipes_to_ship() -> None:
+def test_all_recipes_are_shipped() -> None:
     names = {"lm_tiny", "lm_124m", "lm_1b", "cifar10_resnet18", "cifar100_resnet34", "digits_cnn"}
     assert {path.stem for path in SHIPPED} == names
 
@@ -123,11 +123,11 @@ def test_a_shipped_recipe_is_found_by_its_name_from_any_folder(
     shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / shipped.stem).mkdir()  # such as the folder of an earlier run
+    (tmp_path / shipped.stem).mkdir()  # for example, from an earlier run
     assert load_recipe(shipped.stem) == load_recipe(shipped)
 
 
-def test_a_file_that_is_called_like_a_shipped_recipe_is_found_by_its_path(
+def test_a_file_with_the_name_of_a_shipped_recipe_is_found_by_its_path(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -160,7 +160,7 @@ def test_the_files_for_deepspeed_are_found_by_their_names(tmp_path: Path, monkey
         find_config("deepspeed", "zero4", "deepspeed.config")
 
 
-def test_a_folder_and_a_file_that_is_no_yaml_are_refused_in_one_line(path: Path, tmp_path: Path) -> None:
+def test_a_folder_and_a_file_that_is_not_yaml_are_refused_in_one_line(path: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"must be a readable file; got '.*'; Is a directory"):
         load_recipe(tmp_path)
     path.write_text("run: [1,\n")
@@ -177,7 +177,7 @@ def test_an_optimizer_without_a_learning_rate_is_refused(path: Path) -> None:
 
 def test_every_key_is_described_with_its_default() -> None:
     rows = [line.split(maxsplit=1) for line in describe_keys().splitlines()]
-    assert all(len(row) == 2 for row in rows), "a key without a sentence"
+    assert all(len(row) == 2 for row in rows), "a key without a description"
     described = dict(rows)
     assert {"run.steps", "data.source", "data.path", "data.crop_padding", "schedule.gamma"} <= described.keys()
     assert described["run.steps"] == "Number of optimizer steps. Default: 1000."
@@ -195,7 +195,7 @@ def test_a_changed_copy_is_validated_too(path: Path) -> None:
         recipe.replaced(optimizer="adam")
 
 
-def test_the_learning_rate_rises_in_a_line_and_falls_as_a_cosine() -> None:
+def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine() -> None:
     schedule = Schedule(warmup=4, min_ratio=0.1)
     factors = [schedule.factor(step, 15) for step in range(15)]
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]

@@ -1,4 +1,4 @@
-"""Engines, checkpoints and run folders inside one process per rank, where many short runs cost little."""
+"""Engines, checkpoints and run folders, in many short runs that share one process per rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.distributed
 
 
 def run(recipe: str, *overrides: str, **settings: Any) -> dict[int, float]:
-    """Trains on the ranks of the process group that is there; returns the training loss by step."""
+    """Train on the ranks of the existing process group, and return the training loss by step."""
     from adai_dist.recipes.job import join_world
     from adai_dist.recipes.recipe import load_recipe
     from adai_dist.recipes.train import train
@@ -28,7 +28,7 @@ def run(recipe: str, *overrides: str, **settings: Any) -> dict[int, float]:
 
 
 def try_every_way(recipe: str) -> dict[str, dict[int, float]]:
-    """Losses of short runs of every optimizer, engine and precision, and with accumulation."""
+    """Return the losses of short runs with every optimizer, engine and precision, and with accumulation."""
     short = {"steps": 3, "eval_every": 3, "checkpoint_every": 0}
     ways = {name: (f"optimizer={name}", "engine=ddp") for name in ("adai", "adaiw", "sgd")}
     for engine in ("ddp", "fsdp2"):
@@ -40,14 +40,15 @@ def try_every_way(recipe: str) -> dict[str, dict[int, float]]:
 
 
 def stop_and_continue(recipe: str) -> dict[str, dict[int, float]]:
-    """A model with tied weights and dropout: trained in one go, and stopped, then continued by the other engine."""
-    constant = "schedule.shape=constant"  # so that the number of steps does not shape the learning rate
-    results = {"whole": run(recipe, constant, "engine=ddp", name="whole", steps=4, eval_every=1, keep_checkpoints=1)}
+    """Train without interruption, and stop and resume on either engine. The model has tied weights and dropout."""
+    constant = "schedule.shape=constant"  # independent of the number of steps
+    settings = {"name": "uninterrupted", "steps": 4, "eval_every": 1, "keep_checkpoints": 1}
+    results = {"uninterrupted": run(recipe, constant, "engine=ddp", **settings)}
     for first, second in (("ddp", "ddp"), ("fsdp2", "fsdp2"), ("ddp", "fsdp2"), ("fsdp2", "ddp")):
         name = f"{first}-{second}"
         run(recipe, constant, f"engine={first}", name=name, steps=2)
         results[name] = run(recipe, constant, f"engine={second}", name=name, steps=4, resume=True)
-    results["once more"] = run(recipe, constant, "engine=ddp", name="whole", steps=4, resume=True)
+    results["once more"] = run(recipe, constant, "engine=ddp", name="uninterrupted", steps=4, resume=True)
     return results
 
 
@@ -84,17 +85,17 @@ def test_bf16_stays_close_to_fp32(ways: dict[str, dict[int, float]], engine: str
     assert rounded == pytest.approx(exact, rel=2e-3)
 
 
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened_also_on_the_other_engine(tmp_path: Path) -> None:
+def test_a_run_resumed_on_either_engine_has_the_losses_of_the_uninterrupted_one(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, GPT2)
     results, _ = run_ranks(stop_and_continue, 2, str(recipe))
-    whole = results.pop("whole")
-    assert list(whole) == [1, 2, 3, 4]
+    uninterrupted = results.pop("uninterrupted")
+    assert list(uninterrupted) == [1, 2, 3, 4]
     for way, curve in results.items():
-        assert curve == pytest.approx(whole, rel=1e-5), way
-    assert results["ddp-ddp"] == results["once more"] == whole
+        assert curve == pytest.approx(uninterrupted, rel=1e-5), way
+    assert results["ddp-ddp"] == results["once more"] == uninterrupted
     kept = {
         run.name: sorted(path.name for path in run.glob("checkpoints/*")) for run in (recipe.parent / "runs").iterdir()
     }
-    assert kept["whole"] == ["step_00000004"], "keep_checkpoints=1"
+    assert kept["uninterrupted"] == ["step_00000004"], "keep_checkpoints=1"
     assert kept["ddp-ddp"] == ["step_00000002", "step_00000004"]
     assert len(kept) == 5, "no run got a second folder"

@@ -1,4 +1,4 @@
-"""Recipes on images: what is loaded, how it is cut into batches, and that the networks are those they are called."""
+"""Image classification: data sets, batches and augmentation, and networks with the architectures of their names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TASK = ImageTask(DATA, {}, "ddp", SPLITS)
 
 
 def save_cifar(folder: Path, source: str = "cifar10", num: int = 40, **changes: Any) -> Path:
-    """Writes images of CIFAR's shape and columns as the hub has them, through the same package."""
+    """Save random images with the shape and columns of CIFAR on the hub, using the package `datasets`."""
     import datasets
 
     numbers = np.random.default_rng(0)
@@ -63,7 +63,7 @@ def test_the_ranks_share_one_batch_whatever_their_number(num_ranks: int) -> None
     assert whole[0].dtype == torch.float32
 
 
-def test_every_epoch_has_every_image_once_in_an_order_of_its_own() -> None:
+def test_every_epoch_has_every_image_once_in_a_new_order() -> None:
     num_images, batch = 23, 8
     indices = np.concatenate([epoch_indices(num_images, batch, 1, step) for step in range(6)])
     first, second = indices[:num_images], indices[num_images : 2 * num_images]
@@ -101,7 +101,7 @@ def test_held_out_images_are_seen_once_over_all_ranks(num_ranks: int) -> None:
     assert torch.equal(seen, SPLITS.scaled(SPLITS.val.images))
 
 
-def test_the_digits_are_split_into_scans_to_train_on_and_others() -> None:
+def test_the_digits_are_split_into_training_and_held_out_scans() -> None:
     splits = load_images(DigitsData(source="digits"))
     assert splits.shape == (1, 8, 8)
     assert splits.num_classes == 10
@@ -137,10 +137,10 @@ def test_a_dataset_that_is_not_cifar_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "num_classes", "num_parameters"),
-    # of the networks of this name that are trained on CIFAR everywhere
+    # Sizes of the networks that are commonly trained on CIFAR under these names.
     [("resnet18", 10, 11_173_962), ("resnet34", 100, 21_328_292)],
 )
-def test_the_resnets_have_the_size_of_those_of_cifar(architecture: str, num_classes: int, num_parameters: int) -> None:
+def test_the_resnets_have_the_usual_sizes_for_cifar(architecture: str, num_classes: int, num_parameters: int) -> None:
     with torch.device("meta"):
         model = build_convnet({"architecture": architecture}, (3, 32, 32), num_classes, seed=0)
         assert model(torch.empty(2, 3, 32, 32)).logits.shape == (2, num_classes)
@@ -170,7 +170,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("settings", "message"), WRONG.values(), ids=WRONG)
-def test_a_network_that_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_an_impossible_network_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         build_convnet(settings, (1, 8, 8), 10, seed=0)
 
@@ -179,7 +179,7 @@ Curves = tuple[dict[int, float], dict[int, float], dict[int, float]]
 
 
 def run_images(recipe: Path, *overrides: str) -> Curves:
-    """Trains on the ranks of the process group that is there; returns losses, held-out losses and errors by step."""
+    """Train on the ranks of the existing process group; return losses, held-out losses and held-out errors by step."""
     from tests.test_recipe_engines import run
 
     run(str(recipe), *overrides)
@@ -206,7 +206,7 @@ def train_on_two_ranks(out: str, cifar: str) -> dict[str, Curves]:
 
 
 @pytest.mark.distributed
-def test_the_recipes_on_images_train_on_two_ranks_and_resume_to_the_bit(tmp_path: Path) -> None:
+def test_the_recipes_on_images_train_on_two_ranks_and_resume_with_the_same_bits(tmp_path: Path) -> None:
     cifar = save_cifar(tmp_path / "cifar")
     save_cifar(tmp_path / "cifar100", "cifar100")
     ways, on_rank_one = run_ranks(train_on_two_ranks, 2, str(tmp_path / "runs"), str(cifar))
@@ -218,7 +218,7 @@ def test_the_recipes_on_images_train_on_two_ranks_and_resume_to_the_bit(tmp_path
         assert list(training) == [1, 2, 3, 4]
         assert list(errors) == [2, 4]
         assert all(0 <= error <= 1 for error in errors.values())
-    # running averages of batch normalisation too: the held-out loss is computed with them
+    # This includes the running averages of batch normalisation, which the held-out loss uses.
     assert ways["resumed"] == ways["cifar10_resnet18"]
 
 

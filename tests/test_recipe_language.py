@@ -38,14 +38,14 @@ def train_rows(seed: int, step: int, rank: int = 0, num_ranks: int = 1, tokens: 
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
-def test_the_rows_of_all_ranks_are_those_of_one(num_ranks: int) -> None:
+def test_the_rows_of_all_ranks_together_are_those_of_a_single_rank(num_ranks: int) -> None:
     whole = train_rows(1, 5)
     parts = [train_rows(1, 5, rank, num_ranks) for rank in range(num_ranks)]
     assert whole.shape == (12, 9)
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_batches_differ_by_step_and_by_seed_and_by_nothing_else() -> None:
+def test_batches_depend_on_seed_and_step_alone() -> None:
     rows = [train_rows(seed, step) for seed, step in ((1, 5), (1, 6), (2, 5), (1, 5))]
     assert torch.equal(rows[0], rows[3])
     assert not torch.equal(rows[0], rows[1])
@@ -58,9 +58,9 @@ def test_every_token_can_be_a_target() -> None:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
-def test_evaluation_windows_are_the_same_ones_for_every_number_of_ranks(num_ranks: int) -> None:
+def test_evaluation_windows_are_the_same_for_every_number_of_ranks(num_ranks: int) -> None:
     shares = [task().val_rows(rank, num_ranks) for rank in range(num_ranks)]
-    assert len({rows.shape for (rows,), _ in shares}) == 1, "ranks that evaluate less would leave the others waiting"
+    assert len({rows.shape for (rows,), _ in shares}) == 1, "ranks must evaluate equally many windows"
     counted = torch.cat([rows[weights > 0] for (rows,), weights in shares])
     assert counted[:, 0].tolist() == [0, 31, 63, 95, 127, 159, 191]
     assert sum(float(weights.sum()) for _, weights in shares) == 7
@@ -73,12 +73,12 @@ def test_the_standard_library_is_read_without_tests_and_installed_packages() -> 
     assert len(text) > 4_000_000
     assert 0.01 < len(tokens.val) / len(text) < 0.2
     assert b"class JSONDecoder" in text + tokens.val.tobytes()
-    assert b"class TestCase(object):" in text + tokens.val.tobytes(), "unittest is a library"
+    assert b"class TestCase(object):" in text + tokens.val.tobytes(), "the module unittest is not a test"
     assert b"def test_json_decoder" not in text
     assert b"import transformers" not in text
 
 
-def test_a_file_stays_on_its_side_of_the_split_when_others_come(tmp_path: Path) -> None:
+def test_a_file_stays_on_its_side_of_the_split_when_others_are_added(tmp_path: Path) -> None:
     folder = write_text(tmp_path / "text", num_files=30, num_words=9)
     config = FilesData(source="path", path=str(folder), seq_len=8, val_fraction=0.3)
     before = load_tokens(config)
@@ -95,7 +95,7 @@ def test_a_file_stays_on_its_side_of_the_split_when_others_come(tmp_path: Path) 
     assert b"and this" in both
 
 
-def test_files_are_found_by_folder_pattern_and_name_and_binary_ones_left_out(
+def test_files_are_found_by_folder_pattern_or_name_and_binary_ones_are_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("a.txt", "b.txt", "c.md", ".hidden"):
@@ -164,14 +164,14 @@ SCHEMAS = {"stdlib": StdlibData, "path": FilesData, "dataset": DatasetData}
         ({"source": "dataset", "path": "{}"}, "data.path must name a dataset; got "),
     ],
 )
-def test_text_that_cannot_be_had_is_refused_in_one_line(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_unavailable_text_is_refused_in_one_line(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     filled = {key: str(tmp_path) if value == "{}" else value for key, value in settings.items()}
     with pytest.raises(RecipeError, match=message) as caught:
         load_tokens(SCHEMAS[settings.get("source", "stdlib")](**filled))
     assert "\n" not in str(caught.value)
 
 
-def test_tokens_are_read_from_the_files_of_nanogpt_without_being_loaded(tmp_path: Path) -> None:
+def test_token_files_of_nanogpt_are_memory_mapped(tmp_path: Path) -> None:
     for name, num in (("train.bin", 100), ("val.bin", 40)):
         np.arange(num, dtype="<u2").tofile(tmp_path / name)
     config = TokensData(source="tokens", path=str(tmp_path), seq_len=8, batch=4)
@@ -183,7 +183,7 @@ def test_tokens_are_read_from_the_files_of_nanogpt_without_being_loaded(tmp_path
     assert torch.equal(rows - rows[:, :1], torch.arange(9).expand(4, 9))
 
 
-def test_tokens_that_are_not_there_are_refused(tmp_path: Path) -> None:
+def test_missing_and_malformed_token_files_are_refused(tmp_path: Path) -> None:
     config = TokensData(source="tokens", path=str(tmp_path), seq_len=8)
     with pytest.raises(RecipeError, match=r"needs a folder with train.bin and val.bin, .*; got '.*train.bin'; "):
         load_tokens(config)
@@ -200,7 +200,7 @@ def test_weights_depend_on_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_blocks_are_found_and_the_loss_of_new_weights_is_that_of_a_guess(architecture: str) -> None:
+def test_blocks_are_found_and_the_initial_loss_is_that_of_a_uniform_guess(architecture: str) -> None:
     model = build_decoder({"architecture": architecture, **SMALL, "vocab_size": 300}, 256, 8, seed=0).eval()
     assert len(repeated_blocks(model)) == 3
     losses = task().scores(model, (torch.randint(0, 256, (5, 9)),))["loss"]
@@ -226,13 +226,13 @@ def test_blocks_are_found_and_the_loss_of_new_weights_is_that_of_a_guess(archite
         ({"architecture": "vit"}, "model must describe a vit decoder; "),
     ],
 )
-def test_a_model_that_cannot_be_is_refused_in_one_line(settings: dict[str, object], message: str) -> None:
+def test_an_impossible_model_is_refused_in_one_line(settings: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
         build_decoder(settings, 256, 8, seed=0)
     assert "\n" not in str(caught.value)
 
 
-def test_the_recipe_of_a_billion_parameters_has_them() -> None:
+def test_the_recipe_lm_1b_has_over_a_billion_parameters() -> None:
     recipe = load_recipe(ROOT / "configs" / "recipes" / "lm_1b.yaml")
     with torch.device("meta"):
         model = build_decoder(recipe.model, recipe.model["vocab_size"], 1024, recipe.run.seed)

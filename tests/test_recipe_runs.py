@@ -1,4 +1,4 @@
-"""The training program end to end: real processes, started the way people do, and all that a run leaves behind."""
+"""The training program end to end, in real processes: command line, launchers, signals, and the files of a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(recipe: Path) -> dict[str, Path]:
-    """The folder of a run on two ranks for each engine; NAME-resumed is the same run, cut after step 2 and resumed."""
+    """Return the folder of a run on two ranks by engine; ENGINE-resumed is a copy cut after step 2 and resumed."""
     folders: dict[str, Path] = {}
     for engine in ENGINES:
         arguments = ("train", "--config", recipe, f"engine={engine}", f"run.name={engine}")
@@ -38,7 +38,7 @@ def runs(recipe: Path) -> dict[str, Path]:
         assert result.returncode == 0, result.stderr
         assert "held-out loss" in result.stdout
         assert f"{engine}: 100%" in result.stderr, "no progress bar"
-        assert result.stderr.count("100%") == 1, "a bar on more than one rank"
+        assert result.stderr.count("100%") == 1, "a progress bar on more than one rank"
         folders[engine] = recipe.parent / "runs" / engine
         folders[f"{engine}-resumed"] = _cut_and_resume(folders[engine])
     return folders
@@ -53,7 +53,7 @@ def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> 
 
 
 def _ranks_of(launcher: int) -> dict[str, int]:
-    """The processes that a launcher has started, by rank."""
+    """Return the processes that a launcher has started, by rank."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     variables = {int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
     return {
@@ -65,7 +65,7 @@ def _ranks_of(launcher: int) -> dict[str, int]:
 
 
 def _cut_and_resume(run: Path) -> Path:
-    """Copies a run as if it was killed in step 4, in the middle of a checkpoint and of a line, and resumes it."""
+    """Copy a run as left by a kill in step 4, with an incomplete checkpoint and an incomplete line; resume the copy."""
     cut = run.with_name(f"{run.name}-resumed")
     shutil.copytree(run, cut)
     for late in ("loss.png", "checkpoints/step_00000004", "checkpoints/step_00000006"):
@@ -82,12 +82,12 @@ def _cut_and_resume(run: Path) -> Path:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_run_leaves_all_its_files_behind(runs: dict[str, Path], engine: str) -> None:
+def test_a_run_writes_all_its_files(runs: dict[str, Path], engine: str) -> None:
     run = runs[engine]
     summary = json.loads((run / "summary.json").read_text())
     expected = {"optimizer": "adaiv2", "engine": engine, "world_size": 2, "steps": 6, "tokens": 6 * 8 * 16}
     assert expected.items() <= summary.items()
-    assert 1.0 < summary["val_loss"] < 5.6  # below that of a guess among 256 bytes, ln 256 = 5.55
+    assert 1.0 < summary["val_loss"] < 5.6  # a uniform guess among 256 bytes has ln 256 = 5.55
     assert summary["val_loss"] == losses(run, "val_loss")[6]
     assert summary["tokens_per_second"] > 0
     assert 0 < summary["optimizer_share"] < 1
@@ -114,24 +114,24 @@ def test_tensorboard_reads_the_same_losses(runs: dict[str, Path], engine: str) -
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(runs: dict[str, Path], engine: str) -> None:
-    whole, resumed = runs[engine], runs[f"{engine}-resumed"]
+def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(runs: dict[str, Path], engine: str) -> None:
+    uninterrupted, resumed = runs[engine], runs[f"{engine}-resumed"]
     assert (resumed / "summary.json").exists()
-    assert losses(resumed) == losses(whole)
-    assert losses(resumed, "grad_norm") == losses(whole, "grad_norm")
-    assert losses(resumed, "val_loss") == losses(whole, "val_loss")
-    assert (resumed / "inertia.jsonl").read_text() == (whole / "inertia.jsonl").read_text()
+    assert losses(resumed) == losses(uninterrupted)
+    assert losses(resumed, "grad_norm") == losses(uninterrupted, "grad_norm")
+    assert losses(resumed, "val_loss") == losses(uninterrupted, "val_loss")
+    assert (resumed / "inertia.jsonl").read_text() == (uninterrupted / "inertia.jsonl").read_text()
     assert not (resumed / "checkpoints" / "writing").exists()
 
 
-def test_both_engines_train_alike_and_see_the_same_inertia(runs: dict[str, Path]) -> None:
+def test_both_engines_have_the_same_losses_and_inertia(runs: dict[str, Path]) -> None:
     ddp, fsdp2 = runs["ddp"], runs["fsdp2"]
     assert losses(ddp) == pytest.approx(losses(fsdp2), rel=1e-5)
     for a, b in zip(read_lines(ddp / "inertia.jsonl"), read_lines(fsdp2 / "inertia.jsonl"), strict=True):
         assert list(a["layers"]) == list(b["layers"]) == ["embed_tokens", "block 0", "block 1", "norm", "lm_head"]
         for layer, shares in a["layers"].items():
             assert sum(shares) == pytest.approx(1.0, abs=1e-3)
-            # an element on the border between two bins may fall to either side
+            # An element near the edge of a bin may fall on either side.
             assert shares == pytest.approx(b["layers"][layer], abs=0.01)
 
 
@@ -162,7 +162,7 @@ def test_the_comparison_shows_every_run(
 
 @pytest.mark.exhaustive
 def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_continues_to_the_same_bits(recipe: Path) -> None:
-    """The signal reaches one of two ranks, in the middle of a step."""
+    """Send the signal to one of two ranks, in the middle of a step."""
     name = "asked"
     run = recipe.parent / "runs" / name
     settings = ("run.checkpoint_every=0", "schedule.shape=constant", "run.log_every=3", "run.eval_every=4")
@@ -182,19 +182,19 @@ def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_continues_to_the_sa
     assert not (run / "summary.json").exists()
     (checkpoint,) = (run / "checkpoints").glob("step_*")
     done = int(checkpoint.name.removeprefix("step_"))
-    assert done % 3 == 0, "at a logged step"
+    assert done % 3 == 0, "not at a logged step"
     assert max(losses(run)) == done
 
-    for other in (name, f"{name}-whole"):
+    for other in (name, f"{name}-uninterrupted"):
         words = ("--config", recipe, f"run.name={other}", f"run.steps={done + 4}", *settings, "run.resume=true")
         result = run_cli("train", *words, num_ranks=2)
         assert result.returncode == 0, result.stderr
     for key in ("loss", "grad_norm", "val_loss"):
-        assert losses(run, key) == losses(run.with_name(f"{name}-whole"), key)
+        assert losses(run, key) == losses(run.with_name(f"{name}-uninterrupted"), key)
 
 
 @pytest.mark.parametrize("number", [None, signal.SIGTERM, signal.SIGUSR1])
-def test_the_signals_that_ask_a_run_to_stop_are_noted_and_their_handlers_come_back(
+def test_stop_signals_are_recorded_and_their_handlers_restored(
     number: signal.Signals | None,
 ) -> None:
     before = [signal.getsignal(each) for each in STOP_SIGNALS]

@@ -1,4 +1,4 @@
-"""A sweep runs every optimizer with every seed, and does not run again what is there."""
+"""A sweep runs every optimizer with every seed, and does not repeat finished runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sweep(out: Path, *words: str, num_ranks: int = 1) -> tuple[int, str, str]:
 
 
 @pytest.mark.exhaustive
-def test_a_sweep_compares_all_optimizers_over_seeds_on_two_ranks_and_goes_on_where_it_was_stopped(
+def test_a_sweep_compares_all_optimizers_over_seeds_on_two_ranks_and_resumes_unfinished_runs(
     tmp_path: Path,
 ) -> None:
     code, table, errors = sweep(tmp_path, "--seeds", "2", num_ranks=2)
@@ -32,17 +32,17 @@ def test_a_sweep_compares_all_optimizers_over_seeds_on_two_ranks_and_goes_on_whe
     assert header.split("  ")[0] == "optimizer"
     names = ["sgd", "adam", "adamw", "adai", "adaiw", "adaiv2"]
     assert [row.split()[:2] for row in rows[:6]] == [[name, "2"] for name in names]
-    assert all(row.count("±") == 2 for row in rows[:6]), "mean and deviation of loss and error"
+    assert all(row.count("±") == 2 for row in rows[:6]), "loss and error must have mean and deviation"
     folder = tmp_path / "digits_cnn"
     assert (folder / "sweep.png").read_bytes().startswith(PNG)
     members = sorted(path.name for path in folder.iterdir() if path.is_dir())
     assert members == sorted(f"{name}-seed{seed}" for name in names for seed in (0, 1))
     summaries = {name: json.loads((folder / name / "summary.json").read_text()) for name in members}
-    assert len({summary["val_loss"] for summary in summaries.values()}) == 12, "two runs were the same"
+    assert len({summary["val_loss"] for summary in summaries.values()}) == 12, "two runs have the same loss"
     assert {summary["world_size"] for summary in summaries.values()} == {2}
 
     times = {name: (folder / name / "summary.json").stat().st_mtime_ns for name in members}
-    (folder / "adai-seed1" / "summary.json").unlink()  # as if it was killed there
+    (folder / "adai-seed1" / "summary.json").unlink()  # as left by a kill
     shutil.rmtree(folder / "adai-seed0")
     code, again, errors = sweep(tmp_path, "--seeds", "2", num_ranks=2)
     assert code == 0, errors
@@ -50,7 +50,7 @@ def test_a_sweep_compares_all_optimizers_over_seeds_on_two_ranks_and_goes_on_whe
     changed = {name for name in members if (folder / name / "summary.json").stat().st_mtime_ns != times[name]}
     assert changed == {"adai-seed0", "adai-seed1"}
     before, after = ([row.rsplit("  ", 1)[0] for row in text.splitlines()] for text in (table, again))
-    assert after == before, "the same but for the seconds"
+    assert after == before, "the tables differ beyond their last column, the seconds"
 
 
 def test_a_sweep_of_some_optimizers_and_one_seed(tmp_path: Path) -> None:

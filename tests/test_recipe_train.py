@@ -1,4 +1,4 @@
-"""The training loop in its parts: the learning rate that a step gets, random numbers, and where a run goes on."""
+"""Parts of the training loop: the learning rate of a step, random numbers, and the step at which a run resumes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.spawn import run_ranks
 
 
 def learning_rates(path: str) -> tuple[list[float], list[float]]:
-    """Those that the optimizer had in each step, and those of the recipe."""
+    """Return the learning rates that the optimizer used, and those of the recipe, by step."""
     recipe = load_recipe(path, ["engine=ddp", "run.checkpoint_every=0"])
     seen: list[float] = []
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
@@ -33,11 +33,11 @@ def learning_rates(path: str) -> tuple[list[float], list[float]]:
 @pytest.mark.distributed
 def test_the_optimizer_steps_with_the_learning_rate_of_the_step(tmp_path: Path) -> None:
     ((seen, expected),) = run_ranks(learning_rates, 1, str(write_recipe(tmp_path)))
-    assert len(set(expected)) > 3, "a schedule that changes"
+    assert len(set(expected)) > 3, "the schedule must change"
     assert seen == expected
 
 
-def test_dropout_draws_other_numbers_on_every_rank_in_every_step_and_with_every_seed() -> None:
+def test_dropout_draws_different_numbers_for_every_rank_step_and_seed() -> None:
     drawn: dict[tuple[int, int, int], float] = {}
     for seed in (0, 1):
         for step in (0, 1, 2):
@@ -46,17 +46,17 @@ def test_dropout_draws_other_numbers_on_every_rank_in_every_step_and_with_every_
                 drawn[seed, step, rank] = torch.rand(()).item()
     assert len(set(drawn.values())) == len(drawn)
     seed_dropout(1, 2, World(1, 2, torch.device("cpu")))
-    assert torch.rand(()).item() == drawn[1, 2, 1], "a resumed run draws what it would have drawn"
+    assert torch.rand(()).item() == drawn[1, 2, 1], "a resumed run must draw the same numbers"
 
 
 def resume(folder: str) -> tuple[int, bool]:
-    """The step that a run goes on from after checkpoints of three, and whether everything is as it was then."""
+    """Save three checkpoints; return the step of the loaded one, and whether all tensors equal those of the last."""
     with join_world("cpu") as world:
         checkpoints = Checkpoints(Path(folder), 5, world)
         states = {}
         engine = LinearEngine()
         for step in (2, 4, 10):
-            engine.advance(1)
+            engine.take_steps(1)
             states[step] = engine.local_state()
             checkpoints.save(engine, step)
         fresh = LinearEngine()
@@ -65,5 +65,5 @@ def resume(folder: str) -> tuple[int, bool]:
 
 
 @pytest.mark.distributed
-def test_a_run_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:
+def test_a_run_continues_from_the_newest_checkpoint(tmp_path: Path) -> None:
     assert run_ranks(resume, 2, str(tmp_path)) == [(10, True)] * 2

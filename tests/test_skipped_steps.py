@@ -206,7 +206,7 @@ def test_consecutive_skips_end_the_run_and_skips_between_good_steps_do_not(limit
     message = f"fewer than max_consecutive_skips={limit} steps in a row must be skipped, got {limit}: {GRADIENT}; "
     assert found[1].startswith(message)
     assert bits(optimizer) == before
-    assert steps_until_error(optimizer, row) is None, "whoever catches the error starts at 0"
+    assert steps_until_error(optimizer, row) is None, "the count must restart after the error"
 
 
 @pytest.mark.parametrize("fault", ["NaN in exp_avg_sq", "inf in a parameter", "gradients of -3e38"])

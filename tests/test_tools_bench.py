@@ -1,4 +1,4 @@
-"""The benchmark counts bytes correctly, times what the names of its cases say, and reports complete results."""
+"""The benchmark counts bytes correctly, times the operations that its cases name, and reports complete results."""
 
 from __future__ import annotations
 

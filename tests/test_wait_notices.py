@@ -23,7 +23,7 @@ from adai_dist.kernels import build_cache, wait_notices
 from tests.recipe_runs import run_command
 from tests.tiny_extension import TINY, needs_toolchain
 
-# Holds the lock of a folder until its standard input ends.
+# Holds the lock of a folder until its standard input is closed.
 HOLD = """
 import sys
 from pathlib import Path
@@ -104,7 +104,7 @@ def test_a_short_wait_is_not_announced(
     assert not [thread for thread in threading.enumerate() if thread.name == "adai_dist.wait_notices"]
 
 
-def test_a_closed_or_missing_stderr_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_closed_or_missing_stderr_is_not_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with (tmp_path / "closed").open("w") as closed:
         pass
     for stderr in (None, closed):

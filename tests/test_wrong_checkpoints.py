@@ -79,7 +79,7 @@ def assert_equal(a: Any, b: Any) -> None:
 
 
 Change = Callable[[dict[str, Any]], Any]
-"""Corrupts a checkpoint in place, or returns another one."""
+"""Function that corrupts a checkpoint in place, or returns another one."""
 
 
 def put(value: Any, *path: Any) -> Change:
@@ -294,7 +294,7 @@ def test_a_wrong_checkpoint_is_refused_and_nothing_changes(wrong: str) -> None:
     assert "\n" not in str(raised.value)
     assert_equal(bits(optimizer), before)
     assert not optimizer._optimizer_load_state_dict_pre_hooks
-    twin = optimizer_of(other_params := parameters())  # continues as if nothing had been loaded
+    twin = optimizer_of(other_params := parameters())  # loads nothing
     for _ in range(2):
         step(twin)
     step(optimizer)

@@ -38,7 +38,7 @@ def train(problem: Problem, wrapped: nn.Module, optimizer: AdaiV2, steps: range)
         optimizer.step()
 
 
-def save_and_go_on(layout: str, folder: str) -> dict[str, Walk]:
+def save_and_continue(layout: str, folder: str) -> dict[str, Walk]:
     walks: dict[str, Walk] = {}
     for name, problem in PROBLEMS.items():
         model, wrapped, optimizer = make(layout, problem)
@@ -73,7 +73,7 @@ def load_and_go_on(layout: str, folder: str) -> dict[str, Walk]:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Walk]]:
     """Return a checkpoint of two FSDP2 ranks, and the result of these ranks without interruption."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    return folder, run_ranks(save_and_go_on, 2, "fsdp2-2", str(folder))[0]
+    return folder, run_ranks(save_and_continue, 2, "fsdp2-2", str(folder))[0]
 
 
 @pytest.mark.parametrize("layout", ["fsdp2-2", "hsdp-2x2", "tp-fsdp2-2x2"])

@@ -38,7 +38,7 @@ class Run(NamedTuple):
     at_end: Walk
 
 
-def save_and_go_on(folder: str) -> dict[tuple[str, str], Run] | None:
+def save_and_continue(folder: str) -> dict[tuple[str, str], Run] | None:
     """Save one checkpoint per layout and dtype, and return the results without interruption."""
     runs: dict[tuple[str, str], Run] = {}
     for layout in LAYOUTS:
@@ -81,7 +81,7 @@ def wanted_of(num_ranks: int) -> list[Wanted]:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, dict[tuple[str, str], Run]]]:
     """Save the checkpoints of all layouts on 1 to 4 ranks, with the results without interruption."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    runs = {n: run_ranks(save_and_go_on, n, str(folder))[0] for n in WORLD_SIZES}
+    runs = {n: run_ranks(save_and_continue, n, str(folder))[0] for n in WORLD_SIZES}
     return folder, {n: of_main for n, of_main in runs.items() if of_main is not None}
 
 

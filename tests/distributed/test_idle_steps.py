@@ -42,7 +42,7 @@ def make_model() -> nn.Module:
 
 
 def make(model: nn.Module, num_optimizers: int, **options: Any) -> list[AdaiV2]:
-    """One optimizer for all parameters, or several that share the mean."""
+    """Return one optimizer for all parameters, or several that share the mean."""
     params = list(model.parameters())
     options = {"lr": 0.5, "dampening": 0.5} | options
     optimizers = [AdaiV2(params[k::num_optimizers], **copy.deepcopy(options)) for k in range(num_optimizers)]

@@ -98,7 +98,7 @@ def by_mean(recordings: list[Recording], name: str) -> list[list[Recording]]:
     return [[one] for one in recordings] if name.startswith("models of their own") else [recordings]
 
 
-def step_by_turns(stepping: tuple[int, ...]) -> list[str]:
+def step_some_ranks(stepping: tuple[int, ...]) -> list[str]:
     """Step on some ranks only, each with a model of different size. Collective: none."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler(logging.WARNING)
@@ -115,14 +115,14 @@ def step_by_turns(stepping: tuple[int, ...]) -> list[str]:
 
 @pytest.mark.parametrize("stepping", [(), (0,), (1,), (1, 2)])
 def test_no_rank_waits_for_ranks_that_do_not_step(stepping: tuple[int, ...]) -> None:
-    assert run_ranks(step_by_turns, 3, stepping) == [[], [], []]
+    assert run_ranks(step_some_ranks, 3, stepping) == [[], [], []]
 
 
 def step_after_another_rank() -> list[str]:
     """Step rank 0 after rank 1, and rank 2 never."""
     if dist.get_rank() == 0:
         dist.barrier()
-    seen = step_by_turns((0, 1))
+    seen = step_some_ranks((0, 1))
     if dist.get_rank() != 0:
         dist.barrier()
     return seen

@@ -92,7 +92,7 @@ def trained_elsewhere(model: nn.Module, optimizer: AdaiV2) -> None:
         step(model, optimizer, number, size=30.0)
 
 
-# What rank 1 does before it receives states.
+# Actions of rank 1 before it receives states.
 RECEIVERS: dict[str, Callable[[nn.Module, AdaiV2], None]] = {
     "idle step": idle_step,
     "states alone": lambda model, optimizer: optimizer.create_states(model.parameters()),

@@ -120,7 +120,7 @@ def shard(model: Transformer, mesh: DeviceMesh) -> nn.Module:
 
 
 def parallelize(model: Transformer, mesh: DeviceMesh) -> None:
-    """Tensor parallelism with the sequence sharded between the blocks, as in torch's tutorial."""
+    """Apply tensor parallelism with the sequence sharded between the blocks, as in torch's tutorial."""
     whole = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
     in_blocks: dict[str, ParallelStyle] = {
         "norm1": SequenceParallel(),

@@ -1,4 +1,4 @@
-"""What the tests of faults share."""
+"""Shared fixtures of the tests of faults."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.started import Starter
+from tests.faults.starter import Starter
 
 
 @pytest.fixture(scope="session")
 def starter() -> Iterator[Starter]:
-    with Starter() as it:
-        yield it
+    with Starter() as starter:
+        yield starter

@@ -18,7 +18,7 @@ from adai_dist.recipes.task import Rows
 
 
 class LinearEngine(Engine):
-    """On one rank plain, on several under FSDP2."""
+    """A linear layer and its optimizer, under FSDP2 if there are several ranks."""
 
     precision = "fp32"
 
@@ -30,7 +30,7 @@ class LinearEngine(Engine):
             fully_shard(self.model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
         self.optimizer = optimizer(self.model.parameters(), lr=0.1)
 
-    def advance(self, num_steps: int) -> None:
+    def take_steps(self, num_steps: int) -> None:
         for _ in range(num_steps):
             self.backward((self.inputs,), is_last=True)
             self.step(0.1)
@@ -46,7 +46,7 @@ class LinearEngine(Engine):
         return None
 
     def scores(self, rows: Rows) -> dict[str, Tensor]:
-        raise NotImplementedError("no test evaluates")
+        raise NotImplementedError("the tests do not evaluate")
 
     def save(self, folder: Path) -> None:
         model, optimizer = get_state_dict(self.model, self.optimizer)
@@ -58,13 +58,13 @@ class LinearEngine(Engine):
         set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
 
     def local_state(self) -> list[Tensor]:
-        """Copies of all tensors on this rank."""
+        """Return copies of all tensors on this rank."""
         tensors = [*self.model.parameters()]
         for state in self.optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, Tensor)]
         return [getattr(tensor, "_local_tensor", tensor).detach().clone() for tensor in tensors]
 
     def is_at(self, state: list[Tensor]) -> bool:
-        """Whether nothing differs from what `local_state` returned."""
+        """Return whether all tensors equal those that `local_state` returned."""
         now = self.local_state()
         return len(now) == len(state) and all(torch.equal(a, b) for a, b in zip(now, state, strict=True))

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there, damage is found before anything is loaded, and no rank is left waiting."""
+"""Checkpoints are complete or invisible, damage is detected before anything is loaded, and no rank hangs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from adai_dist.recipes.checkpoints import CheckpointError, Checkpoints
 from adai_dist.recipes.job import World
 from tests.faults.linear_engine import LinearEngine
-from tests.faults.started import Starter, words_of
+from tests.faults.starter import Starter, output_of
 from tests.recipe_runs import losses, write_recipe
 from tests.spawn import fork, run_ranks
 
@@ -37,7 +37,7 @@ def world() -> World:
 
 def engine_after(num_steps: int, **options: Any) -> LinearEngine:
     engine = LinearEngine(**options)
-    engine.advance(num_steps)
+    engine.take_steps(num_steps)
     return engine
 
 
@@ -45,7 +45,7 @@ def engine_after(num_steps: int, **options: Any) -> LinearEngine:
 
 
 def save_and_die_at(change: int, folder: Path, step: int) -> None:
-    """Saves, and ends without a word before the so-manieth change to the folder."""
+    """Save a checkpoint, and exit just before change number `change` to the folder; 0 saves completely."""
     engine, num_seen = engine_after(step), 0
 
     def count(event: str, args: tuple[Any, ...]) -> None:
@@ -61,7 +61,7 @@ def save_and_die_at(change: int, folder: Path, step: int) -> None:
 
 
 def continue_from(folder: Path, steps: tuple[int, ...]) -> None:
-    """Loads the newest checkpoint, which must be one of these and whole, and saves the next one."""
+    """Load the newest checkpoint, which must be an intact one of these steps, and save the next two."""
     warnings: list[logging.LogRecord] = []
     logging.getLogger("adai_dist").addFilter(lambda record: bool(warnings.append(record)))
     checkpoints = Checkpoints(folder, 2, world())
@@ -75,8 +75,8 @@ def continue_from(folder: Path, steps: tuple[int, ...]) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["step_00000008", "step_00000009"]
 
 
-def in_fork(work: Callable[..., None], *args: Any) -> int:
-    """Runs it in a process with a world of its own; returns the exit code."""
+def run_in_fork(work: Callable[..., None], *args: Any) -> int:
+    """Run a function in a forked process with a process group of one rank, and return the exit code."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -90,22 +90,22 @@ def in_fork(work: Callable[..., None], *args: Any) -> int:
 
 
 def die_at_every_change(folder: Path, step: int, sender: Any) -> None:
-    """From a folder with the steps 2 and 3, whether step 3 is written again or 4 anew: one of these must be left."""
+    """Save `step` into copies of a folder with steps 2 and 3, exiting before each change; 3 or `step` must remain."""
     torch.set_num_threads(1)
     original = folder / "original"
     for earlier in (2, 3):
-        assert in_fork(save_and_die_at, 0, original, earlier) == 0
+        assert run_in_fork(save_and_die_at, 0, original, earlier) == 0
     codes = [DIED]
     while codes[-1] == DIED:
         copy = folder / str(len(codes))
         shutil.copytree(original, copy)
-        codes.append(in_fork(save_and_die_at, len(codes), copy, step))
-        assert in_fork(continue_from, copy, (3, step)) == 0, f"after change {len(codes) - 1}"
+        codes.append(run_in_fork(save_and_die_at, len(codes), copy, step))
+        assert run_in_fork(continue_from, copy, (3, step)) == 0, f"after change {len(codes) - 1}"
     sender.send(codes)
 
 
 @pytest.mark.parametrize("step", [3, 4], ids=["written again", "new"])
-def test_a_checkpoint_is_left_wherever_the_process_dies(tmp_path: Path, step: int) -> None:
+def test_an_intact_checkpoint_remains_wherever_the_process_dies(tmp_path: Path, step: int) -> None:
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = fork(die_at_every_change, tmp_path, step, sender)
     sender.close()
@@ -113,7 +113,7 @@ def test_a_checkpoint_is_left_wherever_the_process_dies(tmp_path: Path, step: in
     assert process.exitcode == 0
     codes = receiver.recv()
     assert codes[-1] == 0
-    assert len(codes) > 15, "fewer changes than a checkpoint makes"
+    assert len(codes) > 15, "a checkpoint makes more changes"
 
 
 # -- damaged checkpoints, on two ranks ---------------------------------------------------------------------------------
@@ -140,8 +140,8 @@ def on_main(work: Callable[[], Any]) -> None:
     dist.barrier()
 
 
-def walk_damages(folder: str) -> dict[str, Any]:
-    """Damages the newest checkpoint in every way, and loads; what came of it, by damage."""
+def load_damaged(folder: str) -> dict[str, Any]:
+    """Damage the newest checkpoint and load; return step, correctness, warnings and folder names, by damage."""
     records: list[logging.LogRecord] = []
     logging.getLogger("adai_dist").addFilter(lambda record: bool(records.append(record)))
     found: dict[str, Any] = {}
@@ -160,15 +160,15 @@ def walk_damages(folder: str) -> dict[str, Any]:
     return found
 
 
-def test_under_fsdp2_a_damaged_checkpoint_is_set_aside_with_a_warning_and_an_older_one_loaded(tmp_path: Path) -> None:
-    first, second = run_ranks(walk_damages, 2, str(tmp_path))
+def test_under_fsdp2_a_damaged_checkpoint_is_renamed_with_a_warning_and_an_older_one_is_loaded(tmp_path: Path) -> None:
+    first, second = run_ranks(load_damaged, 2, str(tmp_path))
     for name, (_, words) in DAMAGES.items():
         step, is_right, (warning,), names = first[name]
         assert (step, is_right) == (2, True), name
         assert f"{name}/step_00000003 is damaged: {words}" in warning
         assert warning.endswith("renamed to damaged-step_00000003, going back to step_00000002")
         assert names == ["damaged-step_00000003", "step_00000002", "step_00000003"]
-        assert second[name] == (2, True, [], names), "the other rank warned too, or went elsewhere"
+        assert second[name] == (2, True, [], names), "the other rank also warned, or loaded another step"
 
 
 def error_of(work: Callable[[], Any]) -> str:
@@ -177,8 +177,8 @@ def error_of(work: Callable[[], Any]) -> str:
     return str(error.value)
 
 
-def refuse(folder: str) -> dict[str, tuple[str, bool]]:
-    """The error, and whether engine and folder were left as they were, of everything that cannot be loaded."""
+def refused_loads(folder: str) -> dict[str, tuple[str, bool]]:
+    """Return the error of each load that must fail, and whether it left the engine unchanged."""
     place = Path(folder)
     checkpoints = Checkpoints(place, 2, world())
     checkpoints.save(engine_after(2), 2)
@@ -196,8 +196,8 @@ def refuse(folder: str) -> dict[str, tuple[str, bool]]:
     return found
 
 
-def test_under_fsdp2_what_cannot_be_loaded_is_one_error_on_all_ranks_and_changes_nothing(tmp_path: Path) -> None:
-    first, second = run_ranks(refuse, 2, str(tmp_path))
+def test_under_fsdp2_a_failing_load_is_one_error_on_all_ranks_and_changes_nothing(tmp_path: Path) -> None:
+    first, second = run_ranks(refused_loads, 2, str(tmp_path))
     assert first == second
     assert all(is_unchanged for _, is_unchanged in first.values())
     assert "continued by the model that wrote it" in first["model"][0]
@@ -208,13 +208,13 @@ def test_under_fsdp2_what_cannot_be_loaded_is_one_error_on_all_ranks_and_changes
 
 
 def fill_the_disk(folder: str) -> tuple[list[str], list[str]]:
-    """A rank may write 1,000 bytes per file, which fails like a full disk; then the main rank finds no folder."""
+    """Save with a limit of 1,000 bytes per file on each rank in turn, as on a full disk, then below a file."""
     checkpoints = Checkpoints(Path(folder) / "kept", 2, world())
     checkpoints.save(engine_after(2), 2)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     errors: list[str] = []
     for rank in range(dist.get_world_size()):
-        engine = engine_after(3)  # without a limit: steps write to the store of the process group, here a file
+        engine = engine_after(3)  # before the limit: steps write to the store of the process group, here a file
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if dist.get_rank() == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
@@ -227,7 +227,7 @@ def fill_the_disk(folder: str) -> tuple[list[str], list[str]]:
     return errors, names + [path.name for path in checkpoints.complete()]
 
 
-def test_under_fsdp2_a_rank_that_cannot_write_is_one_error_on_all_ranks_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_under_fsdp2_a_failing_write_is_one_error_on_all_ranks_and_keeps_older_checkpoints(tmp_path: Path) -> None:
     (errors, names), second = run_ranks(fill_the_disk, 2, str(tmp_path))
     assert second == (errors, names)
     for rank, error in enumerate(errors[:2]):
@@ -238,7 +238,7 @@ def test_under_fsdp2_a_rank_that_cannot_write_is_one_error_on_all_ranks_and_noth
     assert names == ["step_00000002", "step_00000002", "step_00000003"]
 
 
-def save_around_an_unreadable_one(folder: str) -> list[str]:
+def save_after_an_unreadable_one(folder: str) -> list[str]:
     place = Path(folder)
     checkpoints = Checkpoints(place, 2, world())
     for step in (1, 2, 3):
@@ -248,30 +248,28 @@ def save_around_an_unreadable_one(folder: str) -> list[str]:
     return sorted(path.name for path in place.iterdir())
 
 
-def test_a_checkpoint_that_cannot_be_read_is_none_of_those_to_keep(tmp_path: Path) -> None:
-    (names,) = run_ranks(save_around_an_unreadable_one, 1, str(tmp_path))
+def test_an_unreadable_checkpoint_does_not_count_as_kept(tmp_path: Path) -> None:
+    (names,) = run_ranks(save_after_an_unreadable_one, 1, str(tmp_path))
     assert names == ["step_00000002", "step_00000003", "step_00000004"]
 
 
 # -- through the command line ------------------------------------------------------------------------------------------
 
 
-def test_the_command_goes_back_to_a_whole_checkpoint_and_refuses_where_there_is_none(
-    starter: Starter, tmp_path: Path
-) -> None:
+def test_the_command_falls_back_to_an_intact_checkpoint_and_fails_without_one(starter: Starter, tmp_path: Path) -> None:
     arguments = ("train", "--config", write_recipe(tmp_path), "--resume", "engine=ddp")
     run = tmp_path / "runs" / "tiny"
 
     def result(attempt: str, *more: str) -> tuple[list[int], str]:
         ranks = starter.start(tmp_path / attempt, 2, *arguments, *more)
-        return [rank.wait(60) for rank in ranks], words_of(ranks)
+        return [rank.wait(60) for rank in ranks], output_of(ranks)
 
-    assert result("whole")[0] == [0, 0]
+    assert result("undamaged")[0] == [0, 0]
     curve = losses(run)
     os.truncate(run / "checkpoints" / "step_00000006" / "__0_0.distcp", 100)
-    codes, words = result("back")
-    assert codes == [0, 0], words
-    assert words.count("step_00000006 is damaged: __0_0.distcp has 100 bytes") == 1
+    codes, output = result("back")
+    assert codes == [0, 0], output
+    assert output.count("step_00000006 is damaged: __0_0.distcp has 100 bytes") == 1
     assert losses(run) == curve
     for path in (run / "checkpoints").glob("step_*"):
         about = json.loads((path / "about.json").read_text())
@@ -280,9 +278,9 @@ def test_the_command_goes_back_to_a_whole_checkpoint_and_refuses_where_there_is_
             item.name: item.stat().st_size for item in path.iterdir() if item.name != "about.json"
         }
         os.truncate(path / ".metadata", 10)
-    codes, words = result("nothing left", "run.steps=8")
-    assert codes == [1, 1], words
+    codes, output = result("nothing left", "run.steps=8")
+    assert codes == [1, 1], output
     assert (
-        words.count("adai-dist: at least one checkpoint must be undamaged; got step_00000006: .metadata has 10 ") == 2
+        output.count("adai-dist: at least one checkpoint must be undamaged; got step_00000006: .metadata has 10 ") == 2
     )
-    assert "Traceback" not in words
+    assert "Traceback" not in output

@@ -68,7 +68,7 @@ def test_missing_documentation_is_found(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
     path = tmp_path / "silent.py"
     path.write_text(
-        'def told(x):\n    """Sums. Collective: all ranks."""\n    dist.all_reduce(x)\n'
+        'def documented(x):\n    """Sums. Collective: all ranks."""\n    dist.all_reduce(x)\n'
         "def silent(x):\n    dist.all_reduce(x)\n"
         "class A:\n    def gather(self, x):\n        return x.full_tensor()\n"
     )

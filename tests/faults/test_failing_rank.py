@@ -1,4 +1,4 @@
-"""A rank that fails before or within a step: the others end with an error in bounded time, and none hangs."""
+"""A rank fails before or within a step: the others end with an error in bounded time, and none hangs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.spawn import fork
 
 pytestmark = pytest.mark.distributed
 
-LAYOUT, WORLD_SIZE, FAILING = "fsdp2-beside-plain-4", 3, 1  # it makes its mesh from all ranks of the job
+LAYOUT, WORLD_SIZE, FAILING = "fsdp2-beside-plain-4", 3, 1  # this layout builds its mesh from all ranks of the job
 GOOD_STEPS = 3
 TIMEOUT_SECONDS = 5.0  # of the process group
 SLACK_SECONDS = 20.0  # for busy machines
@@ -66,7 +66,7 @@ FAULTS: dict[str, tuple[Callable[[Prescribed, AdaiV2], None], str, bool]] = {
     "exit": (exit_at_once, "", False),
     "stopped": (stop, "", True),
 }
-"""The fault of the failing rank, its own error, and whether the others only notice by the timeout."""
+"""The fault of the failing rank, its own error, and whether the others notice only by the timeout."""
 
 
 def rank_main(fault: str, rank: int, folder: str, sender: Any) -> None:
@@ -79,7 +79,7 @@ def rank_main(fault: str, rank: int, folder: str, sender: Any) -> None:
             backward(wrapped, optimizer, step)
             optimizer.step()
         backward(wrapped, optimizer, GOOD_STEPS)
-        # Not from the start: starting many processes at once is slow.
+        # Set only now, because starting many processes at once is slow.
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=TIMEOUT_SECONDS))
         start = time.monotonic()
         error = ""
@@ -139,7 +139,7 @@ def test_under_fsdp2_the_others_end_with_an_error_in_time(ends: dict[str, list[E
     if failing is not None:
         assert failing.error.startswith(own_error)
     for end in ends[fault]:
-        assert end is not None, "a rank hung, or died without a word"
+        assert end is not None, "a rank hung, or died without an error"
         assert end.error.startswith("RuntimeError: "), end
         assert 0 <= end.seconds < TIMEOUT_SECONDS + SLACK_SECONDS
         if waits_for_timeout:

@@ -1,4 +1,4 @@
-"""kill -9 at any moment of a run: it goes on from the last checkpoint, and ends as if nothing had happened."""
+"""kill -9 at any moment: the run resumes from its last checkpoint, and ends with the bits of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from adai_dist.tools.plots import read_records
-from tests.faults.started import Rank, Starter, words_of
+from tests.faults.starter import Rank, Starter, output_of
 from tests.recipe_runs import LLAMA, losses, read_lines, write_recipe
 
 pytestmark = pytest.mark.distributed
 
 STEPS = 36
 NUM_KILLS = 10  # per engine
-BOUND_SECONDS = 30.0  # within which a rank must end by itself when its peer is gone; gloo notices in milliseconds
+BOUND_SECONDS = 30.0  # bound on the life of a rank after its peer is killed; gloo notices in milliseconds
 EXACT = ("loss", "lr", "grad_norm", "val_loss")  # the other metrics are times
 
 
 @dataclass(frozen=True)
 class Attack:
-    """When ranks are killed, and which."""
+    """Time and victims of one kill."""
 
     victims: tuple[int, ...]
     while_writing: bool
-    """Once a checkpoint is being written; else a few steps after the start."""
+    """True to wait until a checkpoint is being written, False until the log changes."""
     delay: float
-    """Seconds after that."""
+    """Seconds between this event and the kill."""
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +65,17 @@ def attacks(engine: str) -> list[Attack]:
 def test_a_run_killed_ten_times_ends_with_the_bits_of_the_uninterrupted_one(
     starter: Starter, recipe: Path, engine: str
 ) -> None:
-    whole = run_to_the_end(starter, recipe, engine, f"{engine}-whole")
+    uninterrupted = run_to_the_end(starter, recipe, engine, f"{engine}-uninterrupted")
     killed_while_writing = 0
     planned = attacks(engine)
-    started = recipe.parent / "runs" / f"{engine}-once"  # and killed before its folder was complete
+    started = recipe.parent / "runs" / f"{engine}-once"  # as left by a kill before its folder was complete
     started.mkdir()
     (started / "config.yaml.writing").write_text("run:")
     for name, some in ((f"{engine}-once", planned[:5]), (f"{engine}-again", planned[5:])):
         for attack in some:
             killed_while_writing += start_and_kill(starter, recipe, engine, name, attack)
         run = run_to_the_end(starter, recipe, engine, name)
-        assert_same_run(run, whole)
+        assert_same_run(run, uninterrupted)
     assert killed_while_writing >= 2, "no kill hit a checkpoint that was being written"
     assert not [path.name for path in started.parent.iterdir() if path.name.endswith("-2")], "a run got a second folder"
 
@@ -86,12 +86,12 @@ def arguments(recipe: Path, engine: str, name: str) -> tuple[str | Path, ...]:
 
 def run_to_the_end(starter: Starter, recipe: Path, engine: str, name: str) -> Path:
     ranks = starter.start(recipe.with_name(name), 2, *arguments(recipe, engine, name))
-    assert [rank.wait(60) for rank in ranks] == [0, 0], words_of(ranks)
+    assert [rank.wait(60) for rank in ranks] == [0, 0], output_of(ranks)
     return recipe.parent / "runs" / name
 
 
 def start_and_kill(starter: Starter, recipe: Path, engine: str, name: str, attack: Attack) -> bool:
-    """Starts or resumes a run and kills ranks of it; returns whether a checkpoint was being written."""
+    """Start or resume a run and kill some ranks; return whether a checkpoint was being written."""
     run = recipe.parent / "runs" / name
     lines, leftovers = last_line(run), being_written(run)
     ranks = starter.start(recipe.with_name(name), 2, *arguments(recipe, engine, name))
@@ -107,13 +107,13 @@ def start_and_kill(starter: Starter, recipe: Path, engine: str, name: str, attac
         if rank in attack.victims:
             assert code == -signal.SIGKILL, "the run was over before the kill; choose shorter delays"
         else:
-            assert code != 0, f"a rank ended well without its peer: {words_of(ranks)}"
+            assert code != 0, f"a rank succeeded without its peer: {output_of(ranks)}"
     assert_lines_reach_the_checkpoint(run)
     return bool(being_written(run) - leftovers)
 
 
 def assert_lines_reach_the_checkpoint(run: Path) -> None:
-    """A resumed run writes no line of the steps before its checkpoint again."""
+    """Assert that all steps up to the newest checkpoint are logged, since a resumed run does not repeat them."""
     newest = max((int(path.name[5:13]) for path in run.glob("checkpoints/step_*")), default=0)
     for key, every in (("loss", 1), ("val_loss", 3)):
         found = {record["step"] for record in read_records(run / "metrics.jsonl") if key in record}
@@ -125,7 +125,7 @@ def being_written(run: Path) -> set[str]:
 
 
 def last_line(run: Path) -> tuple[int, int]:
-    """Changes with every line; a resumed run drops lines at its start."""
+    """Return inode and size of the log, which change with every line and when a resumed run drops lines."""
     path = run / "metrics.jsonl"
     return (path.stat().st_ino, path.stat().st_size) if path.exists() else (0, 0)
 
@@ -133,26 +133,26 @@ def last_line(run: Path) -> tuple[int, int]:
 def wait_until(holds: Callable[[], bool], ranks: list[Rank], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, words_of(ranks)
-        assert all(rank.poll() is None for rank in ranks), words_of(ranks)
+        assert time.monotonic() < deadline, output_of(ranks)
+        assert all(rank.poll() is None for rank in ranks), output_of(ranks)
         time.sleep(0.001)
 
 
-def assert_same_run(run: Path, whole: Path) -> None:
+def assert_same_run(run: Path, uninterrupted: Path) -> None:
     for key in EXACT:
-        assert losses(run, key) == losses(whole, key), key
+        assert losses(run, key) == losses(uninterrupted, key), key
     for name in ("metrics.jsonl", "inertia.jsonl"):
-        steps, expected = ([line["step"] for line in read_lines(of / name)] for of in (run, whole))
-        assert steps == expected, "a step is missing, or there twice"
-    assert (run / "inertia.jsonl").read_text() == (whole / "inertia.jsonl").read_text()
+        steps, expected = ([line["step"] for line in read_lines(of / name)] for of in (run, uninterrupted))
+        assert steps == expected, "a step is missing or repeated"
+    assert (run / "inertia.jsonl").read_text() == (uninterrupted / "inertia.jsonl").read_text()
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{STEPS:08d}"]
-    assert_same_tensors(final_state(run), final_state(whole), "")
+    assert_same_tensors(final_state(run), final_state(uninterrupted), "")
 
 
 def final_state(run: Path) -> dict[str, Any]:
-    whole = run / "final.pt"
-    dcp_to_torch_save(run / "checkpoints" / f"step_{STEPS:08d}", whole)
-    return torch.load(whole, weights_only=True)
+    path = run / "final.pt"
+    dcp_to_torch_save(run / "checkpoints" / f"step_{STEPS:08d}", path)
+    return torch.load(path, weights_only=True)
 
 
 def assert_same_tensors(a: Any, b: Any, where: str) -> None:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.distributed
 
 PROBLEM = replace(SHARDED, steps=24)
 NUM_EVENTS = 8
-TOLD = (1, 2, 4, 8)
+REPORTED_AT = (1, 2, 4, 8)  # numbers of skipped steps
 VALUES = (math.nan, math.inf, -math.inf)
 
 
@@ -132,9 +132,9 @@ def test_every_rank_skips_and_nothing_changes(layout: str) -> None:
             assert seen.untouched == dict.fromkeys(sorted(bad), True)
             assert seen.walk.num_skipped_steps == NUM_EVENTS
             assert worst_relative_error(seen.walk.parameters, oracle, PROBLEM) < 1e-13
-            assert len(seen.warnings) == (len(TOLD) if rank == 0 else 0)
+            assert len(seen.warnings) == (len(REPORTED_AT) if rank == 0 else 0)
             assert seen.scales == of_rank[0].scales
-        for k, warning in zip(TOLD, of_rank[0].warnings, strict=True):
+        for k, warning in zip(REPORTED_AT, of_rank[0].warnings, strict=True):
             assert f"skipped on all ranks: a gradient is inf or NaN (skipped so far: {k})" in warning
     scales = ranks[0][1].scales
     assert [step for step, scale in enumerate(scales) if scale < [8.0, *scales][step]] == sorted(bad), "halved when bad"

@@ -158,7 +158,7 @@ def test_ranks_take_the_steps_of_one_process_and_of_the_oracle(case: Case, num_r
                 parameter.grad = None if gradient is None else gradient.flatten()[cut[rank] : cut[rank + 1]].clone()
         step_as_ranks(optimizers, case.max_grad_norm)
     put_together = [torch.cat([x.detach() for x in of_parameter]) for of_parameter in zip(*pieces, strict=True)]
-    # For inertia near its bound 1 - eps, 1 - beta1_prod magnifies rounding by up to 1 / eps = 1,000.
+    # With inertia near its bound 1 - eps, 1 - beta1_prod magnifies rounding by up to 1 / eps = 1,000.
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-4}[case.dtype]
     assert close(put_together, [p.detach() for p in whole], case.starts(), tolerance)
     assert close(put_together, list(oracle.parameters.values()), case.starts(), tolerance)

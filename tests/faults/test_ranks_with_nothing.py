@@ -63,7 +63,7 @@ def test_a_rank_without_gradients_takes_part_in_every_step_and_does_not_affect_t
         assert worst_relative_error(parameters, oracle, problem) < 1e-13
         assert first[case][1] == second[case][1], "the mean differs between ranks"
         assert first[case][1] == pytest.approx([observed.mean for observed in seen], rel=1e-12)
-    assert [second[case][2] for case in CASES] == [0, 1, 0], "states of what is not trained"
+    assert [second[case][2] for case in CASES] == [0, 1, 0], "only trained parameters may have states"
 
 
 def walk_without_gradients() -> tuple[bool, bool]:

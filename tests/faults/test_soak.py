@@ -10,7 +10,7 @@ import torch
 
 from adai_dist.cli import main
 from adai_dist.tools.soak import Check, Settings, soak
-from tests.faults.started import Starter, words_of
+from tests.faults.starter import Starter, output_of
 from tests.spawn import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 def test_two_ranks_stay_equal_under_ddp_and_fsdp2(starter: Starter, tmp_path: Path) -> None:
     arguments = ("soak", "--steps", "520", "--check-every", "130", "--overflow-every", "97")
     ranks = starter.start(tmp_path / "soak", 2, *arguments)
-    assert [rank.wait(120) for rank in ranks] == [0, 0], words_of(ranks)
+    assert [rank.wait(120) for rank in ranks] == [0, 0], output_of(ranks)
     output = ranks[0].log.read_text()
     assert [line for line in output.splitlines() if "steps" in line] == [
         "ddp, 2 ranks, 520 steps",
@@ -35,9 +35,9 @@ def test_two_ranks_stay_equal_under_ddp_and_fsdp2(starter: Starter, tmp_path: Pa
 
 def test_diverging_ranks_are_detected(starter: Starter, tmp_path: Path) -> None:
     ranks = starter.start(tmp_path / "soak", 2, "soak", "--steps", "650", "--check-every", "50", "--layout", "local")
-    assert [rank.wait(120) for rank in ranks] == [1, 1], words_of(ranks)
+    assert [rank.wait(120) for rank in ranks] == [1, 1], output_of(ranks)
     assert "adai-dist: local, step 50: parameters or states differ between ranks" in ranks[0].log.read_text()
-    assert "Traceback" not in words_of(ranks)
+    assert "Traceback" not in output_of(ranks)
 
 
 def leak() -> list[Check]:

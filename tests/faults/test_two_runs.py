@@ -1,4 +1,4 @@
-"""Two runs in one folder: the second is refused on all its ranks, and names the first, which goes on."""
+"""Two runs in one folder: the second is refused on all ranks, with an error that names the first, which continues."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import pytest
 
 from adai_dist.recipes.folder import GRACE_SECONDS, LOCK, run_lock
 from adai_dist.recipes.recipe import RecipeError
-from tests.faults.started import Rank, Starter, words_of
+from tests.faults.starter import Rank, Starter, output_of
 from tests.recipe_runs import ROOT, cli_environment, losses, write_recipe
 
 pytestmark = pytest.mark.distributed
@@ -42,8 +42,8 @@ def start(starter: Starter, recipe: Path, logs: str, num_ranks: int, *arguments:
 def wait_until(holds: Callable[[], bool], ranks: list[Rank]) -> None:
     deadline = time.monotonic() + 60
     while not holds():
-        assert time.monotonic() < deadline, words_of(ranks)
-        assert all(rank.poll() is None for rank in ranks), words_of(ranks)
+        assert time.monotonic() < deadline, output_of(ranks)
+        assert all(rank.poll() is None for rank in ranks), output_of(ranks)
         time.sleep(0.01)
 
 
@@ -79,7 +79,7 @@ def test_the_second_run_in_a_folder_is_refused_with_the_host_and_the_process_of_
         config = (run / "config.yaml").read_bytes()
         flag = "--resume" if how == "stopped" else how
         second = start(starter, recipe, f"{name}-second", 2, *ENDLESS, f"run.name={name}", flag)
-        assert [rank.wait(60) for rank in second] == [2, 2], words_of(second)
+        assert [rank.wait(60) for rank in second] == [2, 2], output_of(second)
         for rank in second:
             (line,) = rank.log.read_text().splitlines()
             assert re.fullmatch(refusal(run, first[0]), line)
@@ -90,7 +90,7 @@ def test_the_second_run_in_a_folder_is_refused_with_the_host_and_the_process_of_
         wait_until(lambda: max(losses(run)) > steps + 6, first)  # across a checkpoint
     finally:
         end(first)
-    # killed, with ranks that had it open: the next one has the folder at once
+    # All ranks were killed while they had the lock file open: the next run gets the folder at once.
     third = start(starter, recipe, f"{name}-third", 1, *ENDLESS, f"run.name={name}", "--resume")
     try:
         begin = time.monotonic()
@@ -101,11 +101,11 @@ def test_the_second_run_in_a_folder_is_refused_with_the_host_and_the_process_of_
         end(third)
 
 
-def test_ranks_that_torchrun_starts_again_have_the_folder_at_once(recipe: Path) -> None:
+def test_ranks_restarted_by_torchrun_get_the_folder_at_once(recipe: Path) -> None:
     run = recipe.parent / "runs" / "restarted"
     lock = run / LOCK
     words = ("train", "--config", str(recipe), *ENDLESS, "run.name=restarted", "run.timeout=60", "--resume")
-    # Under torchrun alone, ranks may find the addresses of their forerunners, which are gone.
+    # Under plain torchrun, restarted ranks may read the addresses of the killed ones.
     command = [ROOT / "launch/torchrun.sh", "adai-dist", *words]
     environment = {**cli_environment(), "PYTHON": sys.executable, "RANKS_PER_NODE": "2", "MAX_RESTARTS": "1"}
     path = recipe.with_name("restarted.log")
@@ -133,11 +133,11 @@ def test_ranks_that_torchrun_starts_again_have_the_folder_at_once(recipe: Path) 
             assert process.wait(60) != 0
 
 
-def test_of_runs_that_start_together_each_gets_a_folder_of_its_own(starter: Starter, recipe: Path) -> None:
+def test_runs_that_start_together_get_separate_folders(starter: Starter, recipe: Path) -> None:
     name = "together"
     runs = [start(starter, recipe, f"{name}-{k}", 1, *SHORT, f"run.name={name}") for k in range(4)]
     for (rank,) in runs:
-        assert rank.wait(60) == 0, words_of([rank])
+        assert rank.wait(60) == 0, output_of([rank])
     folders = sorted((recipe.parent / "runs").glob(f"{name}*"))
     assert [folder.name for folder in folders] == [name, *(f"{name}-{k}" for k in (2, 3, 4))]
     for folder in folders:
@@ -147,17 +147,17 @@ def test_of_runs_that_start_together_each_gets_a_folder_of_its_own(starter: Star
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_of_runs_that_resume_together_one_goes_on(starter: Starter, recipe: Path, exists: bool) -> None:
+def test_only_one_of_several_runs_that_resume_together_continues(starter: Starter, recipe: Path, exists: bool) -> None:
     name = f"resumed-{exists}"
     if exists:
         (before,) = start(starter, recipe, f"{name}-before", 1, *ENDLESS, f"run.name={name}", "run.steps=5")
-        assert before.wait(60) == 0, words_of([before])
+        assert before.wait(60) == 0, output_of([before])
     runs = [start(starter, recipe, f"{name}-{k}", 1, *ENDLESS, f"run.name={name}", "--resume") for k in range(3)]
     ranks = [rank for (rank,) in runs]
     try:
         deadline = time.monotonic() + 60
         while sum(rank.poll() is None for rank in ranks) > 1:
-            assert time.monotonic() < deadline, words_of(ranks)
+            assert time.monotonic() < deadline, output_of(ranks)
             time.sleep(0.05)
         (winner,) = [rank for rank in ranks if rank.poll() is None]
         run = recipe.parent / "runs" / name
@@ -173,7 +173,7 @@ def test_of_runs_that_resume_together_one_goes_on(starter: Starter, recipe: Path
 
 # -- the lock alone ----------------------------------------------------------------------------------------------------
 
-# Holds the lock until its standard input ends; a process that it forks first outlives it.
+# Program that holds the lock until its standard input is closed, and forks a process that outlives it.
 HOLD = """
 import os, sys, time
 from pathlib import Path
@@ -193,7 +193,7 @@ def content(host: str, pid: int) -> str:
     return json.dumps({"host": host, "pid": pid, "since": time.time() - 300})
 
 
-def test_a_process_that_the_killed_run_has_left_behind_does_not_hold_the_folder(tmp_path: Path) -> None:
+def test_a_process_left_behind_by_a_killed_run_does_not_hold_the_folder(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -212,7 +212,7 @@ def test_a_process_that_the_killed_run_has_left_behind_does_not_hold_the_folder(
             os.kill(left_behind, signal.SIGKILL)
 
 
-def test_what_the_lock_of_another_host_or_of_nobody_is_told_as(tmp_path: Path) -> None:
+def test_the_error_names_the_owner_on_another_host_or_an_unknown_one(tmp_path: Path) -> None:
     path = tmp_path / LOCK
     command = [sys.executable, "-c", HOLD.replace("if os.fork() == 0:", "if True:"), str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -233,7 +233,7 @@ def test_what_the_lock_of_another_host_or_of_nobody_is_told_as(tmp_path: Path) -
             process.kill()
 
 
-def test_a_run_waits_a_moment_for_one_that_ends(tmp_path: Path) -> None:
+def test_a_run_waits_briefly_for_one_that_is_ending(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-c",
@@ -251,7 +251,7 @@ def test_a_run_waits_a_moment_for_one_that_ends(tmp_path: Path) -> None:
 
 @pytest.fixture
 def _no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a file system without locks."""
+    """Make locks fail as on a file system without them."""
 
     def lockf(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -267,19 +267,19 @@ def ended_process() -> int:
 
 UNLOCKED: dict[str, tuple[Callable[[], str], bool]] = {
     "alive": (lambda: content(HERE, os.getppid()), True),
-    "alive, the first of the system": (lambda: content(HERE, 1), True),
+    "alive, with process id 1": (lambda: content(HERE, 1), True),
     "on another host": (lambda: content(ELSEWHERE, ended_process()), True),
-    "of the same number on another host": (lambda: content(ELSEWHERE, os.getpid()), True),
+    "same process id on another host": (lambda: content(ELSEWHERE, os.getpid()), True),
     "ended": (lambda: content(HERE, ended_process()), False),
-    "of the same number, in a container before": (lambda: content(HERE, os.getpid()), False),
-    "over": (lambda: "", False),
+    "same process id in an earlier container": (lambda: content(HERE, os.getpid()), False),
+    "released": (lambda: "", False),
     "half written": (lambda: '{"host": "', False),
 }
 
 
 @pytest.mark.usefixtures("_no_locks")
 @pytest.mark.parametrize("case", UNLOCKED)
-def test_without_locks_the_run_that_is_written_there_counts_unless_it_has_certainly_ended(
+def test_without_locks_the_recorded_run_holds_the_folder_unless_it_has_certainly_ended(
     tmp_path: Path, case: str
 ) -> None:
     make, is_refused = UNLOCKED[case]

@@ -202,7 +202,7 @@ def gather(engine: Any, parameters: Mapping[str, nn.Parameter], seen: Seen, has_
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     masters = unpartitioned(engine)
-    # For any optimizer, DeepSpeed links only the states of the first group.
+    # DeepSpeed links only the states of the first group, with any optimizer.
     state_names = STATE_NAMES if isinstance(engine.basic_optimizer, AdaptiveInertia) else ()
     for name, parameter in parameters.items():
         if not has_linked_masters:

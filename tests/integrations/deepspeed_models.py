@@ -149,7 +149,7 @@ def _full(engine: Any, parameter: nn.Parameter, what: str) -> Tensor:
     return safe_get_full_grad(parameter) if what == "grad" else safe_get_full_fp32_param(parameter)
 
 
-# For an inertia of 1 - 1e-3, float32 resolves its complement to 6e-5, which cancels in the parameters, not in exp_avg.
+# At an inertia of 1 - 1e-3, float32 resolves its complement to 6e-5, which cancels in the parameters, not in exp_avg.
 STATE_TOLERANCE = 6e-5
 
 

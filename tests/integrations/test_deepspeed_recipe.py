@@ -1,4 +1,4 @@
-"""engine=deepspeed: with every shipped configuration and from every launcher, the recipe ends where DDP ends."""
+"""engine=deepspeed: with every shipped configuration and launcher, a recipe has the losses of DDP."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from tests.spawn import run_ranks
 
 pytestmark = pytest.mark.deepspeed("AsyncIO")
 
-# NVMe first: its files have the numbers that DeepSpeed gives to the parameters of all engines of a process.
+# NVMe first: DeepSpeed numbers its swap files by the parameters of all engines in the process.
 CONFIGS = sorted((ROOT / "configs" / "deepspeed").glob("*.json"), key=lambda path: ("nvme" not in path.stem, path.stem))
 NAMES = tuple(path.stem for path in CONFIGS)
-# Sub-groups below 1 MiB stay in memory: this model is large enough for the disk.
+# DeepSpeed keeps sub-groups below 1 MiB in memory; this model has larger ones, which go to the disk.
 LARGER = LLAMA.replace("16", "128").replace("32", "512")
 AS_THE_CONFIGS = {"batch: 8": "batch: 16", "lr: 2.0": "lr: 4.0", "warmup: 2": "warmup: 2, shape: constant"}
 STEPS = 4
@@ -55,7 +55,7 @@ model = task.build_model(recipe.run.seed)
 model, optimizer = accelerator.prepare(model, DummyOptim(model.parameters()))
 curve = {}
 for step in range(recipe.run.steps):
-    # With DeepSpeed on the CPU, accelerate takes itself for the only process.
+    # With DeepSpeed on the CPU, accelerate reports a single process.
     (rows,) = task.train_rows(recipe.run.seed, step, dist.get_rank(), dist.get_world_size())
     for param_group in optimizer.param_groups:
         param_group["lr"] = recipe.learning_rate(step)
@@ -74,7 +74,7 @@ accelerator.end_training()
 
 
 def write_fitting_recipe(folder: Path, model: str = LLAMA) -> Path:
-    """A recipe that agrees with the shipped configurations on two ranks."""
+    """Write a recipe that agrees with the shipped configurations on two ranks, and return its path."""
     recipe = write_recipe(folder, model)
     text = recipe.read_text()
     for old, new in AS_THE_CONFIGS.items():
@@ -85,7 +85,7 @@ def write_fitting_recipe(folder: Path, model: str = LLAMA) -> Path:
 
 
 def run(recipe: str, *overrides: str, **settings: Any) -> Path:
-    """Trains on the ranks of the process group that is there; returns the folder of the run."""
+    """Train on the ranks of the existing process group, and return the folder of the run."""
     from adai_dist.recipes.job import join_world
     from adai_dist.recipes.train import train
 
@@ -94,11 +94,11 @@ def run(recipe: str, *overrides: str, **settings: Any) -> Path:
         return Path(train(loaded, world)["folder"])
 
 
-def cut_after_step_2(whole: Path) -> Path:
-    """Copies a run as it was then."""
-    cut = whole.with_name(f"{whole.name}-resumed")
+def cut_after_step_2(uninterrupted: Path) -> Path:
+    """Copy a run without its last checkpoint, so that it resumes after step 2. Collective: all ranks."""
+    cut = uninterrupted.with_name(f"{uninterrupted.name}-resumed")
     if dist.get_rank() == 0:
-        shutil.copytree(whole, cut)
+        shutil.copytree(uninterrupted, cut)
         shutil.rmtree(cut / "checkpoints" / f"step_{STEPS:08d}")
     dist.barrier()
     return cut
@@ -111,7 +111,7 @@ def write_variant(config: Path, folder: Path, **changes: Any) -> Path:
 
 
 def try_every_way(recipe: str, larger: str) -> str:
-    """Short runs of every configuration, and what they are to be compared with; returns how one was refused."""
+    """Run every configuration and its reference for a few steps; return the error of a configuration to be refused."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # DeepSpeed decorates functions with torch.compile, which costs seconds
     os.chdir(Path(recipe).parent)  # the shipped path for NVMe is relative
     from deepspeed.ops.op_builder import AsyncIOBuilder
@@ -124,8 +124,8 @@ def try_every_way(recipe: str, larger: str) -> str:
         if "nvme" in config.stem and not AsyncIOBuilder().is_compatible():
             continue
         overrides = ("engine=deepspeed", f"deepspeed.config={config}")
-        whole = run(text, *overrides, name=config.stem)
-        cut = cut_after_step_2(whole)
+        uninterrupted = run(text, *overrides, name=config.stem)
+        cut = cut_after_step_2(uninterrupted)
         if "nvme" not in config.stem:
             run(text, *overrides, name=cut.name, resume=True)
         exact = write_variant(config, Path.cwd(), bf16={"enabled": False})
@@ -186,7 +186,7 @@ def test_every_shipped_configuration_trains_as_ddp_does(runs: Path, name: str) -
     in_bf16, in_fp32 = needs_run(runs, name), needs_run(runs, f"{name}-fp32")
     assert json.loads((in_bf16 / "summary.json").read_text())["precision"] == "bf16"
     for key in ("loss", "val_loss"):
-        # Parameters themselves are in bf16 under DeepSpeed, and in float32 under autocast; 2.2e-3 was seen.
+        # Parameters are in bf16 under DeepSpeed, and in float32 under autocast; the measured difference is 2.2e-3.
         assert losses(in_bf16, key) == pytest.approx(losses(reference(runs, name, "bf16"), key), rel=4.4e-3)
         assert losses(in_fp32, key) == pytest.approx(losses(reference(runs, name, "fp32"), key), rel=2e-6)
     norms = losses(in_fp32, "grad_norm")
@@ -195,16 +195,16 @@ def test_every_shipped_configuration_trains_as_ddp_does(runs: Path, name: str) -
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", NAMES)
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(recipe: Path, runs: Path, name: str) -> None:
-    whole = needs_run(runs, name)
+def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(recipe: Path, runs: Path, name: str) -> None:
+    uninterrupted = needs_run(runs, name)
     resumed = runs / f"{name}-resumed"
-    if "nvme" in name:  # goes on in new processes only
+    if "nvme" in name:  # resumes in new processes only
         arguments = ("train", "--config", resumed / "config.yaml", f"run.name={resumed.name}", "--resume")
         result = run_command(cli_command(*arguments, num_ranks=2), cwd=recipe.parent)
         assert result.returncode == 0, result.stderr
     for key in ("loss", "val_loss", "grad_norm"):
-        assert losses(resumed, key) == losses(whole, key)
-    assert (resumed / "inertia.jsonl").read_text() == (whole / "inertia.jsonl").read_text()
+        assert losses(resumed, key) == losses(uninterrupted, key)
+    assert (resumed / "inertia.jsonl").read_text() == (uninterrupted / "inertia.jsonl").read_text()
     assert sorted(path.name for path in (resumed / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
 
 
@@ -225,7 +225,7 @@ def test_the_inertia_is_that_of_ddp(runs: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "like"), [("accumulated", "fp32"), ("unclipped", "unclipped-ddp"), ("without-zero", "zero2")]
 )
-def test_accumulation_clipping_and_no_zero_are_the_same_algorithm(runs: Path, name: str, like: str) -> None:
+def test_accumulation_no_clipping_and_no_zero_follow_the_same_algorithm(runs: Path, name: str, like: str) -> None:
     assert losses(runs / name) == pytest.approx(losses(runs / like), rel=2e-6)
     assert (runs / name / "inertia.png").exists()
 
@@ -244,7 +244,7 @@ def test_the_configuration_for_nvme_keeps_the_states_on_the_disk(runs: Path) -> 
 
 
 @pytest.mark.distributed
-def test_what_deepspeed_cannot_do_exactly_is_refused_in_one_line(refusal: str) -> None:
+def test_an_inexact_deepspeed_setting_is_refused_in_one_line(refusal: str) -> None:
     assert refusal.startswith("deepspeed.config: ")
     assert "zenflow" in refusal.lower()
     assert "\n" not in refusal
@@ -356,7 +356,9 @@ def test_a_contradiction_between_file_and_recipe_is_refused_in_one_line(tmp_path
         ("[]", "must hold a JSON object"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused_in_one_line(tmp_path: Path, text: str | None, message: str) -> None:
+def test_a_file_that_is_not_a_configuration_is_refused_in_one_line(
+    tmp_path: Path, text: str | None, message: str
+) -> None:
     path = tmp_path / "mine.json"
     if text is not None:
         path.write_text(text)

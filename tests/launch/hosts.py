@@ -24,7 +24,7 @@ SUBNET = "10.213.77"
 NAMESPACES = ["--net", "--uts", "--mount"]
 _KILL_SECONDS = 20.0  # time for all processes of a host to disappear after SIGKILL
 
-# The keeper reports that it is ready, and waits for the end of its standard input, which ends with the test process.
+# The keeper reports that it is ready, and waits until its standard input is closed, as when the test process ends.
 _KEEPER = """
 import os, sys, time
 sys.stdout.write("\\n"), sys.stdout.flush()

@@ -22,9 +22,9 @@ def recipe_of(folders: pytest.TempPathFactory) -> Path:
     return _recipe_below(folders.getbasetemp())
 
 
-def whole_run(folders: pytest.TempPathFactory) -> Path:
+def uninterrupted_run(folders: pytest.TempPathFactory) -> Path:
     """Return the uninterrupted run on one node, which is made once per session."""
-    return _whole_run_of(recipe_of(folders))
+    return _uninterrupted_run_of(recipe_of(folders))
 
 
 @functools.cache
@@ -42,10 +42,10 @@ def _recipe_below(folder: Path) -> Path:
 
 
 @functools.cache
-def _whole_run_of(recipe: Path) -> Path:
-    done = run_cli("train", "--config", recipe, "run.name=whole", num_ranks=NUM_RANKS)
+def _uninterrupted_run_of(recipe: Path) -> Path:
+    done = run_cli("train", "--config", recipe, "run.name=uninterrupted", num_ranks=NUM_RANKS)
     assert done.returncode == 0, done.stderr
-    return recipe.parent / "runs" / "whole"
+    return recipe.parent / "runs" / "uninterrupted"
 
 
 def wait_until(holds: Callable[[], bool], seconds: float, output: Callable[[], str]) -> None:
@@ -82,10 +82,10 @@ def has_pending(pid: int, number: int) -> bool:
     return bool(int(lines["ShdPnd"], 16) >> (number - 1) & 1)
 
 
-def assert_same_run(run: Path, whole: Path) -> None:
+def assert_same_run(run: Path, uninterrupted: Path) -> None:
     """Assert that all logged losses, including the final one, are bitwise those of the uninterrupted run."""
     for key in ("loss", "val_loss", "grad_norm"):
-        assert losses(run, key) == losses(whole, key), key
-    assert STEPS in losses(whole, "val_loss")
-    steps, expected = ([line["step"] for line in read_lines(of / "metrics.jsonl")] for of in (run, whole))
+        assert losses(run, key) == losses(uninterrupted, key), key
+    assert STEPS in losses(uninterrupted, "val_loss")
+    steps, expected = ([line["step"] for line in read_lines(of / "metrics.jsonl")] for of in (run, uninterrupted))
     assert steps == expected, "a step is missing or repeated"

@@ -9,14 +9,22 @@ from pathlib import Path
 import pytest
 
 from tests.launch.hosts import Host
-from tests.launch.long_run import STEPS, assert_same_run, newest_checkpoint, ranks_on, recipe_of, wait_until, whole_run
+from tests.launch.long_run import (
+    STEPS,
+    assert_same_run,
+    newest_checkpoint,
+    ranks_on,
+    recipe_of,
+    uninterrupted_run,
+    wait_until,
+)
 from tests.launch.two_torchruns import TwoTorchruns
 from tests.recipe_runs import losses
 
 pytestmark = pytest.mark.distributed
 
 
-def words_of(recipe: Path, name: str) -> list[str]:
+def arguments_of(recipe: Path, name: str) -> list[str]:
     return ["adai-dist", "train", "--config", str(recipe), "--resume", f"run.name={name}"]
 
 
@@ -25,13 +33,13 @@ def test_a_run_in_which_a_rank_is_killed_ends_with_the_bits_of_one_node(
 ) -> None:
     recipe = recipe_of(tmp_path_factory)
     run = recipe.parent / "runs" / "restarted"
-    with TwoTorchruns(two_hosts, words_of(recipe, run.name), tmp_path, MAX_RESTARTS="1") as started:
+    with TwoTorchruns(two_hosts, arguments_of(recipe, run.name), tmp_path, MAX_RESTARTS="1") as started:
         wait_until(lambda: newest_checkpoint(run) > 0, 60, started.output)
         survivor, victim = (ranks_on(host)[0] for host in two_hosts)
         os.kill(victim, signal.SIGKILL)
         assert started.wait(90) == [0, 0], started.output()
     assert not Path(f"/proc/{survivor}").exists(), "the rank on the other host must be restarted as well"
-    assert_same_run(run, whole_run(tmp_path_factory))
+    assert_same_run(run, uninterrupted_run(tmp_path_factory))
 
 
 def test_a_run_terminated_on_one_node_ends_on_both_and_resumes_to_the_bits_of_one_node(
@@ -40,7 +48,7 @@ def test_a_run_terminated_on_one_node_ends_on_both_and_resumes_to_the_bits_of_on
     recipe = recipe_of(tmp_path_factory)
     run = recipe.parent / "runs" / "terminated"
     words = [
-        *words_of(recipe, run.name),
+        *arguments_of(recipe, run.name),
         "run.checkpoint_every=0",
     ]  # only the checkpoint requested by the signal
     with TwoTorchruns(two_hosts, words, tmp_path) as started:
@@ -51,4 +59,4 @@ def test_a_run_terminated_on_one_node_ends_on_both_and_resumes_to_the_bits_of_on
 
     with TwoTorchruns(two_hosts, words, tmp_path) as started:
         assert started.wait(90) == [0, 0], started.output()
-    assert_same_run(run, whole_run(tmp_path_factory))
+    assert_same_run(run, uninterrupted_run(tmp_path_factory))

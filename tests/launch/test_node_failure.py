@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.hosts import Host
-from tests.launch.long_run import STEPS, assert_same_run, newest_checkpoint, recipe_of, wait_until, whole_run
+from tests.launch.long_run import STEPS, assert_same_run, newest_checkpoint, recipe_of, uninterrupted_run, wait_until
 from tests.launch.two_torchruns import TwoTorchruns
 
 pytestmark = pytest.mark.distributed
@@ -39,7 +39,7 @@ def test_both_sides_of_a_disconnection_fail_and_the_run_resumes_to_the_bits_of_o
     two_hosts[1].reconnect()
     with TwoTorchruns(two_hosts, words, tmp_path) as started:
         assert started.wait(90) == [0, 0], started.output()
-    assert_same_run(run, whole_run(tmp_path_factory))
+    assert_same_run(run, uninterrupted_run(tmp_path_factory))
 
 
 def reduce_tcp_retries(host: Host) -> None:

@@ -18,8 +18,8 @@ from tests.launch.long_run import (
     newest_checkpoint,
     ranks_on,
     recipe_of,
+    uninterrupted_run,
     wait_until,
-    whole_run,
 )
 from tests.launch.slurm_cluster import Slurm, slurm
 from tests.launch.training import LAUNCH, environment
@@ -116,7 +116,7 @@ def test_a_run_that_reaches_its_time_limit_and_loses_a_node_ends_with_the_bits_o
 
     job = cluster.wait(number, 90)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2"), cluster.output()
-    assert_same_run(run, whole_run(tmp_path_factory))
+    assert_same_run(run, uninterrupted_run(tmp_path_factory))
     assert not ranks_on(first) + ranks_on(second)
 
 

@@ -1,6 +1,6 @@
-"""Ranks of the training program as processes that can be killed at once: forked from one that has imported everything.
+"""Ranks of the training program, forked from a process that has imported all modules.
 
-A rank costs a fork instead of seconds of imports, so that a run can be killed and started again twenty times.
+A fork replaces seconds of imports, so that a test can kill and restart a run twenty times.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Rank:
         self.log = log
 
     def poll(self) -> int | None:
-        """The exit code, negative for a signal; None while it runs."""
+        """Return the exit code, negative for a signal; None while the process runs."""
         return self._starter.ask(poll=self.pid)
 
     def wait(self, seconds: float) -> int:
-        """Waits for the end; a process that takes longer says where it stands."""
+        """Wait for the end and return the exit code; on a timeout, raise an error with the stack of the process."""
         deadline = time.monotonic() + seconds
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
@@ -47,7 +47,7 @@ class Rank:
 
 
 class Starter:
-    """Starts ranks of the command line. A context manager: what still runs at its end is killed."""
+    """Context manager that starts ranks of the command line, and kills those that still run at its end."""
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
@@ -63,22 +63,23 @@ class Starter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._process.communicate()  # its standard input ends, and it kills what it has started
+        self._process.communicate()  # closes its standard input, upon which it kills all ranks
         assert self._process.returncode == 0
 
     def start(self, logs: Path, num_ranks: int, *arguments: str | Path) -> list[Rank]:
-        """Starts `adai-dist ARGUMENTS` on some ranks, which write into LOGS-RANK.log."""
+        """Start `adai-dist ARGUMENTS` on `num_ranks` ranks, which write to LOGS-RANK.log."""
         port = free_port()
         ranks: list[Rank] = []
         for rank in range(num_ranks):
             log = logs.with_name(f"{logs.name}-{rank}.log")
-            meeting = {"RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = {name: str(value) for name, value in meeting.items()}
+            variables = {"RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {name: str(value) for name, value in variables.items()}
             pid = self.ask(start=[*map(str, arguments)], environment=environment, log=str(log))
             ranks.append(Rank(self, pid, log))
         return ranks
 
     def ask(self, **question: Any) -> Any:
+        """Send a question to the starting process, and return its answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(question) + "\n")
@@ -87,7 +88,7 @@ class Starter:
 
 
 def _serve() -> None:
-    """The starting process: answers questions from its standard input until that ends."""
+    """Answer questions from standard input until it is closed; the main function of the starting process."""
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -117,8 +118,8 @@ def _serve() -> None:
 
 def _become_rank(environment: dict[str, str], log: str) -> None:
     os.environ.update(environment)
-    nothing, output = os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for old, new in ((nothing, 0), (output, 1), (output, 2)):
+    null, output = os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for old, new in ((null, 0), (output, 1), (output, 2)):
         os.dup2(old, new)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
 
@@ -131,8 +132,8 @@ def _poll(pid: int, codes: dict[int, int | None]) -> int | None:
     return codes[pid]
 
 
-def words_of(ranks: Sequence[Rank]) -> str:
-    """What the ranks have said, for messages."""
+def output_of(ranks: Sequence[Rank]) -> str:
+    """Return the last lines that each rank has written, for messages."""
     return "\n".join(f"--- {rank.log.name}\n{rank.log.read_text()[-3000:]}" for rank in ranks)
 
 
