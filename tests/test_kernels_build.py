@@ -192,12 +192,17 @@ def test_compiler_errors_are_reported_once_and_logged_to_a_file(
     assert sorted(path.name for path in path.parent.iterdir()) == ["build.lock", "tiny.so", "tiny.stamp.json"]
 
 
+def replaced(path: Path, content: bytes) -> None:
+    path.unlink()  # this process has mapped the file, and would crash at exit if that were truncated in place
+    path.write_bytes(content)
+
+
 def truncated(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
+    replaced(path, path.read_bytes()[: path.stat().st_size // 2])
 
 
 def empty(path: Path) -> None:
-    os.truncate(path, 0)
+    replaced(path, b"")
 
 
 def overgrown(path: Path) -> None:
