@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adai_dist.optimizer import Adai, AdaiV2, AdaiW, AdaptiveInertia
+from adai_dist.optimizer import AdaptiveInertia, variants
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adaiv2": AdaiV2,
-    "adai": Adai,
-    "adaiw": AdaiW,
+    **{name.lower(): cls for name, cls in variants.OPTIMIZERS.items()},
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,

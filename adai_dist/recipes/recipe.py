@@ -243,7 +243,7 @@ class Recipe(_Section):
     """Backward passes per optimizer step; the batch is split, not enlarged."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Bound of the global gradient norm; null: no clipping."""
-    optimizer: Literal["adaiv2", "adai", "adaiw", "adam", "adamw", "sgd"] = "adaiv2"
+    optimizer: Name = "adaiv2"
     """adaiv2, adai, adaiw, adam, adamw or sgd: the section of `optimizers` that is used."""
     optimizers: dict[str, dict[str, Any] | None] = {}
     """Arguments of each optimizer, so that changing `optimizer` alone is a fair comparison."""
@@ -266,6 +266,8 @@ class Recipe(_Section):
         architecture = self.model.get("architecture")
         must = "model.architecture must name a kind of model"
         require(isinstance(architecture, str), must, architecture, "set it to llama, for example")
+        must = f"optimizer must be one of {', '.join(optimizers.OPTIMIZERS)}"
+        require(self.optimizer in optimizers.OPTIMIZERS, must, self.optimizer, "set optimizer=adaiv2, for example")
         must = f"optimizers.{self.optimizer}.lr must be given"
         require("lr" in self.optimizer_arguments, must, None, "there is no default")
         require_known("optimizers.", self.optimizers, optimizers.OPTIMIZERS, "in the recipe")
