@@ -69,6 +69,9 @@ WRONG = {
     "run.resume=maybe": r"run.resume must be a valid boolean; got 'maybe'; ",
     "run.name=a/b": r"run.name must be the name of one folder; got 'a/b'; use run.out",
     "run=5": r"run must be a mapping of keys to values; got 5",
+    "run=[]": r"run must be a mapping of keys to values; got \[\]",
+    "optimizers.adaiv2=[]": r"optimizers.adaiv2 must be a mapping of keys to values; got \[\]",
+    "schedule.milestones={}": r"schedule.milestones must be a valid list; got {}",
     "data=5": r"data must be a mapping of keys to values; got 5",
     "engine=horovod": r"engine must be 'ddp', 'fsdp2' or 'deepspeed'; got 'horovod'",
     "precision=fp8": r"precision must be 'auto', 'fp32' or 'bf16'; got 'fp8'",
@@ -163,6 +166,9 @@ def test_the_files_for_deepspeed_are_found_by_their_names(tmp_path: Path, monkey
 def test_a_folder_and_a_file_that_is_not_yaml_are_refused_in_one_line(path: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"must be a readable file; got '.*'; Is a directory"):
         load_recipe(tmp_path)
+    path.write_text("[1, 2]\n")
+    with pytest.raises(RecipeError, match=r"a recipe must be a mapping of keys to values; got \[1, 2\]"):
+        load_recipe(path)
     path.write_text("run: [1,\n")
     with pytest.raises(RecipeError, match=r"must be YAML; got .*mine.yaml") as caught:
         load_recipe(path)

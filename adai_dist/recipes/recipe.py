@@ -313,8 +313,10 @@ def load_recipe(given: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         require("=" in override, "an override must read key=value", override, "write run.steps=100, for example")
     path = find_config("recipes", given, "the recipe")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        values: Any = OmegaConf.to_container(merged, resolve=True)
+        in_file: Any = OmegaConf.to_container(OmegaConf.load(path))
+        in_overrides = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+        merged = _merged(in_file, in_overrides) if isinstance(in_file, dict) else in_file  # refused below
+        values: Any = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
     except OSError as error:
         message = error.strerror or error
         raise RecipeError(f"the recipe must be a readable file; got {str(given)!r}; {message}") from error
@@ -331,6 +333,13 @@ def load_recipe(given: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise RecipeError(f"{override!r} has no effect; the optimizer is {recipe.optimizer!r}; {advice}")
     recipe.run.name = recipe.run.name or path.stem
     return recipe
+
+
+def _merged(values: Any, overrides: Any) -> Any:
+    """Return nested values with overrides; a value of another type replaces the old one, and validation names it."""
+    if not (isinstance(values, dict) and isinstance(overrides, dict)):
+        return overrides
+    return {**values, **{key: _merged(values.get(key), value) for key, value in overrides.items()}}
 
 
 def find_config(folder: str, given: str | Path, key: str) -> Path:
