@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from adai_dist.cli.exit import report_error, report_missing_package
-from adai_dist.cli.parser import Commands
+from adai_dist.cli.parser import Commands, given_options
 
 
 def register(commands: Commands) -> None:
@@ -36,8 +36,7 @@ def _run(options: argparse.Namespace) -> int:
             from adai_dist.tools.plots import plot_bench as plot
         except ModuleNotFoundError as error:
             return report_missing_package("--plot", error, "train")
-    given = {name: getattr(options, name) for name in ("numel", "shapes", "dtype", "repetitions", "threads")}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = given_options(options, "numel", "shapes", "dtype", "repetitions", "threads")
     try:
         settings = Settings(device=options.device, others=not options.no_others, **given)
         for path in filter(None, (options.json, options.plot)):  # fail before measuring for minutes

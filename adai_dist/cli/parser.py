@@ -14,6 +14,11 @@ Commands = Any
 """The object returned by `ArgumentParser.add_subparsers`, whose class is private."""
 
 
+def given_options(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return the options that were given, by name; the settings of the command have the defaults of the others."""
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
 class CommandParser(argparse.ArgumentParser):
     """The parser of the program or of one command."""
 

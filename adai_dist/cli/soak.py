@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from adai_dist.cli.exit import EXIT_FAILURE, report_error, report_missing_package
-from adai_dist.cli.parser import Commands
+from adai_dist.cli.parser import Commands, given_options
 
 if TYPE_CHECKING:
     from adai_dist.recipes.job import World
@@ -39,8 +39,7 @@ def _run(options: argparse.Namespace) -> int:
         from adai_dist.tools.soak import Settings
     except ModuleNotFoundError as error:
         return report_missing_package("soak", error, "train")
-    names = ("steps", "check_every", "overflow_every", "max_growth")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    given = given_options(options, "steps", "check_every", "overflow_every", "max_growth")
     logging.getLogger("adai_dist").setLevel(logging.ERROR)  # skipped steps are intended here
     try:
         layouts = [options.layout] if options.layout else ["ddp", "fsdp2"]

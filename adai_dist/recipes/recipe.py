@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -23,6 +23,7 @@ from adai_dist.recipes.atomic_files import write_text
 _PACKAGE = Path(__file__).parents[1]
 # A wheel contains the shipped files; in a checkout they are at the top of the repository.
 _CONFIGS = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
+_HELP = "see adai-dist train --help"
 
 
 class RecipeError(ValueError):
@@ -35,22 +36,20 @@ def require(condition: bool, must: str, got: object, advice: str) -> None:
         raise RecipeError(f"{must}; got {got!r}; {advice}")
 
 
-def require_known(prefix: str, given: Iterable[str], valid: Iterable[str], where: str) -> None:
+def require_known(prefix: str, given: Iterable[str], valid: Collection[str], where: str) -> None:
     """Raise RecipeError for the first given key, below ``prefix``, that is not among the valid ones."""
-    valid = list(valid)
     for key in given:
         if key not in valid:
             raise RecipeError(_unknown(prefix, key, valid, where))
 
 
-def _unknown(prefix: str, key: str, valid: Iterable[str], where: str) -> str:
-    valid = list(valid)
+def _unknown(prefix: str, key: str, valid: Collection[str], where: str) -> str:
     hint, names = _did_you_mean(key, valid, prefix), ", ".join(prefix + name for name in valid)
     return f"unknown key {prefix + key!r} {where}; {hint}valid keys are {names}"
 
 
-def _did_you_mean(given: str, valid: Iterable[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(given, list(valid), 1, cutoff=0.7)
+def _did_you_mean(given: str, valid: Collection[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(given, valid, 1, cutoff=0.7)
     return f"did you mean {prefix + near[0]!r}? " if near else ""
 
 
@@ -393,12 +392,7 @@ def _in_words(error: Any, origin: str, overrides: Sequence[str]) -> str:
         section = _SOURCES[location.pop(1)]
     elif len(location) > 1:
         section: Any = Recipe.model_fields[location[0]].annotation
-    key, kind, got, help_ = (
-        ".".join(location) or "a recipe",
-        error["type"],
-        error["input"],
-        "see adai-dist train --help",
-    )
+    key, kind, got = ".".join(location) or "a recipe", error["type"], error["input"]
     if kind == "value_error":  # from a validator above, in its final form
         return str(error.get("ctx", {}).get("error", error["msg"]))
     if kind == "extra_forbidden":
@@ -406,12 +400,12 @@ def _in_words(error: Any, origin: str, overrides: Sequence[str]) -> str:
         where = f"in {'the command line' if is_override else origin}{source}"
         return _unknown(".".join([*location[:-1], ""]), location[-1], section.model_fields, where)
     if kind == "missing":
-        return f"{key} must be given{source}; got none; {help_}"
+        return f"{key} must be given{source}; got none; {_HELP}"
     if kind == "union_tag_invalid":
-        return f"data.source must be one of {', '.join(_SOURCES)}; got {got.get('source')!r}; {help_}"
+        return f"data.source must be one of {', '.join(_SOURCES)}; got {got.get('source')!r}; {_HELP}"
     if got is None:  # from `key=` as well as from `key: null`
         return f"{key} must have a value; got none; give it one, or leave the key out"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{key} must be a mapping of keys to values; got {got!r}; {help_}"
+        return f"{key} must be a mapping of keys to values; got {got!r}; {_HELP}"
     must = error["msg"].replace("Input should", "must").replace("String should", "must")
-    return f"{key} {must}; got {got!r}; {help_}"
+    return f"{key} {must}; got {got!r}; {_HELP}"
