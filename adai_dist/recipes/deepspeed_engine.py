@@ -69,7 +69,7 @@ class DeepSpeedEngine(Engine):
         return sum(getattr(param, "ds_numel", param.numel()) for param in self.model.parameters())
 
     def backward(self, rows: Rows, is_last: bool) -> Tensor:
-        loss = self._task.scores(self._engine, rows)["loss"].mean()
+        loss = self._task.losses(self._engine, rows).mean()
         self._engine.backward(loss)  # divides by the number of micro-batches
         if not is_last:
             self._engine.step()  # counts the micro-batch

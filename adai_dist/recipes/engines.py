@@ -100,7 +100,7 @@ class TorchEngine(Engine):
             self._wrapped.set_requires_gradient_sync(is_last)
         with self._ddp.no_sync() if self._ddp and not is_last else contextlib.nullcontext():
             with self._autocast():
-                loss = self._task.scores(self._wrapped, rows)["loss"].mean()
+                loss = self._task.losses(self._wrapped, rows).mean()
             cast(Any, loss / self._recipe.grad_accumulation).backward()
         return loss.detach()
 

@@ -95,12 +95,20 @@ class ImageTask(Task):
         mine, weights = share_of_rank(len(val.labels), rank, num_ranks)
         return (self._splits.scaled(val.images[mine]), torch.from_numpy(val.labels[mine])), weights
 
+    def losses(self, model: nn.Module, rows: Rows) -> Tensor:
+        inputs, labels = rows
+        return nn.functional.cross_entropy(_logits(model, inputs), labels, reduction="none")
+
     def scores(self, model: nn.Module, rows: Rows) -> dict[str, Tensor]:
         inputs, labels = rows
-        output: Any = model(inputs)
-        logits: Tensor = getattr(output, "logits", output).float()
+        logits = _logits(model, inputs)
         losses = nn.functional.cross_entropy(logits, labels, reduction="none")
         return {"loss": losses, "error": (logits.argmax(1) != labels).float()}
+
+
+def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    output: Any = model(inputs)
+    return getattr(output, "logits", output).float()  # networks of transformers return a record
 
 
 def epoch_indices(num_images: int, batch: int, seed: int, step: int) -> NDArray[np.int64]:

@@ -74,12 +74,12 @@ class LanguageTask(Task):
         mine, weights = share_of_rank(num_windows, rank, num_ranks)
         return (_windows(tokens, starts[mine], seq_len),), weights
 
-    def scores(self, model: nn.Module, rows: Rows) -> dict[str, Tensor]:
+    def losses(self, model: nn.Module, rows: Rows) -> Tensor:
         (windows,) = rows  # int64, shape (rows, seq_len + 1)
         inputs, targets = windows[:, :-1], windows[:, 1:]
         logits: Tensor = model(input_ids=inputs, use_cache=False).logits
         losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-        return {"loss": losses.view(targets.shape).mean(dim=1)}
+        return losses.view(targets.shape).mean(dim=1)
 
 
 def build_decoder(settings: Mapping[str, Any], vocab_size: int, seq_len: int, seed: int) -> nn.Module:

@@ -44,11 +44,12 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def scores(self, model: nn.Module, rows: Rows) -> dict[str, Tensor]:
-        """Return what is measured of every row, by name, each of shape (rows,).
+    def losses(self, model: nn.Module, rows: Rows) -> Tensor:
+        """Return the loss of every row, in nats per unit: float32, shape (rows,), with its graph."""
 
-        `loss`, in nats per unit and float32, is one of them and carries its graph.
-        """
+    def scores(self, model: nn.Module, rows: Rows) -> dict[str, Tensor]:
+        """Return what is measured of held-out rows, by name, each of shape (rows,); `loss` is one of them."""
+        return {"loss": self.losses(model, rows)}
 
 
 def share_of_rank(num_items: int, rank: int, num_ranks: int) -> tuple[NDArray[np.int64], Tensor]:
