@@ -146,8 +146,10 @@ def test_runs_of_the_same_name_are_numbered_unless_run_overwrite_is_set(
     )
     assert "held-out loss" in capfd.readouterr().out
     (runs / "precious").mkdir()
+    (runs / "precious" / "mark").touch()
     assert end_of(*short, "run.name=precious", "run.overwrite=true") == 2
     assert "run.overwrite deletes runs only; got " in capfd.readouterr().err
+    assert [path.name for path in (runs / "precious").iterdir()] == ["mark"]
     (tmp_path / "file").touch()
     assert end_of(*short, f"run.out={tmp_path / 'file'}") == 2
     assert "the folder of the run must be writable; got " in capfd.readouterr().err

@@ -107,9 +107,10 @@ def _may_use(recipe: Recipe, folder: Path) -> bool:
             f"a link in the place of a run must lead to a folder; got {str(folder)!r}, which leads to "
             f"{os.readlink(folder)!r}; make that folder, delete the link, or change run.name"
         )
-    is_run = (folder / CONFIG).exists()
+    # In this order: another run may write its config between the two looks.
+    is_run = _is_before_its_config(folder) or (folder / CONFIG).exists()
     if recipe.run.resume:
-        return is_run or _was_killed_before_its_config(folder)
+        return is_run
     if recipe.run.overwrite and not is_run:
         raise RecipeError(
             f"run.overwrite deletes runs only; got {str(folder)!r}, which has no config.yaml; change run.name"
@@ -117,7 +118,8 @@ def _may_use(recipe: Recipe, folder: Path) -> bool:
     return recipe.run.overwrite
 
 
-def _was_killed_before_its_config(folder: Path) -> bool:
+def _is_before_its_config(folder: Path) -> bool:
+    """Return whether the run that created this folder has yet to write its config, or was killed before it did."""
     return folder.is_dir() and {path.name for path in folder.iterdir()} <= {f"{CONFIG}.writing", LOCK}
 
 

@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 
-from adai_dist.recipes.folder import GRACE_SECONDS, LOCK, run_lock
-from adai_dist.recipes.recipe import RecipeError
+from adai_dist.recipes.folder import CONFIG, GRACE_SECONDS, LOCK, open_run_folder, run_lock
+from adai_dist.recipes.job import join_world
+from adai_dist.recipes.recipe import RecipeError, load_recipe
 from tests.faults.starter import Rank, Starter, output_of
 from tests.recipe_runs import ROOT, cli_environment, losses, write_recipe
 
@@ -169,6 +170,30 @@ def test_only_one_of_several_runs_that_resume_together_continues(starter: Starte
     finally:
         end(ranks)
     assert not list(run.parent.glob(f"{name}-2"))
+
+
+@pytest.mark.parametrize("look", ["exists", "iterdir"])
+@pytest.mark.parametrize("setting", ["run.resume=true", "run.overwrite=true"])
+def test_a_run_uses_the_folder_into_which_another_writes_its_config_meanwhile(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: str, setting: str
+) -> None:
+    """The other run has created the folder at the first look, and has written its config at the next."""
+    resolved = load_recipe(recipe, ["run.name=run", f"run.out={tmp_path}", setting])
+    folder = tmp_path / "run"
+    folder.mkdir()
+    original: Callable[[Path], Any] = getattr(Path, look)
+
+    def look_just_before(path: Path) -> Any:
+        seen = original(path)
+        seen = seen if isinstance(seen, bool) else list(seen)
+        if folder in (path, path.parent):
+            resolved.replaced(resume=False, overwrite=False).save(folder / CONFIG)
+        return seen
+
+    monkeypatch.setattr(Path, look, look_just_before)
+    with join_world("cpu") as world, open_run_folder(resolved, world) as chosen:
+        assert chosen == folder
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 # -- the lock alone ----------------------------------------------------------------------------------------------------
