@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from adai_dist.integrations.deepspeed import unsupported_settings, zero_wrappers
-from adai_dist.integrations.deepspeed.checkpoint_loading import wrap_checkpoint_loading
+from adai_dist.integrations.deepspeed import unsupported_settings
+from adai_dist.integrations.deepspeed.adapters.bf16 import BF16
+from adai_dist.integrations.deepspeed.adapters.checkpoint_loading import wrap_checkpoint_loading
+from adai_dist.integrations.deepspeed.adapters.names import check_names
+from adai_dist.integrations.deepspeed.adapters.nvme_checkpoint import wrap_nvme_checkpoints
+from adai_dist.integrations.deepspeed.adapters.releases import installed_release
+from adai_dist.integrations.deepspeed.adapters.stage_3 import Stage3
+from adai_dist.integrations.deepspeed.adapters.without_zero import sharding_without_zero, wrap_master_weight_step
+from adai_dist.integrations.deepspeed.adapters.wrappers import zero_wrapper_of
 from adai_dist.integrations.deepspeed.ignored_optimizer import warn_of_ignored_optimizer
-from adai_dist.integrations.deepspeed.nvme_checkpoint import wrap_nvme_checkpoints
-from adai_dist.integrations.deepspeed.without_zero import sharding_without_zero, wrap_master_weight_step
 from adai_dist.integrations.deepspeed.zero_mean_source import ZeroMeanSource, mean_of_skipped_step
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.mean_source import MeanSource, ShardedMean
@@ -61,7 +64,7 @@ def configure_and_bind(
         return
     if client_optimizer is None:
         unsupported_settings.check_has_lr(engine)
-    unsupported_settings.check_version()
+    check_names(engine, installed_release(), "DeepSpeedEngine")
     unsupported_settings.check_config(engine)
     _allow(cls)
     engine.zero_force_ds_cpu_optimizer = lambda: False  # DeepSpeed would require its CPU Adam under offload
@@ -87,33 +90,24 @@ def bind(engine: Any) -> None:
 
     Raises:
         UnsupportedSetting: see :mod:`adai_dist.integrations.deepspeed.unsupported_settings`.
-        RuntimeError: this release does not support the class of DeepSpeed's wrapper, or the signature of a method.
+        RuntimeError: this release does not support the class of DeepSpeed's wrapper, or a method or attribute of it.
 
     Collective: all ranks.
     """
     optimizer: AdaptiveInertia = engine.basic_optimizer
     unsupported_settings.check_no_max_grad_norm(optimizer)
-    zero_wrapper = zero_wrappers.wrapper_of(engine)
+    zero_wrapper = zero_wrapper_of(engine, installed_release())
     if zero_wrapper is None:
         optimizer.mean_source = ShardedMean(sharding_without_zero(engine))
         wrap_master_weight_step(engine)
-        wrap_checkpoint_loading(engine.optimizer, optimizer)
-        return
-    unsupported_settings.check_signatures(engine.optimizer, zero_wrapper.signatures)
-    source = (_BF16MeanSource if isinstance(zero_wrapper, zero_wrappers.BF16) else ZeroMeanSource)(
-        optimizer, zero_wrapper, engine.module
-    )
-    optimizer.mean_source = source
-    optimizer.retire_beta1_prod = False  # would free no memory: ZeRO holds references to the states
-    _replace_step(engine.optimizer, source)
-    _replace_loading(engine.optimizer, source)
-    if isinstance(zero_wrapper, zero_wrappers.Stage1And2):
-        _replace_in_stage_1_and_2(engine.optimizer, source)
-    elif isinstance(zero_wrapper, zero_wrappers.Stage3):
-        _replace_in_stage_3(engine.optimizer, source)
-        if engine.optimizer.swap_optimizer:
+    else:
+        kind = _BF16MeanSource if isinstance(zero_wrapper, BF16) else ZeroMeanSource
+        source = optimizer.mean_source = kind(optimizer, zero_wrapper, engine.module)
+        optimizer.retire_beta1_prod = False  # would free no memory: ZeRO holds references to the states
+        zero_wrapper.attach(source)
+        if isinstance(zero_wrapper, Stage3) and engine.optimizer.swap_optimizer:
             wrap_nvme_checkpoints(engine.optimizer, optimizer, source)
-    wrap_checkpoint_loading(engine.optimizer, optimizer)
+    wrap_checkpoint_loading(engine, zero_wrapper)
 
 
 class InitializationOnly(MeanSource):
@@ -142,136 +136,11 @@ def _set_initial_mean_source(create: Callable[[Any], AdaptiveInertia]) -> Callab
     return _configure_basic_optimizer
 
 
-# -- all ZeRO wrappers ------------------------------------------------------------------------------------------------
-
-
-def _replace_step(wrapper: Any, source: ZeroMeanSource) -> None:
-    original = wrapper.step
-
-    @functools.wraps(original)
-    def step(closure: Any = None) -> Any:
-        source.begin()
-        result = original(closure)
-        source.end(wrapper._global_grad_norm)
-        return result
-
-    wrapper.step = step
-
-
-def _replace_loading(wrapper: Any, source: ZeroMeanSource) -> None:
-    original = wrapper.load_state_dict
-
-    @functools.wraps(original)
-    def load_state_dict(*args: Any, **kwargs: Any) -> None:
-        original(*args, **kwargs)
-        source.after_loading()
-
-    wrapper.load_state_dict = load_state_dict
-
-
-def _squared(norms: list[Any]) -> Tensor:
-    """Return the squared norms in float64, with NaN for -1, ZeRO's value for non-finite gradients."""
-    stacked = torch.stack([torch.as_tensor(norm, dtype=torch.float64).reshape(()) for norm in norms])
-    return torch.where(stacked >= 0, stacked.square(), torch.nan)
-
-
-# -- stages 1, 2 and 3 ------------------------------------------------------------------------------------------------
-
-
-def _observe(wrapper: Any, source: ZeroMeanSource, norms: list[Any]) -> None:
-    """Pass ZeRO's global norms of the scaled gradients, one per part, to the source.
-
-    Collective: as ZeroMeanSource.observe.
-    """
-    if len(norms) != len(source.flat_partitions):
-        raise RuntimeError(
-            f"ZeRO must compute one norm per part of the model ({len(source.flat_partitions)}) in every step, got "
-            f"{len(norms)}; use a version of DeepSpeed that this release of adai_dist supports"
-        )
-    unscaling = 1.0 / torch.as_tensor(wrapper.loss_scale, dtype=torch.float64, device=source.device)
-    source.observe(unscaling, _squared(norms).to(source.device))
-
-
-def _replace_in_stage_1_and_2(wrapper: Any, source: ZeroMeanSource) -> None:
-    norms: list[Any] = []
-    wrapper.compute_grad_norm = True  # the mean needs the norms, also under "compute_grad_norm": false
-
-    def recording(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def norm_of_group(*args: Any, **kwargs: Any) -> Any:
-            norm = original(*args, **kwargs)
-            norms.append(norm)
-            return norm
-
-        return norm_of_group
-
-    original_global_norm, original_unscale = wrapper.scaled_global_norm, wrapper.unscale_and_clip_grads
-
-    @functools.wraps(original_global_norm)
-    def scaled_global_norm(norm_type: int = 2) -> Any:
-        norms.clear()
-        global_norm = original_global_norm(norm_type)
-        _observe(wrapper, source, norms)
-        return global_norm
-
-    @functools.wraps(original_unscale)
-    def unscale_and_clip_grads(grad_groups_flat: Any, total_norm: Any) -> None:
-        # The optimizer scales gradients as it reads them. Applied to a 1, the original method yields the coefficient.
-        if not source.has_mean:
-            one = torch.ones(1, dtype=torch.float64, device=source.device)
-            original_unscale([one], total_norm)
-            source.compute_mean(one, wrapper._global_grad_norm)
-
-    wrapper.get_grad_norm_direct = recording(wrapper.get_grad_norm_direct)
-    wrapper.complete_grad_norm_calculation_for_cpu_offload = recording(
-        wrapper.complete_grad_norm_calculation_for_cpu_offload
-    )
-    wrapper.scaled_global_norm = scaled_global_norm
-    wrapper.unscale_and_clip_grads = unscale_and_clip_grads
-
-
-class _UnitGradientWrapper:
-    """Proxy of a stage-3 wrapper in which the gradient of a sub-group is a single 1."""
-
-    def __init__(self, wrapper: Any, sub_group_id: int, one: Tensor) -> None:
-        self._wrapper = wrapper
-        self.fp32_partitioned_groups_flat = {sub_group_id: SimpleNamespace(grad=one)}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._wrapper, name)
-
-
-def _replace_in_stage_3(wrapper: Any, source: ZeroMeanSource) -> None:
-    original_norm_groups, original_unscale = wrapper._get_norm_groups, type(wrapper).unscale_and_clip_grads
-
-    @functools.wraps(original_norm_groups)
-    def _get_norm_groups() -> list[Any]:
-        source.check_coupled_decay()
-        norms = original_norm_groups()
-        _observe(wrapper, source, norms)
-        return norms
-
-    @functools.wraps(original_unscale)
-    def unscale_and_clip_grads(sub_group_id: int, total_norm: Any) -> None:
-        if source.zero_wrapper.is_swapped(sub_group_id):
-            source.zero_wrapper.clear_stale_gradients(sub_group_id)  # not in memory before this point
-        if not source.has_mean:
-            one = torch.ones(1, dtype=torch.float64, device=source.device)
-            original_unscale(_UnitGradientWrapper(wrapper, sub_group_id, one), sub_group_id, total_norm)
-            source.compute_mean(one, wrapper._global_grad_norm)
-
-    wrapper._get_norm_groups = _get_norm_groups
-    wrapper.unscale_and_clip_grads = unscale_and_clip_grads
-
-
-# -- BF16_Optimizer ---------------------------------------------------------------------------------------------------
-
-
 class _BF16MeanSource(ZeroMeanSource):
     """The mean under BF16_Optimizer, which calls the optimizer once, with gradients clipped by their total norm."""
 
     def mean(self, optimizer: AdaptiveInertia, shards: list[OwnedShards], max_norm: float | None) -> GlobalMean:
         one = torch.ones((), dtype=torch.float64, device=self.device)
         self.observe(one, None)
-        self.compute_mean(one, self.zero_wrapper.wrapper._global_grad_norm)
+        self.compute_mean(one, self.zero_wrapper.global_grad_norm())
         return super().mean(optimizer, shards, max_norm)

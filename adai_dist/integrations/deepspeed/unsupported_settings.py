@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import deepspeed
 import torch
-from torch.torch_version import TorchVersion
 
 from adai_dist.hyper import Hyper
+from adai_dist.integrations.deepspeed.adapters.engine import setting
+from adai_dist.integrations.deepspeed.adapters.releases import installed_release
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 
 NUM_SWAPPED_TENSORS = 5
 """Number of tensors per parameter in the NVMe swapper's buffers: parameter, gradient and three states."""
-
-OLDEST_DEEPSPEED = "0.19.8"
-"""First supported version; the binding replaces private methods, whose signatures are tested from it on."""
-
-FP16_STAGE_0_BROKEN_SINCE = "0.18.3"
-"""First version that unscales gradients of an unscaled loss: https://github.com/deepspeedai/DeepSpeed/pull/8393."""
 
 IDENTIFYING_KEYS = {"dampening", "decoupled", "maximize", "betas"}
 """Keys that together only parameter groups of this package have."""
@@ -28,19 +21,6 @@ IDENTIFYING_KEYS = {"dampening", "decoupled", "maximize", "betas"}
 
 class UnsupportedSetting(ValueError):
     """Error for a DeepSpeed setting under which these optimizers cannot be exact."""
-
-
-def check_version() -> None:
-    """Refuse a DeepSpeed older than the binding supports; :func:`check_signatures` checks newer ones.
-
-    Raises:
-        RuntimeError: the version is older than :data:`OLDEST_DEEPSPEED`.
-    """
-    if TorchVersion(deepspeed.__version__) < OLDEST_DEEPSPEED:
-        raise RuntimeError(
-            f"Adai needs DeepSpeed {OLDEST_DEEPSPEED} or newer, got {deepspeed.__version__}; "
-            "run: pip install 'adai-dist[deepspeed]'"
-        )
 
 
 def check_has_lr(engine: Any) -> None:
@@ -67,9 +47,9 @@ def check_config(engine: Any) -> None:
     Collective: none; the same on all ranks.
     """
     offload = engine.zero_offload_optimizer()
-    if engine.zenflow_config() is not None:
+    if setting(engine, "zenflow_config") is not None:
         _refuse("zero_optimization.zenflow", "steps some columns with its own Adam", "remove it")
-    if engine.super_offload():
+    if setting(engine, "super_offload"):
         _refuse(
             "zero_optimization.offload_optimizer.super_offload",
             "steps parameters with its own Adam during the backward pass",
@@ -87,14 +67,14 @@ def check_config(engine: Any) -> None:
             "saves checkpoints that cannot be loaded",
             "remove it, and use `adai-dist to-universal` to change the number of ranks",
         )
-    if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
+    if setting(engine, "torch_autocast_enabled") and setting(engine, "torch_autocast_dtype") == torch.float16:
         if engine.zero_optimization():
             _refuse(
                 'torch_autocast.dtype = "float16" with zero_optimization',
                 "updates the loss scale between the parts of one step",
                 'use "bfloat16", or the fp16 section instead of torch_autocast',
             )
-    elif engine.fp16_enabled() and not engine.zero_optimization() and _fp16_stage_0_is_broken():
+    elif engine.fp16_enabled() and not engine.zero_optimization() and not installed_release().scales_loss_without_zero:
         _refuse(
             f"fp16 without ZeRO in DeepSpeed {deepspeed.__version__}",
             "unscales gradients of a loss that was not scaled, so that the model would not train",
@@ -114,10 +94,6 @@ def check_config(engine: Any) -> None:
             "would cycle betas[0], which is not a momentum",
             'set "cycle_momentum": false',
         )
-
-
-def _fp16_stage_0_is_broken() -> bool:
-    return TorchVersion(deepspeed.__version__) >= FP16_STAGE_0_BROKEN_SINCE
 
 
 def _check_nvme(offload: Any, stage: int) -> None:
@@ -182,35 +158,6 @@ def check_not_replaced(optimizer: Any, expected: type[AdaptiveInertia] | None = 
             'set "zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration, or name the optimizer there '
             'and pass accelerate.utils.DummyOptim: "optimizer": {"type": "Adai", "params": {"lr": ...}}',
         )
-
-
-def check_signatures(wrapper: Any, expected: dict[str, tuple[str, ...]]) -> None:
-    """Refuse a DeepSpeed whose methods differ from those that the binding supports.
-
-    Args:
-        wrapper: DeepSpeed's wrapper around the optimizer.
-        expected: parameter names by method name.
-
-    Raises:
-        RuntimeError: a method is missing or has other parameters.
-    """
-    for name, parameters in expected.items():
-        method: Callable[..., Any] | None = getattr(wrapper, name, None)
-        found = _parameters(method) if callable(method) else None
-        if found is None or found[: len(parameters)] != parameters:
-            raise RuntimeError(
-                f"{type(wrapper).__name__}.{name} must take {parameters}, got "
-                f"{'no such method' if found is None else found} in DeepSpeed {deepspeed.__version__}, which this "
-                f"release of adai_dist does not support; use DeepSpeed {OLDEST_DEEPSPEED}, or a newer adai_dist"
-            )
-
-
-def _parameters(method: Callable[..., Any]) -> tuple[str, ...]:
-    # DeepSpeed's profiling decorator keeps the method in its closure under this name, without functools.wraps.
-    wrapped = inspect.getclosurevars(inspect.unwrap(getattr(method, "__func__", method))).nonlocals.get("func")
-    if wrapped is None:
-        return tuple(inspect.signature(method).parameters)
-    return tuple(inspect.signature(wrapped).parameters)[1:]
 
 
 def _refuse(setting: str, reason: str, remedy: str) -> None:

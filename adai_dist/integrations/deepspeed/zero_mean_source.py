@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from adai_dist import equations
 from adai_dist.equations import LocalTensors, SquaredNorms
 from adai_dist.hyper import Hyper
+from adai_dist.integrations.deepspeed.adapters.zero_wrapper import Fragment, ZeroWrapper
 from adai_dist.integrations.deepspeed.model_snapshot import ModelSnapshot
 from adai_dist.integrations.deepspeed.unsupported_settings import (
     check_no_coupled_decay,
     check_no_max_grad_norm,
 )
-from adai_dist.integrations.deepspeed.zero_wrappers import Fragment, ZeroWrapper
 from adai_dist.kernels import nothing_kept
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.first_moment_check import FirstMomentCheck

@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed import __version__ as deepspeed_version
-from deepspeed.checkpoint.constants import PARAM_GROUPS
-from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT, PARAM_GROUPS
 
+from adai_dist.integrations.deepspeed.adapters.stage_3 import Stage3
+from adai_dist.integrations.deepspeed.adapters.zero_wrapper import ZeroWrapper
 from adai_dist.integrations.deepspeed.checkpoint_file import load_checkpoint_file
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.state import new_state
-
-LOAD_STAGE_3 = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
-LOAD_OTHERS = "load_hp_checkpoint_state_from_checkpoint_dir"
+from adai_dist.sharding.param_shard import STATE_NAMES
 
 
-def wrap_checkpoint_loading(wrapper: Any, optimizer: AdaptiveInertia) -> None:
+def wrap_checkpoint_loading(engine: Any, zero_wrapper: ZeroWrapper | None) -> None:
     """Make DeepSpeed load all states from ordinary and universal checkpoints.
 
     A universal checkpoint then restores ``beta1_prod`` and the hyperparameters of each parameter group under every
@@ -29,66 +27,63 @@ def wrap_checkpoint_loading(wrapper: Any, optimizer: AdaptiveInertia) -> None:
     first.) A checkpoint without ``beta1_prod`` raises ValueError on all ranks, before anything is changed.
 
     Args:
-        wrapper: ``engine.optimizer``; only this instance is changed. Without ZeRO it is ``optimizer``.
-        optimizer: ``engine.basic_optimizer``.
-
-    Raises:
-        RuntimeError: this version of DeepSpeed has no known method to load universal checkpoints.
+        engine: the engine, of which only the optimizer and the wrapper are changed.
+        zero_wrapper: interface to ``engine.optimizer``; None without ZeRO.
 
     **Collective**: none, here or in loading; all ranks must see the same checkpoint folder.
     """
+    optimizer: AdaptiveInertia = engine.basic_optimizer
     optimizer.register_load_state_dict_pre_hook(_refuse_other_states)
-    if isinstance(wrapper, ZeROOptimizer):
-        _wrap_zero(wrapper, optimizer)
+    if isinstance(zero_wrapper, Stage3):
+        _replace_universal_loading_of_stage_3(zero_wrapper, optimizer, engine.param_names)
+    elif zero_wrapper is not None:
+        _wrap_universal_loading(zero_wrapper, optimizer)
+        _relink_after(zero_wrapper.wrapper, "_load_legacy_checkpoint")
+        if hasattr(zero_wrapper.wrapper, "reload_states"):
+            _relink_after(zero_wrapper.wrapper, "reload_states")
 
 
-def _wrap_zero(wrapper: Any, optimizer: AdaptiveInertia) -> None:
-    is_stage_3 = hasattr(wrapper, LOAD_STAGE_3)
-    name = LOAD_STAGE_3 if is_stage_3 else LOAD_OTHERS
-    load: Any = getattr(wrapper, name, None)
-    if load is None:
-        raise RuntimeError(
-            f"{type(wrapper).__name__} of DeepSpeed must have {name}(), got none in version {deepspeed_version}; use a "
-            "version that this release of adai_dist supports"
-        )
+def _replace_universal_loading_of_stage_3(
+    zero_wrapper: Stage3, optimizer: AdaptiveInertia, param_names: dict[Any, str]
+) -> None:
+    wrapper = zero_wrapper.wrapper
+    original = wrapper.load_hp_checkpoint_state_from_checkpoint_dir_stage3
 
-    def load_stage_3(checkpoint_dir: str) -> None:
+    @functools.wraps(original)
+    def load_hp_checkpoint_state_from_checkpoint_dir_stage3(checkpoint_dir: str, *_: Any) -> None:
         checkpoint = UniversalCheckpoint(checkpoint_dir)
-        names = [[wrapper.param_names[param] for param in params] for params in wrapper.fp16_groups]
-        checkpoint.check((name for sub_group in names for name in sub_group), optimizer)
-        load(checkpoint_dir)
-        checkpoint.load_beta1_prod(names, wrapper, optimizer)
+        checkpoint.check([param_names[param] for params in wrapper.fp16_groups for param in params], optimizer)
+        wrapper._load_global_state_stage3(checkpoint.content)
+        step = checkpoint.content[OPTIMIZER_STATE_DICT]["state"][0]["step"]
+        for part, flat in enumerate(zero_wrapper.flat_partitions()):
+            folders = [checkpoint.zero_folder / param_names[param] for param in wrapper.fp16_groups[part]]
+            loaded = {key: zero_wrapper.load_part(part, folders, key) for key in ("fp32", *STATE_NAMES)}
+            flat.data.copy_(loaded.pop("fp32"))
+            optimizer.state[flat] = {"step": step, **loaded}
         checkpoint.restore_param_groups(optimizer)
+        zero_wrapper.copy_to_model()
 
-    def load_others(lp_groups_name: str, checkpoint_dir: str) -> None:
+    wrapper.load_hp_checkpoint_state_from_checkpoint_dir_stage3 = load_hp_checkpoint_state_from_checkpoint_dir_stage3
+
+
+def _wrap_universal_loading(zero_wrapper: ZeroWrapper, optimizer: AdaptiveInertia) -> None:
+    wrapper = zero_wrapper.wrapper
+    original = wrapper.load_hp_checkpoint_state_from_checkpoint_dir
+
+    @functools.wraps(original)
+    def load_hp_checkpoint_state_from_checkpoint_dir(lp_groups_name: str, checkpoint_dir: str) -> None:
         checkpoint = UniversalCheckpoint(checkpoint_dir)
         param_groups: list[list[Any]] = getattr(wrapper, lp_groups_name)
         names = [wrapper.param_names[param] for params in param_groups for param in params]
         checkpoint.check(names, optimizer)
-        _check_offsets(wrapper)
+        zero_wrapper.check_universal_offsets()
         with _placeholders_in_empty_groups(wrapper, param_groups, checkpoint.step(names)):
-            load(lp_groups_name, checkpoint_dir)
+            original(lp_groups_name, checkpoint_dir)
         for param_group in optimizer.param_groups:
             flat_param = param_group["params"][0]
             optimizer.state[flat_param] = {**new_state(flat_param), **optimizer.state[flat_param]}
 
-    setattr(wrapper, name, load_stage_3 if is_stage_3 else load_others)
-    if not is_stage_3:
-        _relink_after(wrapper, "_load_legacy_checkpoint")
-        _relink_after(wrapper, "reload_states")
-
-
-def _check_offsets(wrapper: Any) -> None:
-    """Refuse ``round_robin_gradients``, under which DeepSpeed loads states to the offsets of other parameters."""
-    if not getattr(wrapper, "round_robin_gradients", False):
-        return
-    groups = zip(wrapper.bit16_groups, wrapper.round_robin_bit16_groups, wrapper.round_robin_bit16_padding, strict=True)
-    for params, order, padding in groups:
-        if any(a is not b for a, b in zip(params, order, strict=True)) and not any(padding):
-            raise ValueError(
-                '"round_robin_gradients" must be false in a run that loads a universal checkpoint, got true, for which '
-                "DeepSpeed's offsets of the parameters are wrong; remove it"
-            )
+    wrapper.load_hp_checkpoint_state_from_checkpoint_dir = load_hp_checkpoint_state_from_checkpoint_dir
 
 
 def _relink_after(wrapper: Any, name: str) -> None:
@@ -96,9 +91,7 @@ def _relink_after(wrapper: Any, name: str) -> None:
 
     DeepSpeed drops its links to the states there, and creates new ones in the first step only.
     """
-    original: Any = getattr(wrapper, name, None)
-    if original is None:
-        return
+    original: Any = getattr(wrapper, name)
 
     @functools.wraps(original)
     def with_links(*args: Any, **kwargs: Any) -> None:
@@ -122,8 +115,8 @@ class UniversalCheckpoint:
                 "'adai-dist to-universal IN OUT'"
             )
         # From ZeRO 3 the file may also hold the states of rank 0, which stay memory-mapped.
-        content = load_checkpoint_file(path)
-        self.param_groups: list[dict[str, Any]] = content[PARAM_GROUPS]
+        self.content: dict[str, Any] = load_checkpoint_file(path)
+        self.param_groups: list[dict[str, Any]] = self.content[PARAM_GROUPS]
 
     def check(self, param_names: Iterable[str], optimizer: AdaptiveInertia) -> None:
         """Refuse a checkpoint that the run cannot continue; checks all parameters, so that all ranks agree.
@@ -153,18 +146,6 @@ class UniversalCheckpoint:
             if path.is_file():
                 return load_checkpoint_file(path)
         return None
-
-    def load_beta1_prod(self, names: list[list[str]], wrapper: Any, optimizer: AdaptiveInertia) -> None:
-        """Load this rank's partition of ``beta1_prod`` of each parameter, as ZeRO 3 loads ``exp_avg``."""
-        sub_groups = zip(wrapper.fp16_groups, names, wrapper.fp32_partitioned_groups_flat, strict=True)
-        for params, param_names, flat_param in sub_groups:
-            beta1_prod = torch.ones_like(flat_param)
-            offset = 0
-            for param, name in zip(params, param_names, strict=True):
-                part = wrapper.load_hp_checkpoint_state(str(self.zero_folder / name), "beta1_prod", param=param)
-                beta1_prod.narrow(0, offset, part.numel()).copy_(part)
-                offset += part.numel()
-            optimizer.state[flat_param]["beta1_prod"] = beta1_prod
 
     def restore_param_groups(self, optimizer: AdaptiveInertia) -> None:
         """Restore the hyperparameters of each parameter group."""

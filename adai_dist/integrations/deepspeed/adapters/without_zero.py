@@ -11,9 +11,9 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
+from adai_dist.integrations.deepspeed.adapters.bf16 import tensor_parallel_rank
 from adai_dist.integrations.deepspeed.model_snapshot import ModelSnapshot
 from adai_dist.integrations.deepspeed.zero_mean_source import mean_of_skipped_step
-from adai_dist.integrations.deepspeed.zero_wrappers import tensor_parallel_rank
 from adai_dist.sharding.plan import ShardingPlan
 
 if TYPE_CHECKING:

@@ -1,0 +1,17 @@
+"""The settings of an engine, which differ between releases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adai_dist.integrations.deepspeed.adapters.releases import installed_release
+
+
+def setting(engine: Any, name: str) -> Any:
+    """Return what the method ``name`` of the engine returns, or None if the installed release has no such setting."""
+    return getattr(engine, name)() if name in installed_release().methods["DeepSpeedEngine"] else None
+
+
+def clips_without_being_asked(engine: Any) -> bool:
+    """Return whether DeepSpeed clips gradients although the configuration does not set ``gradient_clipping``."""
+    return installed_release().clips_by_default and "gradient_clipping" not in engine._config._param_dict

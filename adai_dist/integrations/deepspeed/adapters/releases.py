@@ -1,0 +1,280 @@
+"""What the adapters rely on in each range of DeepSpeed's releases.
+
+The binding replaces, calls and reads names of DeepSpeed that are not public. Every one of them is in the tables
+METHODS, ATTRIBUTES and SET_BY_STEP of the range, and is checked when an optimizer is bound. Where releases differ in
+what they do, a field of the range says so, next to the pull request that changed it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import deepspeed
+from torch.torch_version import TorchVersion
+
+logger: logging.Logger = logging.getLogger("adai_dist")
+
+TESTED: tuple[str, str] = ("0.16.0", "0.19.8")
+"""First and last tested release. Older ones are refused; newer ones are tried, after a warning."""
+
+Methods = Mapping[str, Mapping[str, tuple[str, ...]]]
+Attributes = Mapping[str, tuple[str, ...]]
+
+METHODS: Methods = {
+    "DeepSpeedEngine": {
+        "_configure_basic_optimizer": ("model_parameters",),
+        "fp16_enabled": (),
+        "load_universal_checkpoint": (),
+        "optimizer_name": (),
+        "optimizer_params": (),
+        "scheduler_name": (),
+        "scheduler_params": (),
+        "zero_elastic_checkpoint": (),
+        "zero_force_ds_cpu_optimizer": (),
+        "zero_offload_optimizer": (),
+        "zero_optimization": (),
+        "zero_optimization_stage": (),
+        "zero_partial_offload": (),
+    },
+    "FP16_UnfusedOptimizer": {"step": ("closure",)},
+    "DeepSpeedZeroOptimizer": {
+        "step": ("closure",),
+        "state_dict": (),
+        "load_state_dict": (),
+        "load_hp_checkpoint_state_from_checkpoint_dir": ("lp_groups_name", "checkpoint_dir"),
+        "scaled_global_norm": ("norm_type",),
+        "get_grad_norm_direct": ("gradients", "params", "norm_type"),
+        "complete_grad_norm_calculation_for_cpu_offload": ("params",),
+        "unscale_and_clip_grads": ("grad_groups_flat", "total_norm"),
+        "get_param_id": ("param",),
+        "_lazy_init_hp_params_optimizer_state": (),
+        "_load_legacy_checkpoint": (),
+    },
+    "DeepSpeedZeroOptimizer with offload": {"async_accumulate_grad_in_cpu_via_gpu": ("param",)},
+    "DeepSpeedZeroOptimizer_Stage3": {
+        "step": ("closure",),
+        "state_dict": (),
+        "load_state_dict": (),
+        "load_hp_checkpoint_state_from_checkpoint_dir_stage3": ("checkpoint_dir",),
+        "_load_global_state_stage3": ("sd",),
+        "_get_norm_groups": (),
+        "unscale_and_clip_grads": ("sub_group_id", "total_norm"),
+        "get_param_id": ("param",),
+        "unflatten": (),
+        "_swappable_optimizer_subgroup": ("sub_group_id",),
+        "_prepare_sub_group": ("sub_group_id", "timer_names"),
+        "_release_sub_group": ("sub_group_id", "timer_names"),
+    },
+    "DeepSpeedZeroOptimizer_Stage3 with NVMe": {
+        "checkpoint_event_epilogue": (),
+        "reset_swap_buffers": (),
+        "_reassign_or_swap_out_partitioned_parameters": ("sub_group_id",),
+    },
+    "BF16_Optimizer": {
+        "step": ("closure",),
+        "state_dict": (),
+        "load_state_dict": (),
+        "load_hp_checkpoint_state_from_checkpoint_dir": ("lp_groups_name", "checkpoint_dir"),
+        "_lazy_init_hp_params_optimizer_state": (),
+        "_load_legacy_checkpoint": (),
+    },
+}
+"""Names of the parameters of each method, by class, and by a setting that the method depends on."""
+
+ATTRIBUTES: Attributes = {
+    "DeepSpeedEngine": ("_config", "global_rank", "module", "mpu", "param_names"),
+    "DeepSpeedEngine after configuration": ("basic_optimizer", "has_moe_layers", "optimizer"),
+    "DeepSpeedEngine with experts": ("expert_data_parallel_group", "seq_data_parallel_group"),
+    "FP16_UnfusedOptimizer": ("_global_grad_norm", "fp16_groups", "fp32_groups", "overflow"),
+    "DeepSpeedZeroOptimizer": (
+        "_global_grad_norm",
+        "_hp_optimizer_states_linked",
+        "averaged_gradients",
+        "bit16_groups",
+        "cpu_offload",
+        "dp_process_group",
+        "gradient_accumulation_steps",
+        "loss_scale",
+        "model_parallel_group",
+        "model_parallel_rank",
+        "param_names",
+        "params_in_partition",
+        "real_dp_process_group",
+        "round_robin_bit16_groups",
+        "round_robin_bit16_meta",
+        "round_robin_gradients",
+        "single_partition_of_fp32_groups",
+    ),
+    "DeepSpeedZeroOptimizer with offload": (
+        "accumulated_grads_in_cpu",
+        "grad_position",
+        "local_overflow",
+        "micro_step_id",
+        "norm_for_param_grads",
+    ),
+    "DeepSpeedZeroOptimizer_Stage3": (
+        "_global_grad_norm",
+        "averaged_gradients",
+        "dp_process_group",
+        "fp16_groups",
+        "fp16_partitioned_groups",
+        "fp16_partitioned_groups_flat",
+        "fp32_partitioned_groups_flat",
+        "grad_partitions_flat_buffer",
+        "gradient_accumulation_steps",
+        "loss_scale",
+        "model_parallel_group",
+        "model_parallel_rank",
+        "offload_optimizer",
+        "sub_group_to_group_id",
+        "swap_optimizer",
+    ),
+    "DeepSpeedZeroOptimizer_Stage3 with offload": (
+        "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
+        "norm_for_param_grads",
+    ),
+    "DeepSpeedZeroOptimizer_Stage3 with NVMe": ("optimizer_swapper",),
+    "parameter of DeepSpeedZeroOptimizer_Stage3": ("ds_id", "ds_numel", "partition_numel"),
+    "BF16_Optimizer": (
+        "_hp_optimizer_states_linked",
+        "bf16_groups",
+        "dp_process_group",
+        "fp32_groups_flat_partition",
+        "fp32_groups_gradient_flat_partition",
+        "mpu",
+        "param_names",
+    ),
+    "parameter of BF16_Optimizer": ("_hp_mapping",),
+}
+"""Attributes by class, and by a setting that they depend on."""
+
+SET_BY_STEP: Attributes = {"BF16_Optimizer": ("_global_grad_norm",)}
+"""Attributes by class that exist only once its method ``step`` has set them."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """The releases of DeepSpeed from one version up to the next range."""
+
+    since: str
+    methods: Methods
+    attributes: Attributes
+    set_by_step: Attributes
+    scales_loss_without_zero: bool = True
+    """Whether the gradients that the fp16 wrapper without ZeRO unscales are those of a scaled loss."""
+    accumulates_offloaded_gradients: bool = False
+    """Whether ZeRO 1 and 2 keep, under offload, the gradients of all micro-batches between the first and the last."""
+    keeps_late_gradients: bool = False
+    """Whether offload can still use the gradients of parameters that the last micro-batch does not use."""
+    has_groups_per_param: bool = False
+    """Whether parameters of ZeRO 3 may be partitioned over different process groups."""
+    clips_by_default: bool = False
+    """Whether gradients are clipped at 1.0 if the configuration does not set ``gradient_clipping``."""
+    has_aligned_params: bool = False
+    """Whether ZeRO 1 and 2 may put padding between parameters, and hold the resulting offsets."""
+    has_tensor_parallel_partitions: bool = False
+    """Whether the norm of ZeRO 3 is right for parameters partitioned over tensor-parallel ranks, as under AutoTP."""
+
+    def later(self, since: str, methods: Methods | None = None, attributes: Attributes | None = None) -> Release:
+        """Return a copy for the releases from ``since`` on, with additional or changed names."""
+        all_methods = dict(self.methods)
+        for owner, added in (methods or {}).items():
+            all_methods[owner] = {**all_methods.get(owner, {}), **added}
+        all_attributes = dict(self.attributes)
+        for owner, names in (attributes or {}).items():
+            all_attributes[owner] = (*all_attributes.get(owner, ()), *names)
+        return replace(self, since=since, methods=all_methods, attributes=all_attributes)
+
+
+V0_16 = Release(TESTED[0], METHODS, ATTRIBUTES, SET_BY_STEP)
+# torch.autocast with ZeRO: https://github.com/deepspeedai/DeepSpeed/pull/6993
+V0_17_2 = V0_16.later("0.17.2", methods={"DeepSpeedEngine": {"torch_autocast_enabled": (), "torch_autocast_dtype": ()}})
+# ZenFlow: https://github.com/deepspeedai/DeepSpeed/pull/7391
+V0_17_5 = V0_17_2.later("0.17.5", methods={"DeepSpeedEngine": {"zenflow_config": ()}})
+# offload_states under ZeRO 1 and 2: https://github.com/deepspeedai/DeepSpeed/pull/7421
+V0_17_6 = V0_17_5.later("0.17.6", methods={"DeepSpeedZeroOptimizer": {"reload_states": ("non_blocking",)}})
+# SuperOffload: https://github.com/deepspeedai/DeepSpeed/pull/7559
+V0_18_0 = V0_17_6.later("0.18.0", methods={"DeepSpeedEngine": {"super_offload": ()}})
+# The fp16 wrapper without ZeRO unscales gradients of an unscaled loss: introduced by
+# https://github.com/deepspeedai/DeepSpeed/pull/7665, reported in https://github.com/deepspeedai/DeepSpeed/pull/8393
+V0_18_3 = replace(V0_18_0, since="0.18.3", scales_loss_without_zero=False)
+# https://github.com/deepspeedai/DeepSpeed/pull/7967 and https://github.com/deepspeedai/DeepSpeed/pull/7981
+V0_19_0 = replace(V0_18_3, since="0.19.0", accumulates_offloaded_gradients=True)
+# Process groups per parameter: https://github.com/deepspeedai/DeepSpeed/pull/8060
+# Clipping by default: https://github.com/deepspeedai/DeepSpeed/pull/8068
+V0_19_3 = replace(
+    V0_19_0.later(
+        "0.19.3",
+        methods={
+            "DeepSpeedZeroOptimizer_Stage3": {
+                "_get_param_partition_group": ("param",),
+                "_get_param_partition_rank": ("param",),
+                "load_hp_checkpoint_state": ("folder", "key", "param"),
+            }
+        },
+    ),
+    has_groups_per_param=True,
+    clips_by_default=True,
+)
+# https://github.com/deepspeedai/DeepSpeed/pull/8225
+V0_19_5 = replace(
+    V0_19_3.later(
+        "0.19.5",
+        methods={
+            "DeepSpeedZeroOptimizer with offload": {"_finalize_cpu_offload_gradient_accumulation": ()},
+            "DeepSpeedZeroOptimizer_Stage3 with offload": {"_finalize_offload_gradient_accumulation": ()},
+        },
+        attributes={
+            "DeepSpeedZeroOptimizer with offload": ("_offload_accumulated_param_ids",),
+            "DeepSpeedZeroOptimizer_Stage3": ("_offload_boundary_param_ids",),
+        },
+    ),
+    keeps_late_gradients=True,
+)
+# The source of 0.19.7: parameter_alignment and compute_grad_norm
+V0_19_7 = replace(
+    V0_19_5.later(
+        "0.19.7",
+        attributes={
+            "DeepSpeedZeroOptimizer": ("compute_grad_norm", "round_robin_bit16_offsets", "round_robin_bit16_padding")
+        },
+    ),
+    has_aligned_params=True,
+)
+# The source of 0.19.8
+V0_19_8 = replace(
+    V0_19_7.later(
+        "0.19.8",
+        methods={"DeepSpeedZeroOptimizer_Stage3": {"_grad_norm_counts_every_rank": ("params", "process_group")}},
+    ),
+    has_tensor_parallel_partitions=True,
+)
+
+RELEASES = (V0_16, V0_17_2, V0_17_5, V0_17_6, V0_18_0, V0_18_3, V0_19_0, V0_19_3, V0_19_5, V0_19_7, V0_19_8)
+"""All ranges, the oldest first."""
+
+
+@functools.cache
+def installed_release() -> Release:
+    """Return the range of the installed DeepSpeed, and warn, once, if it is newer than the tested ones.
+
+    Raises:
+        RuntimeError: it is older than the tested ones.
+
+    Collective: none.
+    """
+    version = TorchVersion(deepspeed.__version__.strip())
+    if version < TESTED[0]:
+        raise RuntimeError(
+            f"Adai needs DeepSpeed {TESTED[0]} or newer, got {version}; run: pip install 'adai-dist[deepspeed]'"
+        )
+    if version > TESTED[1]:
+        logger.warning(
+            "DeepSpeed %s is newer than %s, the newest release that this release of adai_dist was tested with; the "
+            "methods and attributes that it needs are checked, but a change of their meaning would not be noticed",
+            *(version, TESTED[1]),
+        )
+    return next(release for release in reversed(RELEASES) if version >= release.since)
