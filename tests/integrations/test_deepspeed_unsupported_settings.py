@@ -155,41 +155,6 @@ def test_a_step_of_an_unbound_wrapper_is_refused(stage: int) -> None:
         assert "call adai_dist.register() before deepspeed.initialize()" in message
 
 
-def with_an_unknown_method() -> list[tuple[str, str]]:
-    set_environment()
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    DeepSpeedZeroOptimizer.unscale_and_clip_grads = lambda self, gradients, scale: None
-    del DeepSpeedZeroOptimizer_Stage3._get_norm_groups
-    return [error_of(initialize, zero(stage)) for stage in (1, 3)]
-
-
-def test_an_unknown_deepspeed_is_refused_naming_method_and_version() -> None:
-    import deepspeed
-
-    for in_stage_1, in_stage_3 in run_ranks(with_an_unknown_method, 2):
-        assert in_stage_1[0] == in_stage_3[0] == "RuntimeError"
-        assert "DeepSpeedZeroOptimizer.unscale_and_clip_grads" in in_stage_1[1]
-        assert "('gradients', 'scale')" in in_stage_1[1]
-        assert "DeepSpeedZeroOptimizer_Stage3._get_norm_groups" in in_stage_3[1]
-        assert deepspeed.__version__ in in_stage_1[1]
-
-
-def with_an_old_version() -> tuple[str, str]:
-    set_environment()
-    import deepspeed
-
-    deepspeed.__version__ = "0.18.9"
-    return error_of(initialize, zero(1))
-
-
-def test_an_old_deepspeed_is_refused_naming_its_version() -> None:
-    for kind, message in run_ranks(with_an_old_version, 2):
-        assert kind == "RuntimeError"
-        assert message.startswith("Adai needs DeepSpeed 0.19.8 or newer, got 0.18.9;")
-
-
 def own_methods_while_zero_drives() -> list[tuple[str, str]]:
     optimizer = initialize(zero(1)).basic_optimizer
     return [error_of(optimizer.clip_grad_norm_, 1.0), error_of(optimizer.configure_sharding), error_of(optimizer.step)]

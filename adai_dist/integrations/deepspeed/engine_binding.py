@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from adai_dist.integrations.deepspeed import unsupported_settings
 from adai_dist.integrations.deepspeed.adapters.bf16 import BF16
 from adai_dist.integrations.deepspeed.adapters.checkpoint_loading import wrap_checkpoint_loading
+from adai_dist.integrations.deepspeed.adapters.engine import clips_without_being_asked
 from adai_dist.integrations.deepspeed.adapters.names import check_names
 from adai_dist.integrations.deepspeed.adapters.nvme_checkpoint import wrap_nvme_checkpoints
 from adai_dist.integrations.deepspeed.adapters.releases import installed_release
@@ -24,6 +26,8 @@ from adai_dist.optimizer.mean_source import MeanSource, ShardedMean
 from adai_dist.optimizer.proxies import live_optimizers_of
 from adai_dist.sharding.mean import GlobalMean
 from adai_dist.sharding.owned_shards import OwnedShards
+
+logger: logging.Logger = logging.getLogger("adai_dist")
 
 
 def configure_and_bind(
@@ -66,6 +70,13 @@ def configure_and_bind(
         unsupported_settings.check_has_lr(engine)
     check_names(engine, installed_release(), "DeepSpeedEngine")
     unsupported_settings.check_config(engine)
+    if clips_without_being_asked(engine) and engine.global_rank == 0:
+        logger.warning(
+            'DeepSpeed clips gradients at 1.0 because the configuration does not set "gradient_clipping"; the update '
+            'of %s is proportional to the gradient, so that clipping slows it down: set "gradient_clipping" to the '
+            "bound that you want, or to 0.0 for none",
+            cls.__name__,
+        )
     _allow(cls)
     engine.zero_force_ds_cpu_optimizer = lambda: False  # DeepSpeed would require its CPU Adam under offload
     if client_optimizer is None:
@@ -94,9 +105,11 @@ def bind(engine: Any) -> None:
 
     Collective: all ranks.
     """
+    release = installed_release()
+    check_names(engine, release, "DeepSpeedEngine after configuration")
     optimizer: AdaptiveInertia = engine.basic_optimizer
     unsupported_settings.check_no_max_grad_norm(optimizer)
-    zero_wrapper = zero_wrapper_of(engine, installed_release())
+    zero_wrapper = zero_wrapper_of(engine, release)
     if zero_wrapper is None:
         optimizer.mean_source = ShardedMean(sharding_without_zero(engine))
         wrap_master_weight_step(engine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from adai_dist.integrations.deepspeed import transformers_trainer
 from adai_dist.integrations.deepspeed.optimizer_names import OPTIMIZERS
 from adai_dist.integrations.import_hooks import after_import, wrap_once
 from adai_dist.kernels.build import Extension, set_compiler
+from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 
 
 def register() -> None:
@@ -34,10 +36,19 @@ def register() -> None:
 def _register_with(engine_module: ModuleType) -> None:
     def wrap(original: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
         def _configure_optimizer(engine: Any, client_optimizer: Any, model_parameters: Any) -> None:
-            from adai_dist.integrations.deepspeed.engine_binding import configure_and_bind
-
+            configure = functools.partial(original, engine)
             named = OPTIMIZERS.get(engine.optimizer_name()) if client_optimizer is None else None
-            configure_and_bind(engine, client_optimizer, named, model_parameters, functools.partial(original, engine))
+            try:
+                from adai_dist.integrations.deepspeed.engine_binding import configure_and_bind
+            except ImportError as error:
+                if named is None and not isinstance(client_optimizer, AdaptiveInertia):
+                    configure(client_optimizer, model_parameters)
+                    return
+                raise RuntimeError(
+                    f"DeepSpeed must have what the binding of Adai imports, got {str(error)!r} in DeepSpeed "
+                    f"{version('deepspeed')}, which this release of adai_dist does not support; use a newer adai_dist"
+                ) from error
+            configure_and_bind(engine, client_optimizer, named, model_parameters, configure)
 
         return _configure_optimizer
 

@@ -53,7 +53,10 @@ METHODS: Methods = {
         "_lazy_init_hp_params_optimizer_state": (),
         "_load_legacy_checkpoint": (),
     },
-    "DeepSpeedZeroOptimizer with offload": {"async_accumulate_grad_in_cpu_via_gpu": ("param",)},
+    "DeepSpeedZeroOptimizer with offload": {
+        "async_accumulate_grad_in_cpu_via_gpu": ("param",),
+        "get_param_gradient_attribute": ("param",),
+    },
     "DeepSpeedZeroOptimizer_Stage3": {
         "step": ("closure",),
         "state_dict": (),
@@ -68,6 +71,7 @@ METHODS: Methods = {
         "_prepare_sub_group": ("sub_group_id", "timer_names"),
         "_release_sub_group": ("sub_group_id", "timer_names"),
     },
+    "DeepSpeedZeroOptimizer_Stage3 with offload": {},
     "DeepSpeedZeroOptimizer_Stage3 with NVMe": {
         "checkpoint_event_epilogue": (),
         "reset_swap_buffers": (),
@@ -87,7 +91,7 @@ METHODS: Methods = {
 ATTRIBUTES: Attributes = {
     "DeepSpeedEngine": ("_config", "global_rank", "module", "mpu", "param_names"),
     "DeepSpeedEngine after configuration": ("basic_optimizer", "has_moe_layers", "optimizer"),
-    "DeepSpeedEngine with experts": ("expert_data_parallel_group", "seq_data_parallel_group"),
+    "DeepSpeedEngine with model parallelism": ("expert_data_parallel_group", "seq_data_parallel_group"),
     "FP16_UnfusedOptimizer": ("_global_grad_norm", "fp16_groups", "fp32_groups", "overflow"),
     "DeepSpeedZeroOptimizer": (
         "_global_grad_norm",
@@ -137,6 +141,7 @@ ATTRIBUTES: Attributes = {
         "norm_for_param_grads",
     ),
     "DeepSpeedZeroOptimizer_Stage3 with NVMe": ("optimizer_swapper",),
+    "optimizer_swapper of DeepSpeedZeroOptimizer_Stage3": ("swap_folder", "swap_out_gradients"),
     "parameter of DeepSpeedZeroOptimizer_Stage3": ("ds_id", "ds_numel", "partition_numel"),
     "BF16_Optimizer": (
         "_hp_optimizer_states_linked",
@@ -178,14 +183,22 @@ class Release:
     has_tensor_parallel_partitions: bool = False
     """Whether the norm of ZeRO 3 is right for parameters partitioned over tensor-parallel ranks, as under AutoTP."""
 
-    def later(self, since: str, methods: Methods | None = None, attributes: Attributes | None = None) -> Release:
-        """Return a copy for the releases from ``since`` on, with additional or changed names."""
-        all_methods = dict(self.methods)
-        for owner, added in (methods or {}).items():
-            all_methods[owner] = {**all_methods.get(owner, {}), **added}
-        all_attributes = dict(self.attributes)
-        for owner, names in (attributes or {}).items():
-            all_attributes[owner] = (*all_attributes.get(owner, ()), *names)
+    def later(
+        self,
+        since: str,
+        methods: Methods | None = None,
+        attributes: Attributes | None = None,
+        unused: tuple[str, ...] = (),
+    ) -> Release:
+        """Return a copy for the releases from ``since`` on, with additional, changed and unused names."""
+        all_methods: dict[str, dict[str, tuple[str, ...]]] = {}
+        for owner, names in self.methods.items():
+            merged = {**names, **(methods or {}).get(owner, {})}
+            all_methods[owner] = {name: taken for name, taken in merged.items() if name not in unused}
+        all_attributes: dict[str, tuple[str, ...]] = {}
+        for owner, names in self.attributes.items():
+            merged = (*names, *(attributes or {}).get(owner, ()))
+            all_attributes[owner] = tuple(name for name in merged if name not in unused)
         return replace(self, since=since, methods=all_methods, attributes=all_attributes)
 
 
@@ -202,7 +215,12 @@ V0_18_0 = V0_17_6.later("0.18.0", methods={"DeepSpeedEngine": {"super_offload": 
 # https://github.com/deepspeedai/DeepSpeed/pull/7665, reported in https://github.com/deepspeedai/DeepSpeed/pull/8393
 V0_18_3 = replace(V0_18_0, since="0.18.3", scales_loss_without_zero=False)
 # https://github.com/deepspeedai/DeepSpeed/pull/7967 and https://github.com/deepspeedai/DeepSpeed/pull/7981
-V0_19_0 = replace(V0_18_3, since="0.19.0", accumulates_offloaded_gradients=True)
+V0_19_0 = replace(
+    V0_18_3.later(
+        "0.19.0", unused=("async_accumulate_grad_in_cpu_via_gpu", "get_param_gradient_attribute", "micro_step_id")
+    ),
+    accumulates_offloaded_gradients=True,
+)
 # Process groups per parameter: https://github.com/deepspeedai/DeepSpeed/pull/8060
 # Clipping by default: https://github.com/deepspeedai/DeepSpeed/pull/8068
 V0_19_3 = replace(
@@ -231,6 +249,10 @@ V0_19_5 = replace(
             "DeepSpeedZeroOptimizer with offload": ("_offload_accumulated_param_ids",),
             "DeepSpeedZeroOptimizer_Stage3": ("_offload_boundary_param_ids",),
         },
+        unused=(
+            *("grad_position", "local_overflow", "swap_out_gradients"),
+            "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
+        ),
     ),
     keeps_late_gradients=True,
 )

@@ -34,6 +34,8 @@ class Stage3(ZeroWrapper):
         super().__init__(wrapper, release)
         self._params: list[Any] = [param for params in wrapper.fp16_groups for param in params]
         check_names(self._params[0], release, "parameter of DeepSpeedZeroOptimizer_Stage3")
+        if wrapper.swap_optimizer:
+            check_names(wrapper.optimizer_swapper, release, "optimizer_swapper of DeepSpeedZeroOptimizer_Stage3")
 
     def tables(self) -> tuple[str, ...]:
         settings = (("offload", "offload_optimizer"), ("NVMe", "swap_optimizer"))

@@ -12,6 +12,8 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
 from adai_dist.integrations.deepspeed.adapters.bf16 import tensor_parallel_rank
+from adai_dist.integrations.deepspeed.adapters.names import check_names
+from adai_dist.integrations.deepspeed.adapters.releases import installed_release
 from adai_dist.integrations.deepspeed.model_snapshot import ModelSnapshot
 from adai_dist.integrations.deepspeed.zero_mean_source import mean_of_skipped_step
 from adai_dist.sharding.plan import ShardingPlan
@@ -46,6 +48,7 @@ def sharding_without_zero(engine: Any) -> ModelParallel | Replicated:
         model_parallel_group = mpu.get_model_parallel_group()
     if model_parallel_group is None and not has_experts:
         return Replicated()
+    check_names(engine, installed_release(), "DeepSpeedEngine with model parallelism")
     data_parallel_group: ProcessGroup = engine.seq_data_parallel_group
     weights: dict[Tensor, float] = {}
     for master, param in _masters_and_params(engine):

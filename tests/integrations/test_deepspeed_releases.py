@@ -1,0 +1,237 @@
+"""A DeepSpeed that the adapters do not know is refused when the optimizer is bound, by the name that differs."""
+
+from __future__ import annotations
+
+import ast
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import adai_dist
+from tests.integrations.deepspeed_engines import Prescribed, set_environment, start, walk
+from tests.integrations.deepspeed_oracle_check import check
+from tests.integrations.deepspeed_setups import BF16, CPU_OFFLOAD, FP32_GRADIENTS, Setup, zero
+from tests.spawn import run_ranks
+
+pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
+
+# One configuration for each wrapper, with the tables of names that apply to it.
+BOUND: dict[str, tuple[Setup, tuple[str, ...]]] = {
+    "without-zero-bf16": (Setup(zero(0) | BF16), ("FP16_UnfusedOptimizer",)),
+    "stage-1": (Setup(zero(1)), ("DeepSpeedZeroOptimizer",)),
+    "stage-2-offload": (
+        Setup(zero(2, **CPU_OFFLOAD)),
+        ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer with offload"),
+    ),
+    "stage-3": (Setup(zero(3)), ("DeepSpeedZeroOptimizer_Stage3",)),
+    "stage-3-offload": (
+        Setup(zero(3, **CPU_OFFLOAD)),
+        ("DeepSpeedZeroOptimizer_Stage3", "DeepSpeedZeroOptimizer_Stage3 with offload"),
+    ),
+    "bf16-optimizer": (Setup(zero(1) | BF16 | FP32_GRADIENTS), ("BF16_Optimizer",)),
+}
+
+
+@contextmanager
+def without(owner: Any, name: str) -> Iterator[None]:
+    """Rename an attribute of an object and of its classes, as another release might."""
+    renamed = f"{name}_renamed"
+    holders = [(holder, vars(holder)[name]) for holder in (owner, *type(owner).__mro__) if name in vars(holder)]
+    for holder, value in holders:
+        delattr(holder, name)
+        setattr(holder, renamed, value)
+    try:
+        yield
+    finally:
+        for holder, value in holders:
+            delattr(holder, renamed)
+            setattr(holder, name, value)
+
+
+def missing_names_that_are_not_refused(setup: Setup, tables: tuple[str, ...]) -> tuple[int, list[str]]:
+    """Bind an engine again without each name in turn, and return the number of names, and those without an error."""
+    from adai_dist.integrations.deepspeed.adapters.releases import installed_release
+    from adai_dist.integrations.deepspeed.engine_binding import bind
+
+    engine = start(setup, Prescribed(setup))
+    wrapper, release = engine.optimizer, installed_release()
+    names = [name for table in tables for name in (*release.methods[table], *release.attributes.get(table, ()))]
+    accepted: list[str] = []
+    for name in names:
+        try:
+            with without(wrapper, name):
+                bind(engine)
+        except RuntimeError as error:
+            if f"{type(wrapper).__name__}.{name} must" in str(error) and "no such" in str(error):
+                continue
+        accepted.append(name)
+    return len(names), accepted
+
+
+@pytest.mark.parametrize("setup", BOUND)
+def test_every_name_of_the_tables_is_refused_by_name_if_it_is_gone(setup: str) -> None:
+    for num_names, accepted in run_ranks(missing_names_that_are_not_refused, 2, *BOUND[setup]):
+        assert num_names > 3
+        assert accepted == []
+
+
+def error_of(work: Any, *args: Any) -> tuple[str, str]:
+    try:
+        work(*args)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def with_changed_methods() -> list[tuple[str, str]]:
+    set_environment()
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    DeepSpeedZeroOptimizer.unscale_and_clip_grads = lambda self, gradients, scale: None
+    BF16_Optimizer.step = lambda self, closure=None: None  # sets no norm
+    setups = [BOUND[name][0] for name in ("stage-1", "bf16-optimizer", "stage-3")]
+    errors = [error_of(start, setup, Prescribed(setup)) for setup in setups[:2]]
+    del DeepSpeedEngine.zero_partial_offload
+    return [*errors, error_of(start, setups[2], Prescribed(setups[2]))]
+
+
+def test_a_changed_method_is_refused_naming_method_and_version() -> None:
+    import deepspeed
+
+    for in_stage_1, in_bf16, in_engine in run_ranks(with_changed_methods, 2):
+        assert in_stage_1[0] == in_bf16[0] == in_engine[0] == "RuntimeError"
+        assert "DeepSpeedZeroOptimizer.unscale_and_clip_grads" in in_stage_1[1]
+        assert "('gradients', 'scale')" in in_stage_1[1]
+        assert deepspeed.__version__ in in_stage_1[1]
+        assert "BF16_Optimizer.step must set _global_grad_norm" in in_bf16[1]
+        assert "DeepSpeedEngine.zero_partial_offload" in in_engine[1]
+
+
+def without_a_function() -> tuple[tuple[str, str], str]:
+    set_environment()
+    import deepspeed
+    from deepspeed.moe import utils
+
+    del utils.is_moe_param
+    setup = BOUND["stage-1"][0]
+    other, *_ = deepspeed.initialize(
+        model=torch.nn.Linear(3, 2),
+        config={"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "RMSprop", "params": {"lr": 0.1}}},
+        dist_init_required=False,
+    )
+    return error_of(start, setup, Prescribed(setup)), type(other.basic_optimizer).__name__
+
+
+def test_a_missing_function_is_refused_by_name_and_does_not_affect_other_optimizers() -> None:
+    for (kind, message), other in run_ranks(without_a_function, 2):
+        assert kind == "RuntimeError"
+        assert "is_moe_param" in message
+        assert other == "RMSprop"
+
+
+def with_version(version: str) -> tuple[tuple[str, str], list[str], Any]:
+    """Pretend that DeepSpeed has another version, and return an error, or what was logged and the trajectory."""
+    set_environment()
+    import deepspeed
+
+    from adai_dist.integrations.deepspeed.adapters import releases
+
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("adai_dist").addHandler(handler)
+    releases.installed_release.cache_clear()
+    deepspeed.__version__ = version
+    setup = BOUND["stage-1"][0]
+    error = error_of(start, setup, Prescribed(setup))
+    return error, messages, None if error[0] else walk(setup)
+
+
+def test_an_old_release_is_refused_naming_its_version() -> None:
+    from adai_dist.integrations.deepspeed.adapters.releases import TESTED
+
+    for error, _, _ in run_ranks(with_version, 2, "0.15.4"):
+        assert error[0] == "RuntimeError"
+        assert error[1].startswith(f"Adai needs DeepSpeed {TESTED[0]} or newer, got 0.15.4;")
+
+
+def test_a_newer_release_with_the_same_names_trains_after_one_warning() -> None:
+    for error, messages, seen in run_ranks(with_version, 2, "99.0.1"):
+        assert error == ("", "")
+        newer = [message for message in messages if "99.0.1" in message]
+        assert len(newer) == 1
+        assert "newer than" in newer[0]
+        check(seen, BOUND["stage-1"][0])
+
+
+def test_the_installed_release_is_within_the_tested_ones() -> None:
+    import deepspeed
+    from torch.torch_version import TorchVersion
+
+    from adai_dist.integrations.deepspeed.adapters.releases import RELEASES, TESTED
+
+    assert TorchVersion(TESTED[0]) <= deepspeed.__version__ <= TorchVersion(TESTED[1])
+    starts = [TorchVersion(release.since) for release in RELEASES]
+    assert starts == sorted(starts)
+    assert str(starts[0]) == TESTED[0]
+
+
+def test_the_tables_hold_exactly_the_names_that_the_package_uses() -> None:
+    from adai_dist.integrations.deepspeed.adapters.releases import RELEASES
+
+    in_tables: set[str] = set()
+    for release in RELEASES:
+        for table in (*release.methods.values(), *release.attributes.values(), *release.set_by_step.values()):
+            in_tables.update(table)
+    used: set[str] = set()
+    text: set[str] = set()
+    assert adai_dist.__file__ is not None
+    for path in Path(adai_dist.__file__).parent.joinpath("integrations/deepspeed").rglob("*.py"):
+        if path.name == "releases.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                text.add(node.attr)
+                if ast.unparse(node.value).split(".")[-1] in ("wrapper", "engine"):
+                    used.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                text.add(node.value)
+    assert used - in_tables == {"param_groups"}  # of the optimizer itself, which is its own wrapper without ZeRO
+    assert in_tables - text == set()
+
+
+def clipped_by_default(config: dict[str, Any]) -> list[str]:
+    set_environment()
+    import deepspeed
+
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("adai_dist").addHandler(handler)
+    deepspeed.initialize(
+        model=torch.nn.Linear(3, 2),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "optimizer": {"type": "AdaiV2", "params": {"lr": 0.1}},
+            **zero(1),
+            **config,
+        },
+        dist_init_required=False,
+    )
+    return [message for message in messages if "gradient_clipping" in message]
+
+
+def test_clipping_that_the_configuration_does_not_ask_for_is_reported_once() -> None:
+    from adai_dist.integrations.deepspeed.adapters.releases import installed_release
+
+    expected = 1 if installed_release().clips_by_default else 0
+    assert [len(messages) for messages in run_ranks(clipped_by_default, 2, {})] == [expected, 0]
+    for bound in (0.0, 1.0):
+        assert run_ranks(clipped_by_default, 2, {"gradient_clipping": bound}) == [[], []]
