@@ -135,7 +135,7 @@ def start(setup: Setup, model: Prescribed) -> Any:
         type(get_accelerator()).is_fp16_supported = lambda self: True
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": setup.num_micro_batches,
+        "gradient_accumulation_steps": 1 if setup.sets_boundary else setup.num_micro_batches,
         "gradient_clipping": setup.problem.max_grad_norm or 0.0,
         **setup.config,
     }
@@ -163,9 +163,12 @@ def backward(engine: Any, setup: Setup, step: int) -> None:
     """Run forward and backward of all micro-batches of a step. Collective: all ranks."""
     num_parts = WORLD_SIZE * setup.num_micro_batches
     for micro_batch in range(setup.num_micro_batches):
+        is_last = micro_batch == setup.num_micro_batches - 1
+        if setup.sets_boundary:
+            engine.set_gradient_accumulation_boundary(is_last)
         loss = engine(step, dist.get_rank() * setup.num_micro_batches + micro_batch, num_parts)
-        engine.backward(loss)
-        if micro_batch < setup.num_micro_batches - 1:
+        engine.backward(loss / setup.num_micro_batches if setup.sets_boundary else loss)
+        if not is_last and not setup.sets_boundary:
             engine.step()
 
 

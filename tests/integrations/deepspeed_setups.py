@@ -77,6 +77,8 @@ class Setup:
     optimizer: str = "AdaiV2"
     """Type in the configuration; "naive" and "torch.AdamW" are created by the test as client optimizers."""
     num_micro_batches: int = 1
+    sets_boundary: bool = False
+    """Whether the training loop, and not the configuration, tells DeepSpeed which micro-batch is the last of a step."""
     used_only_in: Mapping[str, int] = field(default_factory=dict)
     """Parameters that only one micro-batch of each step uses, with its index."""
     bad_steps: tuple[int, ...] = ()

@@ -50,6 +50,7 @@ OFFLOAD = Family(
             "fp32-clipped": Setup(zero(stage, **CPU_OFFLOAD), CLIPPED),
             "bf16": Setup(zero(stage, **CPU_OFFLOAD) | BF16),
             "bf16-clipped-accumulation": Setup(zero(stage, **CPU_OFFLOAD) | BF16, CLIPPED, num_micro_batches=2),
+            "accumulation-of-four": Setup(zero(stage, **CPU_OFFLOAD), CLIPPED, num_micro_batches=4),
         }.items()
     }
     | {

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from torch.torch_version import TorchVersion
 
 from tests.integrations.deepspeed_engines import Family
 from tests.integrations.deepspeed_oracle_check import check_all_ranks, solve
@@ -22,6 +25,7 @@ from tests.integrations.deepspeed_setups import (
 
 pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
+ACCUMULATES_OFFLOADED = find_spec("deepspeed") is not None and TorchVersion(version("deepspeed")) >= "0.19.0"
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 
 L2 = Family(
@@ -87,6 +91,21 @@ PARTLY_ABSENT = Family(
         if stage or not options
     }
 )
+# DeepSpeed is told that a step has one micro-batch, and takes several.
+OWN_BOUNDARY = Family(
+    {
+        f"stage-{stage}{suffix}{precision}": Setup(
+            zero(stage, **options) | config,
+            CLIPPED,
+            num_micro_batches=2,
+            sets_boundary=True,
+            used_only_in={"first.vector": 0, "second.matrix": 1},
+        )
+        for stage in (1, 2, 3)
+        for suffix, options in {"": {}, "-offload": CPU_OFFLOAD}.items()
+        for precision, config in {"": {}, "-bf16": BF16}.items()
+    }
+)
 # At norms of about 4e-5 the 1e-6 in the clip coefficient is significant.
 TINY = replace(
     CLIPPED,
@@ -126,6 +145,15 @@ def test_every_dampening_follows_the_oracle(name: str) -> None:
 @pytest.mark.parametrize("name", ABSENT.setups)
 def test_a_parameter_unused_in_a_step_has_a_zero_gradient(name: str) -> None:
     check_all_ranks(ABSENT, name)
+
+
+@pytest.mark.parametrize("name", OWN_BOUNDARY.setups)
+def test_the_loop_may_set_the_boundary_of_accumulation(name: str) -> None:
+    if ACCUMULATES_OFFLOADED or not name.startswith(("stage-1-offload", "stage-2-offload")):
+        check_all_ranks(OWN_BOUNDARY, name)
+    else:
+        with pytest.raises(AssertionError, match=r"got 2 instead of 1, of which it would use the last alone"):
+            OWN_BOUNDARY.ranks(name)
 
 
 @pytest.mark.parametrize("name", PARTLY_ABSENT.setups)

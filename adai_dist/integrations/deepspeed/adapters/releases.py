@@ -100,7 +100,6 @@ ATTRIBUTES: Attributes = {
         "bit16_groups",
         "cpu_offload",
         "dp_process_group",
-        "gradient_accumulation_steps",
         "loss_scale",
         "model_parallel_group",
         "model_parallel_rank",
@@ -115,6 +114,7 @@ ATTRIBUTES: Attributes = {
     "DeepSpeedZeroOptimizer with offload": (
         "accumulated_grads_in_cpu",
         "grad_position",
+        "gradient_accumulation_steps",
         "local_overflow",
         "micro_step_id",
         "norm_for_param_grads",
@@ -128,8 +128,8 @@ ATTRIBUTES: Attributes = {
         "fp16_partitioned_groups_flat",
         "fp32_partitioned_groups_flat",
         "grad_partitions_flat_buffer",
-        "gradient_accumulation_steps",
         "loss_scale",
+        "micro_step_id",
         "model_parallel_group",
         "model_parallel_rank",
         "offload_optimizer",
@@ -217,7 +217,8 @@ V0_18_3 = replace(V0_18_0, since="0.18.3", scales_loss_without_zero=False)
 # https://github.com/deepspeedai/DeepSpeed/pull/7967 and https://github.com/deepspeedai/DeepSpeed/pull/7981
 V0_19_0 = replace(
     V0_18_3.later(
-        "0.19.0", unused=("async_accumulate_grad_in_cpu_via_gpu", "get_param_gradient_attribute", "micro_step_id")
+        "0.19.0",
+        unused=("async_accumulate_grad_in_cpu_via_gpu", "get_param_gradient_attribute", "gradient_accumulation_steps"),
     ),
     accumulates_offloaded_gradients=True,
 )

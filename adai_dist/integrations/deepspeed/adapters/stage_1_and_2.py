@@ -114,7 +114,7 @@ class Stage1And2(ZeroWrapper):
                     fragment.view_of(self.flat_partitions()[part].grad).zero_()
 
     def clear_accumulated_gradients(self) -> None:
-        if self.wrapper.cpu_offload and self.wrapper.gradient_accumulation_steps > 1:
+        if self.wrapper.cpu_offload:
             for buffer in self.wrapper.accumulated_grads_in_cpu.values():
                 buffer.zero_()
 

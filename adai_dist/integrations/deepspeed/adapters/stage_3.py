@@ -32,6 +32,8 @@ class Stage3(ZeroWrapper):
 
     def __init__(self, wrapper: Any, release: Release) -> None:
         super().__init__(wrapper, release)
+        self._has_accumulated = True
+        """Whether the buffer of gradients may hold the sums of several backward passes."""
         self._params: list[Any] = [param for params in wrapper.fp16_groups for param in params]
         check_names(self._params[0], release, "parameter of DeepSpeedZeroOptimizer_Stage3")
         if wrapper.swap_optimizer:
@@ -133,6 +135,8 @@ class Stage3(ZeroWrapper):
 
     def collect_late_gradients(self) -> None:
         wrapper = self.wrapper
+        # Without a record of the parameters that a step uses, the buffer must hold zeros for the others.
+        self._has_accumulated = wrapper.micro_step_id > 0 or not self.release.keeps_late_gradients
         if not wrapper.offload_optimizer:
             return
         if not self.release.keeps_late_gradients:
@@ -180,8 +184,7 @@ class Stage3(ZeroWrapper):
         return not self.release.keeps_late_gradients or param.ds_id in self.wrapper._offload_boundary_param_ids
 
     def clear_accumulated_gradients(self) -> None:
-        # Without a record of the parameters that a step uses, the buffer must hold zeros for the others.
-        if self.wrapper.gradient_accumulation_steps > 1 or not self.release.keeps_late_gradients:
+        if self._has_accumulated:
             self.wrapper.grad_partitions_flat_buffer.zero_()
 
     # -- universal checkpoints -------------------------------------------------------------------------------------
