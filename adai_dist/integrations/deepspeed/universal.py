@@ -27,7 +27,6 @@ from deepspeed.checkpoint.constants import (
     OPTIM_FILE_SUFFIX,
     OPTIMIZER_STATE_DICT,
     PARAM,
-    PARAM_ALIGNMENT_PADDINGS,
     PARAM_GROUPS,
     PARAM_SHAPES,
     PARAM_SLICE_MAPPINGS,
@@ -36,6 +35,7 @@ from deepspeed.checkpoint.constants import (
 
 from adai_dist.integrations.deepspeed.checkpoint_file import load_checkpoint_file
 
+PARAM_ALIGNMENT_PADDINGS = "param_alignment_paddings"  # DeepSpeed has this constant from 0.19.7 on
 FIRST_STAGE_3_FILE_PREFIX = f"{ZERO_FILE_PREFIX}0_{MODEL_FILE_PREFIX}"
 
 
