@@ -121,7 +121,7 @@ def _capture(
     parameters = {key(name, parameter): parameter for name, parameter in engine.module.named_parameters()}
     captured = Captured(
         starts={name: to_numpy(_full(engine, parameter, "fp32_param")) for name, parameter in parameters.items()},
-        group_indices={key(name, parameter): group_of[name] for name, parameter in engine.module.named_parameters()},
+        group_indices={key(name, parameter): group_of.get(name, 0) for name, parameter in engine.module.named_parameters()},
     )
     for step in range(setup.problem.steps):
         outputs = engine(**inputs(step))
