@@ -335,7 +335,9 @@ class Quantizer:
     Symmetric = None
     num_calls = 0
 
-    def quantize(self, tensor: torch.Tensor, groups: int, bits: int, symmetric: None) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize(
+        self, tensor: torch.Tensor, groups: int, bits: int, symmetric: None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.num_calls += 1
         rows = tensor.float().view(groups, -1)
         scales = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
