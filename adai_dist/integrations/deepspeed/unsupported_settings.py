@@ -142,7 +142,8 @@ def _check_precision(engine: Any) -> None:
 
 def _check_parallelism(engine: Any) -> None:
     stage = engine.zero_optimization_stage()
-    num_devices: int = get_accelerator().device_count()
+    accelerator: Any = get_accelerator()
+    num_devices: int = accelerator.device_count()
     if engine.zero_quantized_gradients() and engine.world_size > num_devices and stage == 3:
         _refuse(
             f"zero_optimization.zero_quantized_gradients with {engine.world_size} ranks on hosts of {num_devices}",
