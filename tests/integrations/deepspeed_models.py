@@ -61,7 +61,7 @@ def walk_experts(setup: Setup, ep_size: int) -> Captured:
         seeded = torch.Generator().manual_seed(10 * step + dist.get_rank())
         return {"inputs": 3 * torch.randn(12, 6, generator=seeded).to(setup.dtype)}
 
-    return _capture(setup, model, key, inputs, split_params_into_different_moe_groups_for_optimizer)
+    return capture(setup, model, key, inputs, split_params_into_different_moe_groups_for_optimizer)
 
 
 def walk_tensor_parallel(setup: Setup) -> Captured:
@@ -91,16 +91,25 @@ def walk_tensor_parallel(setup: Setup) -> Captured:
         tokens = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(step))
         return {"input_ids": tokens, "labels": tokens}
 
-    return _capture(setup, LlamaForCausalLM(config), key, inputs, list)
+    return capture(setup, LlamaForCausalLM(config), key, inputs, list)
 
 
-def _capture(
+def capture(
     setup: Setup,
     model: nn.Module,
     key: Callable[[str, nn.Parameter], str],
     inputs: Callable[[int], dict[str, Tensor]],
-    split: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    split: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list,
+    prepare: Callable[[Any], None] | None = None,
 ) -> Captured:
+    """Train a model with its own gradients, which are recorded for the oracle. Collective: all ranks.
+
+    Args:
+        key: name of a parameter in the record, which ranks share for replicas.
+        inputs: arguments of the model in a step.
+        split: function of the parameter groups that returns those to train.
+        prepare: called with the engine before the first step.
+    """
     import deepspeed
 
     groups = [{**setup.problem.hyperparameters(k), "params": [], "name": f"{k}"} for k in range(3)]
@@ -118,10 +127,14 @@ def _capture(
         },
         dist_init_required=False,
     )
+    if prepare is not None:
+        prepare(engine)
     parameters = {key(name, parameter): parameter for name, parameter in engine.module.named_parameters()}
     captured = Captured(
         starts={name: to_numpy(_full(engine, parameter, "fp32_param")) for name, parameter in parameters.items()},
-        group_indices={key(name, parameter): group_of[name] for name, parameter in engine.module.named_parameters()},
+        group_indices={
+            key(name, parameter): group_of.get(name, 0) for name, parameter in engine.module.named_parameters()
+        },
     )
     for step in range(setup.problem.steps):
         outputs = engine(**inputs(step))

@@ -46,10 +46,46 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "cycle_momentum",
         '"cycle_momentum": false',
     ),
+    "bf16-master-weights": (
+        zero(2) | {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}},
+        "bf16.bf16_master_weights_and_grads",
+        "remove it",
+    ),
+    "fp16-master-weights": (
+        zero(2, offload_optimizer=CPU) | {"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}},
+        "fp16.fp16_master_weights_and_grads",
+        "remove it",
+    ),
+    "deep-compile": (zero(3) | {"compile": {"deepcompile": True}}, "compile.deepcompile", "remove it"),
+    "autoep-3": (
+        zero(3) | {"expert_parallel": {"enabled": True, "autoep_size": 2}},
+        "expert_parallel with ZeRO stage 3",
+        "use ZeRO stage 0, 1 or 2",
+    ),
+}
+# Refused configurations that leave process groups behind, so that each has processes of its own.
+REFUSED_ALONE: dict[str, tuple[dict[str, Any], str, str]] = {
+    "quantized-gradients-between-hosts": (
+        zero(3, zero_quantized_gradients=True),
+        "zero_quantized_gradients with 2 ranks on hosts of 1",
+        "remove it",
+    ),
+    "sequence-parallel-mesh": (
+        zero(2) | {"sequence_parallel_size": 2, "data_parallel_size": 1},
+        "sequence_parallel_size with data_parallel_size",
+        "initialize_sequence_parallel(size)",
+    ),
+    "bf16-optimizer-with-sequence-parallelism": (
+        zero(1) | {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+        'grad_accum_dtype = "fp32"',
+        "use ZeRO stage 2",
+    ),
 }
 
 
-def initialize(config: dict[str, Any], optimizer: Any = None, *, params: dict[str, Any] | None = None) -> Any:
+def initialize(
+    config: dict[str, Any], optimizer: Any = None, *, params: dict[str, Any] | None = None, mpu: Any = None
+) -> Any:
     """Create an engine of a small model; the JSON names the optimizer unless one is passed."""
     set_environment()
     import deepspeed
@@ -65,6 +101,7 @@ def initialize(config: dict[str, Any], optimizer: Any = None, *, params: dict[st
         optimizer=client,
         model_parameters=None if client else model.parameters(),
         config={"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, **named, **config},
+        mpu=mpu,
         dist_init_required=False,
     )
     return engine
@@ -83,6 +120,22 @@ def refused_on_this_rank() -> dict[str, tuple[str, str]]:
     return {name: error_of(initialize, config) for name, (config, _, _) in REFUSED.items()}
 
 
+def refused_alone(name: str) -> tuple[str, str]:
+    set_environment()
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    config, _, _ = REFUSED_ALONE[name]
+    if name == "quantized-gradients-between-hosts":
+        type(get_accelerator()).device_count = lambda self: 1  # as on two hosts
+    if "grad_accum_dtype" not in config.get("data_types", {}):
+        return error_of(initialize, config)
+    parallel_state_sp.initialize_sequence_parallel(2)
+    return error_of(initialize, config, mpu=parallel_state_sp)
+
+
 @functools.cache
 def refused_on_all_ranks() -> list[dict[str, tuple[str, str]]]:
     return run_ranks(refused_on_this_rank, 2)
@@ -90,8 +143,17 @@ def refused_on_all_ranks() -> list[dict[str, tuple[str, str]]]:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_setting_that_cannot_be_exact_is_refused(name: str) -> None:
-    _, setting, remedy = REFUSED[name]
-    first, second = (errors[name] for errors in refused_on_all_ranks())
+    check_refused(REFUSED[name], [errors[name] for errors in refused_on_all_ranks()])
+
+
+@pytest.mark.parametrize("name", REFUSED_ALONE)
+def test_a_setting_with_its_own_groups_that_cannot_be_exact_is_refused(name: str) -> None:
+    check_refused(REFUSED_ALONE[name], run_ranks(refused_alone, 2, name))
+
+
+def check_refused(expected: tuple[dict[str, Any], str, str], errors: list[tuple[str, str]]) -> None:
+    _, setting, remedy = expected
+    first, second = errors
     assert first == second
     kind, message = first
     assert kind == "UnsupportedSetting", message

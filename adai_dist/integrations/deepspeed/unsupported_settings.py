@@ -6,9 +6,10 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from adai_dist.hyper import Hyper
-from adai_dist.integrations.deepspeed.adapters.engine import setting
+from adai_dist.integrations.deepspeed.adapters.engine import requested, setting
 from adai_dist.integrations.deepspeed.adapters.releases import installed_release
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 
@@ -80,6 +81,8 @@ def check_config(engine: Any) -> None:
             "unscales gradients of a loss that was not scaled, so that the model would not train",
             "use bf16, or ZeRO stage 1 to 3",
         )
+    _check_precision(engine)
+    _check_parallelism(engine)
     if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
         _check_nvme(offload, engine.zero_optimization_stage())
         if engine.load_universal_checkpoint():
@@ -93,6 +96,67 @@ def check_config(engine: Any) -> None:
             "scheduler.params.cycle_momentum of OneCycle (true by default)",
             "would cycle betas[0], which is not a momentum",
             'set "cycle_momentum": false',
+        )
+
+
+def _check_precision(engine: Any) -> None:
+    for section, key in (
+        ("bf16", "bf16_master_weights_and_grads"),
+        ("bfloat16", "bf16_master_weights_and_grads"),
+        ("fp16", "fp16_master_weights_and_grads"),
+    ):
+        if requested(engine, section, key):
+            _refuse(
+                f"{section}.{key}",
+                "rounds the weights to 16 bits after every step",
+                "remove it, so that float32 copies of the weights are stepped",
+            )
+    if requested(engine, "compile", "deepcompile"):
+        # Its graph reduces gradients past ZeRO's hooks, by which the binding knows the parameters used in a step.
+        _refuse(
+            "compile.deepcompile",
+            "reduces gradients without recording which parameters have one",
+            "remove it; engine.compile() without it is supported",
+        )
+
+
+def _check_parallelism(engine: Any) -> None:
+    stage = engine.zero_optimization_stage()
+    if (requested(engine, "zero_optimization", "mics_shard_size") or -1) > 0:
+        _refuse(
+            "zero_optimization.mics_shard_size",
+            "partitions the model over a part of the ranks, with other gradient norms",
+            "remove it; zero_hpz_partition_size is supported",
+        )
+    accelerator: Any = get_accelerator()
+    num_devices: int = accelerator.device_count()
+    if engine.zero_quantized_gradients() and engine.world_size > num_devices and stage == 3:
+        _refuse(
+            f"zero_optimization.zero_quantized_gradients with {engine.world_size} ranks on hosts of {num_devices}",
+            "rounds gradients to 4 bits between hosts, which has not been verified",
+            "remove it",
+        )
+    if stage == 3 and requested(engine, "expert_parallel", "enabled"):
+        _refuse(
+            "expert_parallel with ZeRO stage 3",
+            "partitions experts over other ranks than the rest of the model",
+            "use ZeRO stage 0, 1 or 2",
+        )
+    if engine.sequence_parallel_size <= 1:
+        return
+    if engine.mesh_device is not None:
+        _refuse(
+            "sequence_parallel_size with data_parallel_size, or mesh_param",
+            "reduces no gradients over the sequence-parallel ranks, so that their copies of the model drift apart",
+            "call deepspeed.runtime.sequence_parallel.parallel_state_sp.initialize_sequence_parallel(size), and pass "
+            "that module to deepspeed.initialize as mpu",
+        )
+    dtypes = (torch.bfloat16, torch.float32)
+    if stage == 1 and engine.get_data_types() == dtypes and not engine.zero_cpu_offload():
+        _refuse(
+            'data_types.grad_accum_dtype = "fp32" with bf16, ZeRO stage 1 and sequence parallelism',
+            "leaves gradients of all sequence-parallel ranks but the first out of the norm",
+            "use ZeRO stage 2",
         )
 
 

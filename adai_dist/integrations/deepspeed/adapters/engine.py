@@ -12,6 +12,12 @@ def setting(engine: Any, name: str) -> Any:
     return getattr(engine, name)() if name in installed_release().methods["DeepSpeedEngine"] else None
 
 
+def requested(engine: Any, section: str, key: str) -> Any:
+    """Return the value of a key in a section of the configuration as the user wrote it, or None."""
+    content: Any = engine._config._param_dict.get(section)
+    return content.get(key) if isinstance(content, dict) else None
+
+
 def clips_without_being_asked(engine: Any) -> bool:
     """Return whether DeepSpeed clips gradients although the configuration does not set ``gradient_clipping``."""
     return installed_release().clips_by_default and "gradient_clipping" not in engine._config._param_dict

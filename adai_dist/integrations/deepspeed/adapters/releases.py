@@ -27,17 +27,20 @@ METHODS: Methods = {
     "DeepSpeedEngine": {
         "_configure_basic_optimizer": ("model_parameters",),
         "fp16_enabled": (),
+        "get_data_types": (),
         "load_universal_checkpoint": (),
         "optimizer_name": (),
         "optimizer_params": (),
         "scheduler_name": (),
         "scheduler_params": (),
+        "zero_cpu_offload": (),
         "zero_elastic_checkpoint": (),
         "zero_force_ds_cpu_optimizer": (),
         "zero_offload_optimizer": (),
         "zero_optimization": (),
         "zero_optimization_stage": (),
         "zero_partial_offload": (),
+        "zero_quantized_gradients": (),
     },
     "FP16_UnfusedOptimizer": {"step": ("closure",)},
     "DeepSpeedZeroOptimizer": {
@@ -89,7 +92,10 @@ METHODS: Methods = {
 """Names of the parameters of each method, by class, and by a setting that the method depends on."""
 
 ATTRIBUTES: Attributes = {
-    "DeepSpeedEngine": ("_config", "global_rank", "module", "mpu", "param_names"),
+    "DeepSpeedEngine": (
+        *("_config", "global_rank", "mesh_device", "module", "mpu", "param_names", "sequence_parallel_size"),
+        "world_size",
+    ),
     "DeepSpeedEngine after configuration": ("basic_optimizer", "has_moe_layers", "optimizer"),
     "DeepSpeedEngine with model parallelism": ("expert_data_parallel_group", "seq_data_parallel_group"),
     "FP16_UnfusedOptimizer": ("_global_grad_norm", "fp16_groups", "fp32_groups", "overflow"),
