@@ -37,10 +37,11 @@ nox.options.error_on_missing_interpreters = True
 def run_row(session: nox.Session, row: Row) -> None:
     """Run the tests of a row and record their outcomes."""
     columns = {title: row.kind.columns[title] for title in session.posargs or row.kind.columns}
-    folder = Path(session.create_tmp())
+    folder = ROOT / "build" / "versions" / row.name
+    folder.mkdir(parents=True, exist_ok=True)
     constraints = folder / "constraints.txt"
     constraints.write_text(row.constraints((ROOT / "constraints.txt").read_text(encoding="utf-8")), encoding="utf-8")
-    session.install("-c", str(constraints), "-e", ".", *row.requirements)
+    session.install("-c", str(constraints), "-e", ".[kernels]", *row.requirements)
     result = Result(datetime.date.today().isoformat(), installed_versions(session))
     reports: list[Path] = []
     for title, files in runs(columns).items():

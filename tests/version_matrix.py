@@ -24,7 +24,7 @@ NEWEST = "newest"
 INSTALLED = ("torch", "deepspeed", "accelerate", "transformers", "numpy")
 """Distributions whose versions are recorded, if they are installed."""
 
-_TESTING = ("expecttest", "hypothesis", "ninja", "numpy", "packaging", "pytest", "pytest-timeout", "pytest-xdist")
+_TESTING = ("expecttest", "hypothesis", "numpy", "packaging", "pytest", "pytest-timeout", "pytest-xdist")
 _TRAINING = ("matplotlib", "omegaconf", "pydantic", "pyyaml", "tensorboard", "tqdm")
 
 Column = Mapping[str, str]
@@ -103,7 +103,7 @@ _CORE = _all_of(
     "test_torch_optim_kit",
     "test_public_api",
 )
-_KERNELS = _all_of("test_cpu_kernels", "test_backends", "test_host_copy", "test_kernels_build")
+_KERNELS = _all_of("test_cpu_kernels", "test_backends", "test_host_copy")
 _TRAJECTORY = _all_of("distributed/test_trajectory")
 
 _PARITY = "integrations/test_deepspeed_parity"
@@ -184,7 +184,7 @@ KINDS = (
             },
             "language models": _all_of("test_recipe_language"),
         },
-        ("accelerate", "deepspeed", "transformers", *_TRAINING),
+        ("accelerate", "datasets", "deepspeed", "transformers", *_TRAINING),
         unpinned=("huggingface-hub", "tokenizers"),
     ),
 )
