@@ -36,6 +36,8 @@ nox.options.error_on_missing_interpreters = True
 
 def run_row(session: nox.Session, row: Row) -> None:
     """Run the tests of a row and record their outcomes."""
+    if unknown := sorted(set(session.posargs) - row.kind.columns.keys()):
+        session.error(f"arguments must be columns of {row.name}: {', '.join(row.kind.columns)}; got {unknown}")
     columns = {title: row.kind.columns[title] for title in session.posargs or row.kind.columns}
     folder = ROOT / "build" / "versions" / row.name
     folder.mkdir(parents=True, exist_ok=True)
