@@ -97,7 +97,6 @@ _CORE = _all_of(
     "test_skipped_steps",
     "test_gradscaler",
     "test_state_dict",
-    "test_retirement",
     "test_written_states",
     "test_unusual_gradients",
     "test_torch_optim_kit",
