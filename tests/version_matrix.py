@@ -183,8 +183,8 @@ KINDS = (
             },
             "language models": _all_of("test_recipe_language"),
         },
-        ("accelerate", "datasets", "deepspeed", "transformers", *_TRAINING),
-        unpinned=("huggingface-hub", "tokenizers"),
+        ("accelerate", "datasets>=4.0", "deepspeed", "transformers", *_TRAINING),
+        unpinned=("datasets", "dill", "fsspec", "huggingface-hub", "multiprocess", "tokenizers"),
     ),
 )
 ROWS = {row.name: row for kind in KINDS for row in (Row(kind, version) for version in kind.versions)}
