@@ -48,7 +48,7 @@ test-gpu: $(VENV)/.installed-test ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 test-versions: $(VENV)/.installed-versions ## run tests against other versions, and write docs/versions.md (ARGS="-s torch-2.6")
-	$(BIN)/nox $(ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nox $(ARGS)
 
 lint: $(VENV)/.installed-lint ## ruff, pyright (strict on adai_dist), codespell, shellcheck
 	$(BIN)/ruff check .

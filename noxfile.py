@@ -30,8 +30,10 @@ from tests.version_matrix import (
 )
 
 nox.needs_version = ">=2025.2.9"
-nox.options.default_venv_backend = "uv"
-nox.options.error_on_missing_interpreters = True
+
+# One path for all rows in turn: the flags of compiled operators contain it, and rows with the same torch share these.
+ENVIRONMENT = ROOT / "build" / "versions" / "environment"
+PYTHON = str(ENVIRONMENT / "bin" / "python")
 
 
 def run_row(session: nox.Session, row: Row) -> None:
@@ -43,14 +45,16 @@ def run_row(session: nox.Session, row: Row) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     constraints = folder / "constraints.txt"
     constraints.write_text(row.constraints((ROOT / "constraints.txt").read_text(encoding="utf-8")), encoding="utf-8")
-    session.install("-c", str(constraints), "-e", ".[kernels]", *row.requirements)
+    session.run("uv", "venv", "--quiet", "--clear", "--python", row.python, str(ENVIRONMENT))
+    install = ("uv", "pip", "install", "--quiet", "--python", PYTHON)
+    session.run(*install, "-c", str(constraints), "-e", ".[kernels]", *row.requirements)
     result = Result(datetime.date.today().isoformat(), installed_versions(session))
     reports: list[Path] = []
     for title, files in runs(columns).items():
         reports.append(folder / f"{title}.xml")
         reports[-1].unlink(missing_ok=True)
         session.run(
-            *("python", "-m", "pytest", "-q", "-m", "not slow and not gpu", "--continue-on-collection-errors"),
+            *(PYTHON, "-m", "pytest", "-q", "-m", "not slow and not gpu", "--continue-on-collection-errors"),
             *(f"--junitxml={reports[-1]}", *files),
             success_codes=range(256),  # the reports tell what failed, in all runs
         )
@@ -65,9 +69,11 @@ def run_row(session: nox.Session, row: Row) -> None:
 
 
 def installed_versions(session: nox.Session) -> dict[str, str]:
-    """Return the versions in a session's environment that the page names."""
-    python = session.run("python", "--version", silent=True)
-    listed = json.loads(session.run("uv", "pip", "list", "--quiet", "--format", "json", silent=True, external=True))
+    """Return the versions in the environment that the page names."""
+    python = session.run(PYTHON, "--version", silent=True)
+    listed = json.loads(
+        session.run("uv", "pip", "list", "--quiet", "--format", "json", "--python", PYTHON, silent=True)
+    )
     found = {one["name"]: one["version"] for one in listed}
     return {"Python": python.split()[-1], **{name: found[name] for name in INSTALLED if name in found}}
 
@@ -80,7 +86,7 @@ def write_page() -> None:
 def add_session(row: Row) -> None:
     """Make a row a session of nox."""
 
-    @nox.session(name=row.name, python=row.python, tags=[row.kind.name])
+    @nox.session(name=row.name, venv_backend="none", tags=[row.kind.name])
     def run(session: nox.Session) -> None:
         run_row(session, row)
 
