@@ -23,10 +23,10 @@ INSTALL_docs  := -e . --group docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train sweep test check test-slow test-gpu lint format bench soak docs dist constraints clean
+.PHONY: help train sweep test check test-slow test-gpu test-versions lint format bench soak docs dist constraints clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(VENV)/.installed-train ## train a small language model on two ranks (ARGS="key=value ...", NPROC=n, CONFIG=recipe)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) \
@@ -46,6 +46,9 @@ test-slow: $(VENV)/.installed-test ## run the tests marked slow
 
 test-gpu: $(VENV)/.installed-test ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-versions: $(VENV)/.installed-versions ## run tests against other versions, and write docs/versions.md (ARGS="-s torch-2.6")
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nox $(ARGS)
 
 lint: $(VENV)/.installed-lint ## ruff, pyright (strict on adai_dist), codespell, shellcheck
 	$(BIN)/ruff check .
@@ -78,7 +81,7 @@ dist: $(VENV)/.installed-release ## build sdist and wheel into dist/, and test e
 # CUDA's libraries are left to torch: each of its releases requires exact versions of them, and CPU builds none.
 constraints: $(VENV)/.installed-release ## update constraints.txt, keeping its pins (ARGS="--upgrade", "--upgrade-package NAME")
 	UV_CUSTOM_COMPILE_COMMAND="make constraints" $(BIN)/uv pip compile --quiet --universal --python-version 3.10 \
-	    --all-extras --group test --group lint --group docs --group release --no-annotate \
+	    --all-extras --group test --group lint --group docs --group release --group versions --no-annotate \
 	    --output-file constraints.txt pyproject.toml $(ARGS)
 	sed -i -E '/^(cuda|nvidia|triton)/d' constraints.txt
 
@@ -89,10 +92,10 @@ clean: ## remove the outputs of the commands, except .venv and runs/
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# Building needs no torch.
-$(VENV)/.installed-release: pyproject.toml | $(BIN)/python
+# These need no torch: they build, or test in environments of their own.
+$(VENV)/.installed-release $(VENV)/.installed-versions: $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	$(PIP) 'pip>=25.1'
-	$(PIP) -c $(CONSTRAINTS) --group release
+	$(PIP) -c $(CONSTRAINTS) --group $*
 	@touch $@
 
 # The pip of a new environment may be too old for dependency groups. torch is installed first and separately, so that the

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sysconfig
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from tests.operators import (
     COPY,
@@ -32,28 +34,65 @@ torch.set_num_threads(1)
 
 EXHAUSTIVE = ("configs", "faults", "launch")  # folders that only `make check` runs
 
-# Limitations of older releases of torch: (fixed in, parts of test ids, reason).
-FIXED_IN_TORCH = (
+# Limitations of older releases: (distribution, fixed in, parts of test ids, reason).
+FIXED_IN = (
     (
+        "torch",
         "2.9",
         (
             *("fsdp2", "hsdp", "test_recipe_runs", "test_recipe_engines", "test_pipelining", "test_expert_parallel"),
             *("test_late_parameters", "test_refusals", "test_documentation_of", "test_checkpoint", "test_kill"),
             *("tests/launch/", "tests/configs/", "test_recipe_images", "test_recipe_train"),
+            "test_without_arguments_the_sharding_is_read",
         ),
-        "gloo sums gradients where FSDP2 requests their mean, or has no reduce_scatter",
+        "FSDP2 does not run on a CPU, or gloo sums gradients where it requests their mean, or has no reduce_scatter",
     ),
-    ("2.9", ("test_deepspeed",), "DeepSpeed needs gloo features that older releases lack, and is untested there"),
-    ("2.10", ("tp-fsdp2",), "DTensor.full_tensor() misplaces rows of uneven strided shards"),
-    ("2.10", ("low_precision_gradients", "test_odd_model"), "a gradient must have the dtype of its parameter"),
+    (
+        "torch",
+        "2.9",
+        ("test_deepspeed",),
+        "DeepSpeed needs gloo features that older releases lack, and is untested there",
+    ),
+    ("torch", "2.10", ("tp-fsdp2",), "DTensor.full_tensor() misplaces rows of uneven strided shards"),
+    ("torch", "2.10", ("low_precision_gradients", "test_odd_model"), "a gradient must have the dtype of its parameter"),
+    (
+        "accelerate",
+        "1.6",
+        (
+            *("environment_of_the_ranks[fsdp", "environment_of_the_ranks[multi_node", "key_is_detected[fsdp_config"),
+            *("test_every_variable_of_fsdp_is_read", "test_two_machines_with_fsdp2"),
+        ),
+        "there is no FSDP2, and fsdp_version is ignored",
+    ),
+    (
+        "accelerate",
+        "1.9",
+        ("test_launched_by_accelerate.py::test_deepspeed",),
+        "Accelerator() under DeepSpeed refuses an earlier PartialState(), with which this test selects gloo",
+    ),
+    (
+        "accelerate",
+        "1.10",
+        ("unknown_key[hsdp]", "environment_of_the_ranks[hsdp]", "is_read[hsdp]", "key_is_detected[parallelism_config"),
+        "there is no parallelism_config",
+    ),
 )
 
 
+def _is_before(distribution: str, release: str) -> bool:
+    return find_spec(distribution) is not None and TorchVersion(version(distribution)) < release
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    limitations = [
+        (words, f"before {distribution} {release}: {reason}")
+        for distribution, release, words, reason in FIXED_IN
+        if _is_before(distribution, release)
+    ]
     for item in items:
-        for release, words, reason in FIXED_IN_TORCH:
-            if torch.__version__ < release and any(word in item.nodeid for word in words):
-                item.add_marker(pytest.mark.skip(reason=f"before torch {release}: {reason}"))
+        for words, reason in limitations:
+            if any(word in item.nodeid for word in words):
+                item.add_marker(pytest.mark.skip(reason=reason))
         compiles_long = any(mark.args for mark in item.iter_markers("deepspeed"))
         if item.path.parent.name in EXHAUSTIVE or compiles_long:
             item.add_marker(pytest.mark.exhaustive)

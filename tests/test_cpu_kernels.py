@@ -230,9 +230,11 @@ def test_schemas_and_fake_implementations_pass_the_checks_of_torch(operators: Op
 
 
 def test_a_compiled_function_may_contain_the_operators(operators: Operators) -> None:
+    hyper = Hyper(lr=1.0)
+
     def phases(shards: LocalTensors) -> tuple[Tensor, Tensor]:
         observed = kernel_cases.observe(operators, shards.grad, [])
-        return observed, kernel_cases.step(operators, shards, Hyper(lr=1.0), make_scalars(shards))
+        return observed, kernel_cases.step(operators, shards, hyper, make_scalars(shards))
 
     compiled, eager = make_shards(MIXED, CPU), make_shards(MIXED, CPU)
     found = torch.compile(phases, backend="aot_eager", fullgraph=True)(compiled)

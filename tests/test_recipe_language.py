@@ -216,10 +216,15 @@ def test_blocks_are_found_and_the_initial_loss_is_that_of_a_uniform_guess(archit
             {"architecture": "llama", "hiden_size": 8},
             "unknown key 'model.hiden_size' for llama; did you mean 'model.hidden_size'. valid keys are ",
         ),
-        ({"architecture": "llama", "hidden_size": "wide"}, "model must describe a llama decoder; .*wide"),
-        (
+        pytest.param(
+            {"architecture": "llama", "hidden_size": "wide"},
+            "model must describe a llama decoder; .*wide",
+            id="wrong type",
+        ),
+        pytest.param(
             {"architecture": "llama", "hidden_size": 15, "num_attention_heads": 2},
             "model must describe a llama decoder; ",
+            id="indivisible",
         ),
         ({"architecture": "gpt2", **SMALL, "vocab_size": 100}, "model.vocab_size must be at least 256; got 100"),
         ({"architecture": "gpt2", **SMALL, "n_positions": 4}, "must have at least data.seq_len=8 positions; got 4"),

@@ -151,6 +151,7 @@ def trainer_run(folder: str, params: dict[str, Any], arguments: dict[str, Any]) 
     config = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_clipping": "auto",
+        "fp16": {"enabled": False},  # otherwise the Trainer of transformers 4 casts the batch to fp16
         "optimizer": {"type": "AdaiW", "params": {"lr": "auto", "weight_decay": "auto", **params}},
         **zero(2),
     }

@@ -138,12 +138,13 @@ def trainer_run(
     elif how == "class":
         given["optimizer_cls_and_kwargs"] = (AdaiV2, {"lr": 1.0})
     del kept
+    float32 = {"fp16": {"enabled": False}}  # otherwise the Trainer of transformers 4 casts the batch to fp16
     try:
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
                 output_dir=folder,
-                deepspeed=config_with(optimizer, **zero(2)),
+                deepspeed=config_with(optimizer, **zero(2), **float32),
                 max_steps=2,
                 per_device_train_batch_size=1,
                 max_grad_norm=0.0,
