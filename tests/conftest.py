@@ -56,6 +56,24 @@ FIXED_IN = (
     ("torch", "2.10", ("tp-fsdp2",), "DTensor.full_tensor() misplaces rows of uneven strided shards"),
     ("torch", "2.10", ("low_precision_gradients", "test_odd_model"), "a gradient must have the dtype of its parameter"),
     (
+        "deepspeed",
+        "0.16.4",
+        ("test_tensor_parallel_layers", "autotp"),
+        "there is no tensor_parallel",
+    ),
+    (
+        "deepspeed",
+        "0.18.3",
+        ("refused[fp16-without-zero]",),
+        "the gradients are those of the scaled loss",
+    ),
+    (
+        "deepspeed",
+        "0.19.7",
+        ("parameter-alignment", "round-robin-aligned", "no-grad-norm"),
+        "there is no parameter_alignment and no compute_grad_norm",
+    ),
+    (
         "accelerate",
         "1.6",
         (

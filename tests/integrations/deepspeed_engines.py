@@ -30,6 +30,8 @@ from tests.spawn import run_ranks
 class Seen:
     """Record of one rank, with full tensors."""
 
+    wrapper: str = ""
+    """Class of DeepSpeed's wrapper around the optimizer."""
     parameters: dict[str, Any] = field(default_factory=dict)
     states: dict[str, dict[str, Any]] = field(default_factory=dict)
     means: list[float] = field(default_factory=list)
@@ -176,7 +178,7 @@ def walk(setup: Setup) -> Seen:
     """Take all steps of a problem. Collective: all ranks."""
     model = Prescribed(setup)
     engine = start(setup, model)
-    seen = Seen()
+    seen = Seen(wrapper=type(engine.optimizer).__name__)
     for step in range(setup.problem.steps):
         backward(engine, setup, step)
         loss_scale = engine.optimizer.loss_scale if setup.dtype == torch.float16 else 1.0

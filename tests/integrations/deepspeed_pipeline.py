@@ -84,13 +84,14 @@ def walk_pipeline(setup: Setup, layers_between: tuple[str, ...] = LAYERS) -> See
         config={
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": setup.num_micro_batches,
+            "steps_per_print": 1000,  # a pipeline without it fails before DeepSpeed 0.16.4
             "gradient_clipping": setup.problem.max_grad_norm or 0.0,
             "optimizer": {"type": setup.optimizer, "params": {"lr": 1.0}},
             **setup.config,
         },
         dist_init_required=False,
     )
-    seen = Seen()
+    seen = Seen(wrapper=type(engine.optimizer).__name__)
     for step in range(problem.steps):
         engine.train_batch(batches(step, engine.grid.get_data_parallel_rank(), setup))
         note_step(engine, seen)

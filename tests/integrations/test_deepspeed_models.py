@@ -71,6 +71,12 @@ def test_a_mixture_of_experts_follows_the_oracle(name: str, ep_size: int) -> Non
 
 @pytest.mark.parametrize("name", TENSOR_PARALLEL.setups)
 def test_tensor_parallel_layers_follow_the_oracle(name: str) -> None:
+    from adai_dist.integrations.deepspeed.adapters.releases import installed_release
+
+    if TENSOR_PARALLEL.setups[name].stage == 3 and not installed_release().has_tensor_parallel_partitions:
+        with pytest.raises(AssertionError, match="tensor parallelism with ZeRO stage 3 must have a gradient norm"):
+            TENSOR_PARALLEL.ranks(name)
+        return
     ranks = TENSOR_PARALLEL.ranks(name)
     assert any("@1" in key for key in ranks[1].starts)
     print(f"{name}: {check_captured(ranks, TENSOR_PARALLEL.setups[name]):.1e}")

@@ -18,22 +18,18 @@ from tests.integrations.deepspeed_oracle_check import check
 from tests.integrations.deepspeed_setups import BF16, CPU_OFFLOAD, FP32_GRADIENTS, Setup, zero
 from tests.spawn import run_ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
+pytestmark = [
+    *(pytest.mark.distributed, pytest.mark.deepspeed),
+    pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated"),  # of logging, in old releases of DeepSpeed
+]
 
-# One configuration for each wrapper, with the tables of names that apply to it.
-BOUND: dict[str, tuple[Setup, tuple[str, ...]]] = {
-    "without-zero-bf16": (Setup(zero(0) | BF16), ("FP16_UnfusedOptimizer",)),
-    "stage-1": (Setup(zero(1)), ("DeepSpeedZeroOptimizer",)),
-    "stage-2-offload": (
-        Setup(zero(2, **CPU_OFFLOAD)),
-        ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer with offload"),
-    ),
-    "stage-3": (Setup(zero(3)), ("DeepSpeedZeroOptimizer_Stage3",)),
-    "stage-3-offload": (
-        Setup(zero(3, **CPU_OFFLOAD)),
-        ("DeepSpeedZeroOptimizer_Stage3", "DeepSpeedZeroOptimizer_Stage3 with offload"),
-    ),
-    "bf16-optimizer": (Setup(zero(1) | BF16 | FP32_GRADIENTS), ("BF16_Optimizer",)),
+SETUPS = {
+    "without-zero-bf16": Setup(zero(0) | BF16),
+    "stage-1": Setup(zero(1)),
+    "stage-2-offload": Setup(zero(2, **CPU_OFFLOAD)),
+    "stage-3": Setup(zero(3)),
+    "stage-3-offload": Setup(zero(3, **CPU_OFFLOAD)),
+    "bf16-optimizer": Setup(zero(1) | BF16 | FP32_GRADIENTS),
 }
 
 
@@ -53,13 +49,16 @@ def without(owner: Any, name: str) -> Iterator[None]:
             setattr(holder, name, value)
 
 
-def missing_names_that_are_not_refused(setup: Setup, tables: tuple[str, ...]) -> tuple[int, list[str]]:
+def missing_names_that_are_not_refused(setup: Setup) -> tuple[int, list[str]]:
     """Bind an engine again without each name in turn, and return the number of names, and those without an error."""
     from adai_dist.integrations.deepspeed.adapters.releases import installed_release
+    from adai_dist.integrations.deepspeed.adapters.wrappers import zero_wrapper_of
     from adai_dist.integrations.deepspeed.engine_binding import bind
 
     engine = start(setup, Prescribed(setup))
     wrapper, release = engine.optimizer, installed_release()
+    zero_wrapper = zero_wrapper_of(engine, release)
+    tables = ("FP16_UnfusedOptimizer",) if zero_wrapper is None else zero_wrapper.tables()
     names = [name for table in tables for name in (*release.methods[table], *release.attributes.get(table, ()))]
     accepted: list[str] = []
     for name in names:
@@ -73,9 +72,9 @@ def missing_names_that_are_not_refused(setup: Setup, tables: tuple[str, ...]) ->
     return len(names), accepted
 
 
-@pytest.mark.parametrize("setup", BOUND)
-def test_every_name_of_the_tables_is_refused_by_name_if_it_is_gone(setup: str) -> None:
-    for num_names, accepted in run_ranks(missing_names_that_are_not_refused, 2, *BOUND[setup]):
+@pytest.mark.parametrize("name", SETUPS)
+def test_every_name_of_the_tables_is_refused_by_name_if_it_is_gone(name: str) -> None:
+    for num_names, accepted in run_ranks(missing_names_that_are_not_refused, 2, SETUPS[name]):
         assert num_names > 3
         assert accepted == []
 
@@ -96,7 +95,7 @@ def with_changed_methods() -> list[tuple[str, str]]:
 
     DeepSpeedZeroOptimizer.unscale_and_clip_grads = lambda self, gradients, scale: None
     BF16_Optimizer.step = lambda self, closure=None: None  # sets no norm
-    setups = [BOUND[name][0] for name in ("stage-1", "bf16-optimizer", "stage-3")]
+    setups = [SETUPS[name] for name in ("stage-1", "bf16-optimizer", "stage-3")]
     errors = [error_of(start, setup, Prescribed(setup)) for setup in setups[:2]]
     del DeepSpeedEngine.zero_partial_offload
     return [*errors, error_of(start, setups[2], Prescribed(setups[2]))]
@@ -120,7 +119,7 @@ def without_a_function() -> tuple[tuple[str, str], str]:
     from deepspeed.moe import utils
 
     del utils.is_moe_param
-    setup = BOUND["stage-1"][0]
+    setup = SETUPS["stage-1"]
     other, *_ = deepspeed.initialize(
         model=torch.nn.Linear(3, 2),
         config={"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "RMSprop", "params": {"lr": 0.1}}},
@@ -149,7 +148,7 @@ def with_version(version: str) -> tuple[tuple[str, str], list[str], Any]:
     logging.getLogger("adai_dist").addHandler(handler)
     releases.installed_release.cache_clear()
     deepspeed.__version__ = version
-    setup = BOUND["stage-1"][0]
+    setup = SETUPS["stage-1"]
     error = error_of(start, setup, Prescribed(setup))
     return error, messages, None if error[0] else walk(setup)
 
@@ -163,12 +162,16 @@ def test_an_old_release_is_refused_naming_its_version() -> None:
 
 
 def test_a_newer_release_with_the_same_names_trains_after_one_warning() -> None:
+    from adai_dist.integrations.deepspeed.adapters.releases import RELEASES, installed_release
+
+    if installed_release() is not RELEASES[-1]:
+        pytest.skip("the names are those of an older range")
     for error, messages, seen in run_ranks(with_version, 2, "99.0.1"):
         assert error == ("", "")
         newer = [message for message in messages if "99.0.1" in message]
         assert len(newer) == 1
         assert "newer than" in newer[0]
-        check(seen, BOUND["stage-1"][0])
+        check(seen, SETUPS["stage-1"])
 
 
 def test_the_installed_release_is_within_the_tested_ones() -> None:
@@ -177,7 +180,7 @@ def test_the_installed_release_is_within_the_tested_ones() -> None:
 
     from adai_dist.integrations.deepspeed.adapters.releases import RELEASES, TESTED
 
-    assert TorchVersion(TESTED[0]) <= deepspeed.__version__ <= TorchVersion(TESTED[1])
+    assert TorchVersion(TESTED[0]) <= deepspeed.__version__.strip() <= TorchVersion(TESTED[1])
     starts = [TorchVersion(release.since) for release in RELEASES]
     assert starts == sorted(starts)
     assert str(starts[0]) == TESTED[0]
