@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ def wrap_checkpoint_loading(wrapper: Any, optimizer: AdaptiveInertia) -> None:
 
     A universal checkpoint then restores ``beta1_prod`` and the hyperparameters of each parameter group under every
     ZeRO stage. (DeepSpeed's ZeRO 3 reads only Adam's two states, and gives all groups the hyperparameters of the
-    first.) A checkpoint without ``beta1_prod`` raises ValueError on all ranks, before anything is changed.
+    first.) A checkpoint without ``beta1_prod`` raises ValueError on all ranks, before anything is changed. With
+    ``load_optimizer_states=False`` only the weights are loaded, of any optimizer's checkpoint. (DeepSpeed's ZeRO 1 and
+    2 would load the states nevertheless.)
 
     Args:
         wrapper: ``engine.optimizer``; only this instance is changed. Without ZeRO it is ``optimizer``.
@@ -60,13 +62,18 @@ def _wrap_zero(wrapper: Any, optimizer: AdaptiveInertia) -> None:
         checkpoint.load_beta1_prod(names, wrapper, optimizer)
         checkpoint.restore_param_groups(optimizer)
 
+    loads_states = True
+
     def load_others(lp_groups_name: str, checkpoint_dir: str) -> None:
         checkpoint = UniversalCheckpoint(checkpoint_dir)
         param_groups: list[list[Any]] = getattr(wrapper, lp_groups_name)
         names = [wrapper.param_names[param] for params in param_groups for param in params]
-        checkpoint.check(names, optimizer)
+        checkpoint.check(names if loads_states else (), optimizer)
         _check_offsets(wrapper)
-        with _placeholders_in_empty_groups(wrapper, param_groups, checkpoint.step(names)):
+        with (
+            nullcontext() if loads_states else _states_kept(optimizer),
+            _placeholders_in_empty_groups(wrapper, param_groups, checkpoint.step(names)),
+        ):
             load(lp_groups_name, checkpoint_dir)
         for param_group in optimizer.param_groups:
             flat_param = param_group["params"][0]
@@ -74,6 +81,16 @@ def _wrap_zero(wrapper: Any, optimizer: AdaptiveInertia) -> None:
 
     setattr(wrapper, name, load_stage_3 if is_stage_3 else load_others)
     if not is_stage_3:
+        original = wrapper._load_universal_checkpoint
+
+        @functools.wraps(original)
+        def load_universal(checkpoint_folder: str, load_optimizer_states: bool, *others: Any) -> None:
+            nonlocal loads_states
+            loads_states = load_optimizer_states
+            original(checkpoint_folder, load_optimizer_states, *others)
+
+        wrapper._load_universal_checkpoint = load_universal
+        _relink_after(wrapper, "_load_universal_checkpoint")
         _relink_after(wrapper, "_load_legacy_checkpoint")
         _relink_after(wrapper, "reload_states")
 
@@ -138,7 +155,7 @@ class UniversalCheckpoint:
                 f"a universal checkpoint must hold beta1_prod.pt next to each exp_avg.pt, got none for {len(missing)} "
                 f"of {len(folders)} parameters in {str(self.zero_folder)!r}, such as {missing[0]!r}; DeepSpeed's own "
                 "converter drops it, and it cannot be computed from the other states: convert the original checkpoint "
-                "again with 'adai-dist to-universal IN OUT'"
+                "again with 'adai-dist to-universal IN OUT', or load only the weights with load_optimizer_states=False"
             )
         if len(self.param_groups) != len(optimizer.param_groups):
             raise ValueError(
@@ -199,6 +216,21 @@ def _placeholders_in_empty_groups(wrapper: Any, param_groups: list[list[Any]], s
         for params, placeholder in added:
             params.remove(placeholder)
             del wrapper.param_names[placeholder]
+
+
+@contextmanager
+def _states_kept(optimizer: AdaptiveInertia) -> Generator[None]:
+    """Keep states and hyperparameters of the optimizer while DeepSpeed loads others."""
+    states = {param: dict(state) for param, state in optimizer.state.items()}
+    param_groups = [dict(param_group) for param_group in optimizer.param_groups]
+    try:
+        yield
+    finally:
+        optimizer.state.clear()
+        optimizer.state.update(states)
+        for param_group, kept in zip(optimizer.param_groups, param_groups, strict=True):
+            param_group.clear()
+            param_group.update(kept)
 
 
 def _refuse_other_states(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
