@@ -21,6 +21,7 @@ from tests.integrations.deepspeed_resume import (
     SAVED_AT,
     Run,
     Snapshot,
+    assert_same,
     attempt_all,
     distance,
     of_all_ranks,
@@ -98,6 +99,8 @@ PLAIN_TARGETS = {
     "stage-3": "stage-3",
     "bf16-optimizer": "bf16-optimizer",
 }
+# DeepSpeed's ZeRO 3 takes the weights alone from the checkpoint that was converted.
+WEIGHTS_ONLY_TARGETS = ("stage-1", "stage-2", "bf16-optimizer")
 
 
 def convert_plainly(source: Path, target: Path) -> None:
@@ -227,6 +230,33 @@ def test_the_output_of_the_plain_converter_is_refused_with_a_remedy(
         assert "must hold beta1_prod.pt" in message
         assert "adai-dist to-universal" in message
         assert is_unchanged
+
+
+def weights_only(setup: Setup, folder: Path) -> tuple[Snapshot, Snapshot]:
+    """Return a run after one step, and after it has loaded only the weights."""
+    run = Run(other_start(universal(setup)))
+    run.take_steps(range(1))
+    before = run.snapshot()
+    run.load(folder, load_optimizer_states=False)
+    loaded = run.snapshot()
+    run.end()
+    return before, loaded
+
+
+@pytest.fixture(scope="module")
+def loaded_weights(folder: Path, sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    del sources
+    cases = {target: (SETUPS[target], folder / PLAIN_TARGETS[target] / "plain") for target in WEIGHTS_ONLY_TARGETS}
+    return run_ranks(attempt_all, 2, weights_only, cases)
+
+
+@pytest.mark.parametrize("target", WEIGHTS_ONLY_TARGETS)
+def test_the_weights_alone_are_loaded_from_the_output_of_the_plain_converter(
+    target: str, sources: list[dict[str, Any]], loaded_weights: list[dict[str, Any]]
+) -> None:
+    _, half = of_all_ranks(sources, PLAIN_TARGETS[target])[0]
+    for before, loaded in of_all_ranks(loaded_weights, target):
+        assert_same(loaded, replace(before, parameters=half.parameters, model=half.model))
 
 
 @pytest.mark.parametrize("target", ["stage-2", "stage-3"])

@@ -31,9 +31,12 @@ class BF16(ZeroWrapper):
     def group_indices(self) -> list[int]:
         return list(range(len(self.flat_partitions())))
 
+    def model_groups(self) -> list[list[Any]]:
+        return self.wrapper.bf16_groups
+
     def _find_fragments(self, part: int) -> list[Fragment]:
         found: list[Fragment] = []
-        for param in self.wrapper.bf16_groups[part]:
+        for param in self.model_groups()[part]:
             mapping: Any = param._hp_mapping  # location of the parameter's states, for checkpoints
             if mapping is not None:
                 address = mapping.get_hp_fragment_address()

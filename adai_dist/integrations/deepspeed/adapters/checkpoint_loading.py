@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ def wrap_checkpoint_loading(engine: Any, zero_wrapper: ZeroWrapper | None) -> No
 
     A universal checkpoint then restores ``beta1_prod`` and the hyperparameters of each parameter group under every
     ZeRO stage. (DeepSpeed's ZeRO 3 reads only Adam's two states, and gives all groups the hyperparameters of the
-    first.) A checkpoint without ``beta1_prod`` raises ValueError on all ranks, before anything is changed.
+    first.) A checkpoint without ``beta1_prod`` raises ValueError on all ranks, before anything is changed. With
+    ``load_optimizer_states=False`` only the weights are loaded, of any optimizer's checkpoint. (DeepSpeed's ZeRO 1 and
+    2 would load the states nevertheless.)
 
     Args:
         engine: the engine, of which only the optimizer and the wrapper are changed.
@@ -38,6 +40,7 @@ def wrap_checkpoint_loading(engine: Any, zero_wrapper: ZeroWrapper | None) -> No
         _replace_universal_loading_of_stage_3(zero_wrapper, optimizer, engine.param_names)
     elif zero_wrapper is not None:
         _wrap_universal_loading(zero_wrapper, optimizer)
+        _relink_after(zero_wrapper.wrapper, "_load_universal_checkpoint")
         _relink_after(zero_wrapper.wrapper, "_load_legacy_checkpoint")
         if hasattr(zero_wrapper.wrapper, "reload_states"):
             _relink_after(zero_wrapper.wrapper, "reload_states")
@@ -52,11 +55,11 @@ def _replace_universal_loading_of_stage_3(
     @functools.wraps(original)
     def load_hp_checkpoint_state_from_checkpoint_dir_stage3(checkpoint_dir: str, *_: Any) -> None:
         checkpoint = UniversalCheckpoint(checkpoint_dir)
-        checkpoint.check([param_names[param] for params in wrapper.fp16_groups for param in params], optimizer)
+        checkpoint.check([param_names[param] for params in zero_wrapper.model_groups() for param in params], optimizer)
         wrapper._load_global_state_stage3(checkpoint.content)
         step = checkpoint.content[OPTIMIZER_STATE_DICT]["state"][0]["step"]
         for part, flat in enumerate(zero_wrapper.flat_partitions()):
-            folders = [checkpoint.zero_folder / param_names[param] for param in wrapper.fp16_groups[part]]
+            folders = [checkpoint.zero_folder / param_names[param] for param in zero_wrapper.model_groups()[part]]
             loaded = {key: zero_wrapper.load_part(part, folders, key) for key in ("fp32", *STATE_NAMES)}
             flat.data.copy_(loaded.pop("fp32"))
             optimizer.state[flat] = {"step": step, **loaded}
@@ -68,22 +71,25 @@ def _replace_universal_loading_of_stage_3(
 
 def _wrap_universal_loading(zero_wrapper: ZeroWrapper, optimizer: AdaptiveInertia) -> None:
     wrapper = zero_wrapper.wrapper
-    original = wrapper.load_hp_checkpoint_state_from_checkpoint_dir
+    original = wrapper._load_universal_checkpoint
 
     @functools.wraps(original)
-    def load_hp_checkpoint_state_from_checkpoint_dir(lp_groups_name: str, checkpoint_dir: str) -> None:
-        checkpoint = UniversalCheckpoint(checkpoint_dir)
-        param_groups: list[list[Any]] = getattr(wrapper, lp_groups_name)
+    def _load_universal_checkpoint(checkpoint_folder: str, load_optimizer_states: bool, *others: Any) -> None:
+        checkpoint = UniversalCheckpoint(checkpoint_folder)
+        param_groups = zero_wrapper.model_groups()
         names = [wrapper.param_names[param] for params in param_groups for param in params]
-        checkpoint.check(names, optimizer)
+        checkpoint.check(names if load_optimizer_states else (), optimizer)
         zero_wrapper.check_universal_offsets()
-        with _placeholders_in_empty_groups(wrapper, param_groups, checkpoint.step(names)):
-            original(lp_groups_name, checkpoint_dir)
+        with (
+            nullcontext() if load_optimizer_states else _states_kept(optimizer),
+            _placeholders_in_empty_groups(wrapper, param_groups, checkpoint.step(names)),
+        ):
+            original(checkpoint_folder, load_optimizer_states, *others)
         for param_group in optimizer.param_groups:
             flat_param = param_group["params"][0]
             optimizer.state[flat_param] = {**new_state(flat_param), **optimizer.state[flat_param]}
 
-    wrapper.load_hp_checkpoint_state_from_checkpoint_dir = load_hp_checkpoint_state_from_checkpoint_dir
+    wrapper._load_universal_checkpoint = _load_universal_checkpoint
 
 
 def _relink_after(wrapper: Any, name: str) -> None:
@@ -131,7 +137,7 @@ class UniversalCheckpoint:
                 f"a universal checkpoint must hold beta1_prod.pt next to each exp_avg.pt, got none for {len(missing)} "
                 f"of {len(folders)} parameters in {str(self.zero_folder)!r}, such as {missing[0]!r}; DeepSpeed's own "
                 "converter drops it, and it cannot be computed from the other states: convert the original checkpoint "
-                "again with 'adai-dist to-universal IN OUT'"
+                "again with 'adai-dist to-universal IN OUT', or load only the weights with load_optimizer_states=False"
             )
         if len(self.param_groups) != len(optimizer.param_groups):
             raise ValueError(
@@ -180,6 +186,21 @@ def _placeholders_in_empty_groups(wrapper: Any, param_groups: list[list[Any]], s
         for params, placeholder in added:
             params.remove(placeholder)
             del wrapper.param_names[placeholder]
+
+
+@contextmanager
+def _states_kept(optimizer: AdaptiveInertia) -> Generator[None]:
+    """Keep states and hyperparameters of the optimizer while DeepSpeed loads others."""
+    states = {param: dict(state) for param, state in optimizer.state.items()}
+    param_groups = [dict(param_group) for param_group in optimizer.param_groups]
+    try:
+        yield
+    finally:
+        optimizer.state.clear()
+        optimizer.state.update(states)
+        for param_group, kept in zip(optimizer.param_groups, param_groups, strict=True):
+            param_group.clear()
+            param_group.update(kept)
 
 
 def _refuse_other_states(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -47,7 +47,6 @@ METHODS: Methods = {
         "step": ("closure",),
         "state_dict": (),
         "load_state_dict": (),
-        "load_hp_checkpoint_state_from_checkpoint_dir": ("lp_groups_name", "checkpoint_dir"),
         "scaled_global_norm": ("norm_type",),
         "get_grad_norm_direct": ("gradients", "params", "norm_type"),
         "complete_grad_norm_calculation_for_cpu_offload": ("params",),
@@ -55,6 +54,7 @@ METHODS: Methods = {
         "get_param_id": ("param",),
         "_lazy_init_hp_params_optimizer_state": (),
         "_load_legacy_checkpoint": (),
+        "_load_universal_checkpoint": ("checkpoint_folder", "load_optimizer_states"),
     },
     "DeepSpeedZeroOptimizer with offload": {
         "async_accumulate_grad_in_cpu_via_gpu": ("param",),
@@ -84,9 +84,9 @@ METHODS: Methods = {
         "step": ("closure",),
         "state_dict": (),
         "load_state_dict": (),
-        "load_hp_checkpoint_state_from_checkpoint_dir": ("lp_groups_name", "checkpoint_dir"),
         "_lazy_init_hp_params_optimizer_state": (),
         "_load_legacy_checkpoint": (),
+        "_load_universal_checkpoint": ("checkpoint_folder", "load_optimizer_states"),
     },
 }
 """Names of the parameters of each method, by class, and by a setting that the method depends on."""

@@ -33,6 +33,9 @@ class Stage1And2(ZeroWrapper):
     def group_indices(self) -> list[int]:
         return list(range(len(self.flat_partitions())))
 
+    def model_groups(self) -> list[list[Any]]:
+        return self.wrapper.bit16_groups
+
     def _find_fragments(self, part: int) -> list[Fragment]:
         # DeepSpeed's own mapping (_hp_mapping) has the wrong order under round_robin_gradients.
         params = self.wrapper.round_robin_bit16_groups[part]

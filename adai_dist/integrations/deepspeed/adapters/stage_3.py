@@ -34,7 +34,7 @@ class Stage3(ZeroWrapper):
         super().__init__(wrapper, release)
         self._has_accumulated = True
         """Whether the buffer of gradients may hold the sums of several backward passes."""
-        self._params: list[Any] = [param for params in wrapper.fp16_groups for param in params]
+        self._params: list[Any] = [param for params in self.model_groups() for param in params]
         check_names(self._params[0], release, "parameter of DeepSpeedZeroOptimizer_Stage3")
         if wrapper.swap_optimizer:
             check_names(wrapper.optimizer_swapper, release, "optimizer_swapper of DeepSpeedZeroOptimizer_Stage3")
@@ -54,11 +54,14 @@ class Stage3(ZeroWrapper):
     def group_indices(self) -> list[int]:
         return [self.wrapper.sub_group_to_group_id[part] for part in range(len(self.flat_partitions()))]
 
+    def model_groups(self) -> list[list[Any]]:
+        return self.wrapper.fp16_groups
+
     def _find_fragments(self, part: int) -> list[Fragment]:
-        counts_all = self._counts_every_rank(self.wrapper.fp16_groups[part])
+        counts_all = self._counts_every_rank(self.model_groups()[part])
         found: list[Fragment] = []
         start = 0
-        for param in self.wrapper.fp16_groups[part]:
+        for param in self.model_groups()[part]:
             size = int(param.partition_numel())
             first = size * self.partition_rank(param)
             num_elements = max(0, min(size, int(param.ds_numel) - first))  # the remainder is padding
@@ -193,7 +196,7 @@ class Stage3(ZeroWrapper):
         """Return this rank's flat partition of a state of a part, from the folders of its parameters."""
         loaded = torch.zeros_like(self.flat_partitions()[part])
         start = 0
-        for param, folder in zip(self.wrapper.fp16_groups[part], folders, strict=True):
+        for param, folder in zip(self.model_groups()[part], folders, strict=True):
             partition = self._load_partition(param, folder, key)
             loaded.narrow(0, start, partition.numel()).copy_(partition)
             start += int(param.partition_numel())

@@ -70,6 +70,10 @@ class ZeroWrapper:
         """Return the index of the parameter group of every part."""
         raise NotImplementedError
 
+    def model_groups(self) -> list[list[Any]]:
+        """Return the parameters of the model by part."""
+        raise NotImplementedError
+
     def fragments(self, part: int) -> list[Fragment]:
         """Return the fragments of a part on this rank, in the order of the parameters; they never change."""
         if part not in self._fragments:
