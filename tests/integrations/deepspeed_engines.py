@@ -12,11 +12,13 @@ import os
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from tests.distributed.layouts import CollectiveCounter
@@ -112,8 +114,28 @@ class Prescribed(nn.Module):
 
 
 def set_environment() -> None:
-    """Return the variables that DeepSpeed's launcher sets."""
+    """Set the variables that DeepSpeed's launcher sets, and mend a release that cannot train on a CPU."""
     os.environ.update(launched(dist.get_rank(), dist.get_world_size(), "29500"))
+    if "0.18.7" <= TorchVersion(version("deepspeed")) < "0.19":
+        _let_flat_groups_be_written()
+
+
+def _let_flat_groups_be_written() -> None:
+    """Detach the flat groups, whose parts DeepSpeed cannot write on a CPU, with any optimizer.
+
+    https://github.com/deepspeedai/DeepSpeed/pull/7948
+    """
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    flatten = DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned
+    if hasattr(flatten, "__wrapped__"):
+        return
+
+    @functools.wraps(flatten)
+    def flatten_dense_tensors_aligned(*args: Any, **kwargs: Any) -> Tensor:
+        return flatten(*args, **kwargs).detach()
+
+    DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned = flatten_dense_tensors_aligned
 
 
 def launched(rank: int, world_size: int, port: str) -> dict[str, str]:

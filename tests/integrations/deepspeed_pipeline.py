@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,8 +57,9 @@ def second_use(module: PipedProduct, inputs: Tensor) -> Tensor:
     return module(inputs, use=1, num_uses=2)
 
 
-def loss_of(outputs: Tensor, label: Tensor) -> Tensor:
-    return outputs.float()[..., 0].sum()
+def loss_of(num_added: int, outputs: Tensor, label: Tensor) -> Tensor:
+    """Return the loss of a micro-batch, divided by the number of micro-batches if DeepSpeed adds up their gradients."""
+    return outputs.float()[..., 0].sum() / num_added
 
 
 def walk_pipeline(setup: Setup, layers_between: tuple[str, ...] = LAYERS) -> Seen:
@@ -68,7 +70,10 @@ def walk_pipeline(setup: Setup, layers_between: tuple[str, ...] = LAYERS) -> See
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     num_parts = dist.get_world_size() // NUM_STAGES * setup.num_micro_batches
+    from adai_dist.integrations.deepspeed.adapters.releases import installed_release
+
     problem = setup.rounded
+    num_added = 1 if installed_release().averages_micro_batches_of_pipelines else setup.num_micro_batches
     specs = {spec.name: spec for spec in problem.specs()}
     tied = (problem, specs[TIED], num_parts)
     layers: list[Any] = [
@@ -76,7 +81,9 @@ def walk_pipeline(setup: Setup, layers_between: tuple[str, ...] = LAYERS) -> See
         *(LayerSpec(PipedProduct, problem, specs[name], num_parts) for name in layers_between),
         TiedLayerSpec("tied", PipedProduct, *tied, forward_fn=second_use, tied_weight_attr="weight"),
     ]
-    model = PipelineModule(layers, num_stages=NUM_STAGES, loss_fn=loss_of, partition_method="uniform")
+    model = PipelineModule(
+        layers, num_stages=NUM_STAGES, loss_fn=functools.partial(loss_of, num_added), partition_method="uniform"
+    )
     parameters = {m.spec.name: m.weight for m in model.modules() if isinstance(m, PipedProduct)}
     engine, *_ = deepspeed.initialize(
         model=model,

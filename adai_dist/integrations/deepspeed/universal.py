@@ -33,6 +33,7 @@ from deepspeed.checkpoint.constants import (
     ZERO_FILE_PREFIX,
 )
 
+from adai_dist.integrations.deepspeed.adapters.releases import installed_release
 from adai_dist.integrations.deepspeed.checkpoint_file import load_checkpoint_file
 
 PARAM_ALIGNMENT_PADDINGS = "param_alignment_paddings"  # DeepSpeed has this constant from 0.19.7 on
@@ -118,6 +119,14 @@ def _shards(source: Path) -> list[Path]:
             "names on every rank, so that DeepSpeed's converter merges them; load the original checkpoint on the "
             "number of ranks that saved it"
         )
+    is_stage_3 = any(source.glob(f"{FIRST_STAGE_3_FILE_PREFIX}*{MODEL_FILE_SUFFIX}"))
+    if is_stage_3 and not installed_release().converts_sub_groups:
+        num_sub_groups = len(load_checkpoint_file(shards[0])[OPTIMIZER_STATE_DICT][FP32_FLAT_GROUPS])
+        if num_sub_groups > 1:
+            raise ValueError(
+                f"a checkpoint of ZeRO 3 must have one sub-group to be converted with DeepSpeed {deepspeed_version}, "
+                f"got {num_sub_groups} in {str(source)!r}; install deepspeed>=0.18.0 for the conversion"
+            )
     for shard in shards:
         _check_states(shard)
     _check_offsets(source, shards)

@@ -111,6 +111,15 @@ def _check_precision(engine: Any) -> None:
                 "rounds the weights to 16 bits after every step",
                 "remove it, so that float32 copies of the weights are stepped",
             )
+    accelerator: Any = get_accelerator()
+    is_scattered = requested(engine, "zero_optimization", "contiguous_gradients") is False
+    is_reduced = accelerator.device_name() != "cpu" or installed_release().reduces_scattered_gradients_on_cpu
+    if is_scattered and not is_reduced and engine.zero_optimization_stage() in (1, 2):
+        _refuse(
+            f"zero_optimization.contiguous_gradients = False on a CPU in DeepSpeed {deepspeed.__version__}",
+            "steps gradients that are not reduced over the ranks",
+            "remove it",
+        )
     if requested(engine, "compile", "deepcompile"):
         # Its graph reduces gradients past ZeRO's hooks, by which the binding knows the parameters used in a step.
         _refuse(

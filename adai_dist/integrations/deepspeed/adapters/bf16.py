@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from deepspeed import __version__ as deepspeed_version
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
@@ -24,6 +25,12 @@ class BF16(ZeroWrapper):
     def __init__(self, wrapper: Any, release: Release) -> None:
         super().__init__(wrapper, release)
         check_names(wrapper.bf16_groups[0][0], release, "parameter of BF16_Optimizer")
+        if not release.reduces_bf16_gradients and not wrapper.immediate_grad_update:
+            raise RuntimeError(
+                "BF16_Optimizer must reduce the gradients of a step before it steps them, which DeepSpeed "
+                f'{deepspeed_version} does only with "bf16": {{"immediate_grad_update": true}}, got false; set it, use '
+                "ZeRO stage 2, or install deepspeed>=0.19.0"
+            )
 
     def flat_partitions(self) -> list[Tensor]:
         return self.wrapper.fp32_groups_flat_partition

@@ -11,8 +11,8 @@ import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 
-import deepspeed
 from torch.torch_version import TorchVersion
 
 logger: logging.Logger = logging.getLogger("adai_dist")
@@ -155,6 +155,7 @@ ATTRIBUTES: Attributes = {
         "dp_process_group",
         "fp32_groups_flat_partition",
         "fp32_groups_gradient_flat_partition",
+        "immediate_grad_update",
         "mpu",
         "param_names",
     ),
@@ -176,6 +177,14 @@ class Release:
     set_by_step: Attributes
     scales_loss_without_zero: bool = True
     """Whether the gradients that the fp16 wrapper without ZeRO unscales are those of a scaled loss."""
+    reduces_bf16_gradients: bool = True
+    """Whether BF16_Optimizer reduces the gradients of a step over the ranks, and not what it held before the step."""
+    reduces_scattered_gradients_on_cpu: bool = False
+    """Whether ZeRO 1 and 2 reduce gradients on a CPU if they are not in one buffer."""
+    averages_micro_batches_of_pipelines: bool = False
+    """Whether a pipeline divides the gradient by the number of micro-batches, as other engines do."""
+    converts_sub_groups: bool = False
+    """Whether ``ds_to_universal`` can convert checkpoints of ZeRO 3 with several sub-groups."""
     accumulates_offloaded_gradients: bool = False
     """Whether ZeRO 1 and 2 keep, under offload, the gradients of all micro-batches between the first and the last."""
     keeps_late_gradients: bool = False
@@ -216,16 +225,28 @@ V0_17_5 = V0_17_2.later("0.17.5", methods={"DeepSpeedEngine": {"zenflow_config":
 # offload_states under ZeRO 1 and 2: https://github.com/deepspeedai/DeepSpeed/pull/7421
 V0_17_6 = V0_17_5.later("0.17.6", methods={"DeepSpeedZeroOptimizer": {"reload_states": ("non_blocking",)}})
 # SuperOffload: https://github.com/deepspeedai/DeepSpeed/pull/7559
-V0_18_0 = V0_17_6.later("0.18.0", methods={"DeepSpeedEngine": {"super_offload": ()}})
+# Several sub-groups: https://github.com/deepspeedai/DeepSpeed/pull/7585
+V0_18_0 = replace(
+    V0_17_6.later("0.18.0", methods={"DeepSpeedEngine": {"super_offload": ()}}),
+    converts_sub_groups=True,
+)
 # The fp16 wrapper without ZeRO unscales gradients of an unscaled loss: introduced by
 # https://github.com/deepspeedai/DeepSpeed/pull/7665, reported in https://github.com/deepspeedai/DeepSpeed/pull/8393
-V0_18_3 = replace(V0_18_0, since="0.18.3", scales_loss_without_zero=False)
+# The same pull request moved the copy of bf16 gradients behind their reduction, and scales the loss of pipelines.
+V0_18_3 = replace(
+    V0_18_0,
+    since="0.18.3",
+    scales_loss_without_zero=False,
+    reduces_bf16_gradients=False,
+    averages_micro_batches_of_pipelines=True,
+)
 # https://github.com/deepspeedai/DeepSpeed/pull/7967 and https://github.com/deepspeedai/DeepSpeed/pull/7981
 V0_19_0 = replace(
     V0_18_3.later(
         "0.19.0",
         unused=("async_accumulate_grad_in_cpu_via_gpu", "get_param_gradient_attribute", "gradient_accumulation_steps"),
     ),
+    reduces_bf16_gradients=True,
     accumulates_offloaded_gradients=True,
 )
 # Process groups per parameter: https://github.com/deepspeedai/DeepSpeed/pull/8060
@@ -279,6 +300,7 @@ V0_19_8 = replace(
         "0.19.8",
         methods={"DeepSpeedZeroOptimizer_Stage3": {"_grad_norm_counts_every_rank": ("params", "process_group")}},
     ),
+    reduces_scattered_gradients_on_cpu=True,
     has_tensor_parallel_partitions=True,
 )
 
@@ -295,15 +317,15 @@ def installed_release() -> Release:
 
     Collective: none.
     """
-    version = TorchVersion(deepspeed.__version__.strip())
-    if version < TESTED[0]:
+    installed = TorchVersion(version("deepspeed"))
+    if installed < TESTED[0]:
         raise RuntimeError(
-            f"Adai needs DeepSpeed {TESTED[0]} or newer, got {version}; run: pip install 'adai-dist[deepspeed]'"
+            f"Adai needs DeepSpeed {TESTED[0]} or newer, got {installed}; run: pip install 'adai-dist[deepspeed]'"
         )
-    if version > TESTED[1]:
+    if installed > TESTED[1]:
         logger.warning(
             "DeepSpeed %s is newer than %s, the newest release that this release of adai_dist was tested with; the "
             "methods and attributes that it needs are checked, but a change of their meaning would not be noticed",
-            *(version, TESTED[1]),
+            *(installed, TESTED[1]),
         )
-    return next(release for release in reversed(RELEASES) if version >= release.since)
+    return next(release for release in reversed(RELEASES) if installed >= release.since)
