@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from adai_dist import Adai, AdaiW
 from tests.integrations.deepspeed_engines import set_environment
-from tests.integrations.deepspeed_setups import zero
+from tests.integrations.deepspeed_setups import BF16, FP32_GRADIENTS, zero
 from tests.spawn import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
@@ -215,6 +217,22 @@ def test_a_step_of_an_unbound_wrapper_is_refused(stage: int) -> None:
         assert kind == "RuntimeError"
         assert message.startswith("DeepSpeed must bind Adai before it steps it")
         assert "call adai_dist.register() before deepspeed.initialize()" in message
+
+
+# Settings with which some releases lose gradients, with the first and the last range of these releases.
+LOSING_GRADIENTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
+    "bf16-optimizer": (zero(1) | BF16 | FP32_GRADIENTS, "0.18.3", "0.19.0", '"immediate_grad_update": true'),
+    "scattered-1": (zero(1, contiguous_gradients=False), "0.16.0", "0.19.8", "contiguous_gradients = False on a CPU"),
+    "scattered-2": (zero(2, contiguous_gradients=False), "0.16.0", "0.19.8", "contiguous_gradients = False on a CPU"),
+}
+
+
+@pytest.mark.parametrize("name", LOSING_GRADIENTS)
+def test_a_setting_with_which_this_release_loses_gradients_is_refused(name: str) -> None:
+    config, first, end, words = LOSING_GRADIENTS[name]
+    is_refused = first <= TorchVersion(version("deepspeed")) < end
+    for _, message in run_ranks(error_of, 2, initialize, config):
+        assert (words in message) == is_refused
 
 
 def own_methods_while_zero_drives() -> list[tuple[str, str]]:
