@@ -52,16 +52,18 @@ pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 ONE_MORE = ({"lr": 0.7, "betas": (0.3, 0.9), "decoupled": True}, (Spec("fourth.one", (1,)),))
 WITH_TINY_GROUP = replace(CLIPPED, groups=(*PROBLEM.groups, ONE_MORE), steps=NUM_STEPS)
 LONG = replace(CLIPPED, steps=NUM_STEPS)
+ONE_GROUP = replace(LONG, groups=((CLIPPED.groups[0][0], tuple(CLIPPED.specs())),))
 ROUND_ROBIN = zero(2, round_robin_gradients=True)
 
 SETUPS = {
     # DeepSpeed's converter cannot read a tiny group saved by BF16_Optimizer.
-    name: Setup(config, LONG if name == "bf16-optimizer" else WITH_TINY_GROUP)
+    name: Setup(config, {"bf16-optimizer": LONG, "stage-3-one-group": ONE_GROUP}.get(name, WITH_TINY_GROUP))
     for name, config in {
         "stage-1": zero(1),
         "stage-2": zero(2),
         "stage-2-offload": zero(2, **CPU_OFFLOAD),
         "stage-3": zero(3),
+        "stage-3-one-group": zero(3),
         "stage-3-sub-groups": zero(3, sub_group_size=50),
         "stage-3-offload": zero(3, **CPU_OFFLOAD),
         "bf16-optimizer": zero(1) | BF16 | FP32_GRADIENTS,
@@ -69,7 +71,7 @@ SETUPS = {
         "bf16-stage-3": zero(3, sub_group_size=50) | BF16,
     }.items()
 }
-SOURCES = ("stage-1", "stage-2", "stage-3", "bf16-optimizer", "bf16-stage-3")
+SOURCES = ("stage-1", "stage-2", "stage-3", "stage-3-one-group", "bf16-optimizer", "bf16-stage-3")
 TARGETS = {
     1: (
         ("stage-2", "stage-2"),
@@ -81,6 +83,7 @@ TARGETS = {
         ("stage-2", "stage-3"),
         ("stage-3", "stage-2"),
         ("stage-3", "stage-1"),
+        ("stage-3-one-group", "stage-2"),
         ("bf16-optimizer", "bf16-stage-3"),
         ("bf16-stage-3", "bf16-optimizer"),
     ),
@@ -88,6 +91,7 @@ TARGETS = {
         ("stage-2", "stage-2-offload"),
         ("stage-2", "stage-3-sub-groups"),
         ("stage-3", "stage-3-offload"),
+        ("stage-3-one-group", "stage-3-one-group"),
         ("stage-3", "stage-2"),
         ("bf16-optimizer", "bf16-stage-2"),
     ),
@@ -96,7 +100,7 @@ CASES = [(num_ranks, source, target) for num_ranks, pairs in TARGETS.items() for
 PLAIN_TARGETS = {
     "stage-1": "stage-2",
     "stage-2": "stage-2",
-    "stage-3": "stage-3",
+    "stage-3": "stage-3-one-group",
     "bf16-optimizer": "bf16-optimizer",
 }
 # DeepSpeed's ZeRO 3 takes the weights alone from the checkpoint that was converted.
@@ -178,7 +182,8 @@ def test_all_states_and_hyperparameters_are_loaded(
             for key in STATE_NAMES:
                 np.testing.assert_array_equal(loaded.states[name][key], half.states[name][key], err_msg=f"{name} {key}")
         assert loaded.hyper == half.hyper
-        assert [param_group["lr"] for param_group in loaded.hyper][:3] == [0.4, 0.1, 2.0]
+        expected_lr = [hyper["lr"] for hyper, _ in SETUPS[source].problem.groups]
+        assert [param_group["lr"] for param_group in loaded.hyper] == expected_lr
         assert {float(part["step"]) for part in loaded.parts} == {SAVED_AT}
 
 
@@ -193,6 +198,16 @@ def test_the_continued_run_matches_the_uninterrupted_one(
     print(f"{num_ranks} ranks, {source} -> {target}: {error:.1e}")
     assert error < 2e-6
     assert {float(part["step"]) for second in second_halves for part in second.parts} == {NUM_STEPS}
+
+
+def test_several_sub_groups_of_stage_3_are_converted_or_refused(sources: list[dict[str, Any]]) -> None:
+    from adai_dist.integrations.deepspeed.adapters.releases import installed_release
+
+    if installed_release().converts_sub_groups:
+        of_all_ranks(sources, "stage-3")
+    else:
+        with pytest.raises(AssertionError, match=r"must have one sub-group to be converted .*, got 4 in"):
+            of_all_ranks(sources, "stage-3")
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -217,7 +232,7 @@ def refusals(folder: Path, sources: list[dict[str, Any]]) -> list[dict[str, Any]
     del sources
     cases = {f"plain {target}": (SETUPS[target], folder / source / "plain") for target, source in PLAIN_TARGETS.items()}
     for name in ("stage-2", "stage-3"):
-        cases[f"groups {name}"] = (replace(SETUPS[name], problem=PROBLEM), folder / name)
+        cases[f"groups {name}"] = (replace(SETUPS[name], problem=PROBLEM), folder / "stage-2")
     cases["round-robin"] = (Setup(ROUND_ROBIN, WITH_TINY_GROUP), folder / "stage-2")
     return run_ranks(attempt_all, 2, refusal, cases)
 
@@ -367,24 +382,33 @@ def test_impossible_conversions_are_refused(folder: Path, sources: list[dict[str
     assert "saved after the first step" in messages["before the first step"]
 
 
-def test_a_number_of_processes_below_one_is_refused(tmp_path: Path) -> None:
+def without_processes(folder: Path) -> list[str]:
     from adai_dist.integrations.deepspeed.universal import to_universal
 
+    messages: list[str] = []
     for number in (0, -2):
-        with pytest.raises(ValueError, match=f"num_workers must be at least 1, got {number}"):
-            to_universal(tmp_path, tmp_path / "result", num_workers=number)
+        with pytest.raises(ValueError, match="num_workers") as caught:
+            to_universal(folder, folder / "result", num_workers=number)
+        messages.append(str(caught.value))
+    return messages
 
 
-def test_the_plain_converter_drops_beta1_prod(folder: Path, sources: list[dict[str, Any]]) -> None:
-    del sources
-    for name in SOURCES:
-        converted, plain = (
-            {p.name for p in f.rglob("*.pt")} for f in (folder / name / "universal", folder / name / "plain")
-        )
-        assert "beta1_prod.pt" in converted
-        # When this fails, to_universal converts in one pass, and the second pass and this test can be deleted.
-        assert "beta1_prod.pt" not in plain
-        assert (folder / name / "latest_universal").read_text() == "universal"
+def test_a_number_of_processes_below_one_is_refused(tmp_path: Path) -> None:
+    (messages,) = run_ranks(without_processes, 1, tmp_path)
+    for number, message in zip((0, -2), messages, strict=True):
+        assert f"num_workers must be at least 1, got {number}" in message
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_plain_converter_drops_beta1_prod(name: str, folder: Path, sources: list[dict[str, Any]]) -> None:
+    of_all_ranks(sources, name)
+    converted, plain = (
+        {p.name for p in f.rglob("*.pt")} for f in (folder / name / "universal", folder / name / "plain")
+    )
+    assert "beta1_prod.pt" in converted
+    # When this fails, to_universal converts in one pass, and the second pass and this test can be deleted.
+    assert "beta1_prod.pt" not in plain
+    assert (folder / name / "latest_universal").read_text() == "universal"
 
 
 def test_several_processes_produce_the_same_checkpoint(folder: Path, sources: list[dict[str, Any]]) -> None:

@@ -85,11 +85,23 @@ def _wrap_universal_loading(zero_wrapper: ZeroWrapper, optimizer: AdaptiveInerti
             _placeholders_in_empty_groups(wrapper, param_groups, checkpoint.step(names)),
         ):
             original(checkpoint_folder, load_optimizer_states, *others)
+        _relink_master_weights(zero_wrapper)
         for param_group in optimizer.param_groups:
             flat_param = param_group["params"][0]
             optimizer.state[flat_param] = {**new_state(flat_param), **optimizer.state[flat_param]}
 
     wrapper._load_universal_checkpoint = _load_universal_checkpoint
+
+
+def _relink_master_weights(zero_wrapper: ZeroWrapper) -> None:
+    """Make ``safe_get_full_fp32_param``, and the next loading, find the master weights.
+
+    DeepSpeed leaves its links to them at the state that it has loaded last.
+    """
+    for flat, params in zip(zero_wrapper.flat_partitions(), zero_wrapper.model_groups(), strict=True):
+        for mapping in [param._hp_mapping for param in params if param._hp_mapping is not None]:
+            address = mapping.hp_fragment_address
+            mapping.hp_fragment = flat.narrow(0, address.start, address.numel)
 
 
 def _relink_after(wrapper: Any, name: str) -> None:
