@@ -22,10 +22,10 @@ from tests.version_matrix import (
     ROWS,
     Result,
     Row,
-    read_reports,
+    files,
+    read_report,
     read_results,
     render,
-    runs,
     write_result,
 )
 
@@ -49,16 +49,14 @@ def run_row(session: nox.Session, row: Row) -> None:
     install = ("uv", "pip", "install", "--quiet", "--python", PYTHON)
     session.run(*install, "-c", str(constraints), "-e", ".[kernels]", *row.requirements)
     result = Result(datetime.date.today().isoformat(), installed_versions(session))
-    reports: list[Path] = []
-    for title, files in runs(columns).items():
-        reports.append(folder / f"{title}.xml")
-        reports[-1].unlink(missing_ok=True)
-        session.run(
-            *(PYTHON, "-m", "pytest", "-q", "-m", "not slow and not gpu", "--continue-on-collection-errors"),
-            *(f"--junitxml={reports[-1]}", *files),
-            success_codes=range(256),  # the reports tell what failed, in all runs
-        )
-    read_reports(reports, columns, result)
+    report = folder / "report.xml"
+    report.unlink(missing_ok=True)
+    session.run(
+        *(PYTHON, "-m", "pytest", "-q", "-m", "not slow and not gpu", "--continue-on-collection-errors"),
+        *("--numprocesses=2", "--dist=loadfile", f"--junitxml={report}", *files(columns)),
+        success_codes=range(256),  # the report tells what failed
+    )
+    read_report(report, columns, result)
     for title, outcome in result.outcomes.items():
         session.log(f"{title}: {outcome}")
     if not session.posargs:

@@ -18,18 +18,19 @@ from tests.version_matrix import (
     ROWS,
     Outcome,
     Result,
-    read_reports,
+    files,
+    read_report,
     read_results,
     render,
-    runs,
     write_result,
 )
 
 
-def junit(path: Path, module: str, **cases: str) -> Path:
-    """Write a report with one test per argument; the value is the content of its element."""
+def junit(path: Path, modules: dict[str, dict[str, str]]) -> Path:
+    """Write a report with the contents of the elements of tests, by module and by name."""
     tests = "".join(
         f"<testcase classname='tests.{module}' name={quoteattr(name)} time='1.5'>{content}</testcase>"
+        for module, cases in modules.items()
         for name, content in cases.items()
     )
     path.write_text(f"<testsuites><testsuite>{tests}</testsuite></testsuites>")
@@ -43,7 +44,7 @@ def result() -> Result:
 
 @pytest.mark.exhaustive
 def test_every_column_selects_tests() -> None:
-    modules = sorted({file for kind in KINDS for files in runs(kind.columns).values() for file in files})
+    modules = sorted({file for kind in KINDS for file in files(kind.columns)})
     listed = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "not slow and not gpu", *modules],
         cwd=ROOT,
@@ -65,19 +66,19 @@ def test_every_column_selects_tests() -> None:
 
 
 def test_outcomes_are_counted_by_column(tmp_path: Path, result: Result) -> None:
-    first = junit(
-        tmp_path / "first.xml",
-        "test_first",
-        **{"test_a[clipped]": "", "test_a[plain]": "<failure message='1 != 2'/>", "test_b": "<error message='no'/>"},
-    )
-    second = junit(
-        tmp_path / "second.xml",
-        "folder.test_second.Class",
-        test_c="<skipped message='before torch 2.9: no'/>",
-        test_d="",
+    report = junit(
+        tmp_path / "report.xml",
+        {
+            "test_first": {
+                "test_a[clipped]": "",
+                "test_a[plain]": "<failure message='1 != 2'/>",
+                "test_b": "<error message='no'/>",
+            },
+            "folder.test_second.Class": {"test_c": "<skipped message='before torch 2.9: no'/>", "test_d": ""},
+        },
     )
     columns = {"clipping": {"test_first": "clipped"}, "all": {"test_first": "", "folder/test_second": ""}}
-    read_reports([first, second], columns, result)
+    read_report(report, columns, result)
     assert result.outcomes == {"clipping": Outcome(1, 0, 0, 1.5), "all": Outcome(2, 2, 1, 7.5)}
     assert result.failures == ["test_first::test_a[plain]", "test_first::test_b"]
     assert result.skips == {"before torch 2.9: no": 1}
@@ -85,15 +86,15 @@ def test_outcomes_are_counted_by_column(tmp_path: Path, result: Result) -> None:
 
 def test_a_module_runs_once_however_many_columns_count_its_tests() -> None:
     columns = {"a": {"test_x": ""}, "b": {"test_x": "[1]", "test_y": ""}, "c": {"test_y": "[2]"}}
-    assert runs(columns) == {"a": ["tests/test_x.py"], "b": ["tests/test_y.py"]}
+    assert files(columns) == ["tests/test_x.py", "tests/test_y.py"]
 
 
 @pytest.mark.parametrize("crashes", [False, True])
 def test_a_column_without_tests_fails(tmp_path: Path, result: Result, crashes: bool) -> None:
     report = tmp_path / "report.xml"
     if not crashes:
-        junit(report, "test_module", test_a="")
-    read_reports([report], {"clipping": {"test_module": "clipped"}}, result)
+        junit(report, {"test_module": {"test_a": ""}})
+    read_report(report, {"clipping": {"test_module": "clipped"}}, result)
     assert result.outcomes == {"clipping": Outcome(failed=1)}
     assert result.failures == ["test_module: no test that matches 'clipped'"]
 

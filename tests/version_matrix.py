@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
@@ -73,15 +74,9 @@ class Row:
         return "\n".join([*kept, f"{self.kind.name}=={exact}", ""])
 
 
-def runs(columns: Mapping[str, Column]) -> dict[str, list[str]]:
-    """Return the files to run for each column: its modules without those of earlier columns."""
-    files: dict[str, list[str]] = {}
-    earlier: set[str] = set()
-    for title, column in columns.items():
-        if new := [module for module in column if module not in earlier]:
-            files[title] = [f"tests/{module}.py" for module in new]
-        earlier.update(new)
-    return files
+def files(columns: Mapping[str, Column]) -> list[str]:
+    """Return the paths of the modules of all columns, each once."""
+    return [f"tests/{module}.py" for module in dict.fromkeys(itertools.chain.from_iterable(columns.values()))]
 
 
 def _all_of(*modules: str) -> Column:
@@ -219,12 +214,12 @@ class Result:
     """The number of tests by the reason of their skip."""
 
 
-def read_reports(reports: Iterable[Path], columns: Mapping[str, Column], result: Result) -> None:
-    """Add the outcomes of the columns to a result, from the JUnit files of all runs.
+def read_report(report: Path, columns: Mapping[str, Column], result: Result) -> None:
+    """Add the outcomes of the columns to a result, from the JUnit file of the run.
 
     A module in which no test ran that matches the column is a failure.
     """
-    by_module = _tests(reports)
+    by_module = _tests(report)
     failures: set[str] = set()
     skips: dict[str, str] = {}
     for title, column in columns.items():
@@ -249,15 +244,16 @@ def read_reports(reports: Iterable[Path], columns: Mapping[str, Column], result:
     result.skips = dict(sorted(Counter(skips.values()).items()))
 
 
-def _tests(reports: Iterable[Path]) -> dict[str, dict[str, ElementTree.Element]]:
+def _tests(report: Path) -> dict[str, dict[str, ElementTree.Element]]:
     """Return the elements of all tests by module below tests/ and by name, with the class if there is one."""
     found: dict[str, dict[str, ElementTree.Element]] = defaultdict(dict)
-    for report in filter(Path.exists, reports):
-        for case in ElementTree.parse(report).iter("testcase"):
-            *folders, last = case.get("classname", "").split(".")
-            is_class = bool(folders) and not last.startswith("test_")
-            path, prefix = (folders, f"{last}::") if is_class else ([*folders, last], "")
-            found["/".join(path[1:])][f"{prefix}{case.get('name')}"] = case
+    if not report.exists():
+        return found
+    for case in ElementTree.parse(report).iter("testcase"):
+        *folders, last = case.get("classname", "").split(".")
+        is_class = bool(folders) and not last.startswith("test_")
+        path, prefix = (folders, f"{last}::") if is_class else ([*folders, last], "")
+        found["/".join(path[1:])][f"{prefix}{case.get('name')}"] = case
     return found
 
 
