@@ -129,6 +129,9 @@ def capture(
     )
     if prepare is not None:
         prepare(engine)
+    for params in getattr(engine.optimizer, "bf16_groups", ()):
+        for index, parameter in enumerate(params):
+            parameter._index_in_param_group = index  # before 0.19.7, safe_get_full_grad of BF16_Optimizer needs this
     parameters = {key(name, parameter): parameter for name, parameter in engine.module.named_parameters()}
     captured = Captured(
         starts={name: to_numpy(_full(engine, parameter, "fp32_param")) for name, parameter in parameters.items()},

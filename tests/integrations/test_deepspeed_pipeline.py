@@ -17,6 +17,7 @@ SETUPS = {
     "stage-0": Setup(zero(0), num_micro_batches=2),  # DeepSpeed's own clipping counts the tied layer twice
     "stage-0-bf16": Setup(zero(0) | BF16, num_micro_batches=2),
     "stage-1": Setup(zero(1), CLIPPED, num_micro_batches=2),
+    "stage-1-one-micro-batch": Setup(zero(1), CLIPPED),
     "stage-1-coupled": Setup(zero(1), COUPLED, num_micro_batches=2),
     "stage-1-bf16": Setup(zero(1) | BF16, CLIPPED, num_micro_batches=2),
     "bf16-optimizer": Setup(zero(1) | BF16 | FP32_GRADIENTS, CLIPPED, num_micro_batches=2),
@@ -34,7 +35,13 @@ FAMILIES = {
     ("name", "world_size"), [(name, size) for size, family in FAMILIES.items() for name in family.setups]
 )
 def test_a_pipeline_with_a_tied_layer_follows_the_oracle(name: str, world_size: int) -> None:
+    from adai_dist.integrations.deepspeed.adapters.releases import installed_release
+
     setup = SETUPS[name]
+    if setup.num_micro_batches > 1 and not installed_release().scales_pipeline_stages_alike:
+        with pytest.raises(AssertionError, match="a pipeline with 2 micro-batches per step in DeepSpeed"):
+            FAMILIES[world_size].ranks(name)
+        return
     whole = Seen(unscaled_by=[1.0] * setup.problem.steps)
     for seen in FAMILIES[world_size].ranks(name):
         for key, parameter in seen.parameters.items():

@@ -126,7 +126,6 @@ def refused_alone(name: str) -> tuple[str, str]:
     set_environment()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.runtime.sequence_parallel import parallel_state_sp
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     config, _, _ = REFUSED_ALONE[name]
@@ -134,6 +133,8 @@ def refused_alone(name: str) -> tuple[str, str]:
         type(get_accelerator()).device_count = lambda self: 1  # as on two hosts
     if "grad_accum_dtype" not in config.get("data_types", {}):
         return error_of(initialize, config)
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
     parallel_state_sp.initialize_sequence_parallel(2)
     return error_of(initialize, config, mpu=parallel_state_sp)
 

@@ -131,6 +131,14 @@ def _check_precision(engine: Any) -> None:
 
 def _check_parallelism(engine: Any) -> None:
     stage = engine.zero_optimization_stage()
+    num_micro_batches = engine.gradient_accumulation_steps()
+    has_stages = engine.pipeline_parallelism and engine.module.num_stages > 1
+    if has_stages and num_micro_batches > 1 and not installed_release().scales_pipeline_stages_alike:
+        _refuse(
+            f"a pipeline with {num_micro_batches} micro-batches per step in DeepSpeed {deepspeed.__version__}",
+            "divides the gradients of each stage but the last by that number again",
+            "install deepspeed>=0.19.3, or set gradient_accumulation_steps to 1",
+        )
     if (requested(engine, "zero_optimization", "mics_shard_size") or -1) > 0:
         _refuse(
             "zero_optimization.mics_shard_size",

@@ -33,6 +33,7 @@ METHODS: Methods = {
         "optimizer_params": (),
         "scheduler_name": (),
         "scheduler_params": (),
+        "gradient_accumulation_steps": (),
         "zero_cpu_offload": (),
         "zero_elastic_checkpoint": (),
         "zero_force_ds_cpu_optimizer": (),
@@ -93,8 +94,8 @@ METHODS: Methods = {
 
 ATTRIBUTES: Attributes = {
     "DeepSpeedEngine": (
-        *("_config", "global_rank", "mesh_device", "module", "mpu", "param_names", "sequence_parallel_size"),
-        "world_size",
+        *("_config", "global_rank", "mesh_device", "module", "mpu", "param_names", "pipeline_parallelism"),
+        *("sequence_parallel_size", "world_size"),
     ),
     "DeepSpeedEngine after configuration": ("basic_optimizer", "has_moe_layers", "optimizer"),
     "DeepSpeedEngine with model parallelism": ("expert_data_parallel_group", "seq_data_parallel_group"),
@@ -124,6 +125,8 @@ ATTRIBUTES: Attributes = {
         "local_overflow",
         "micro_step_id",
         "norm_for_param_grads",
+        "overlap_comm",
+        "partition_gradients",
     ),
     "DeepSpeedZeroOptimizer_Stage3": (
         "_global_grad_norm",
@@ -183,6 +186,8 @@ class Release:
     """Whether ZeRO 1 and 2 reduce gradients on a CPU if they are not in one buffer."""
     averages_micro_batches_of_pipelines: bool = False
     """Whether a pipeline divides the gradient by the number of micro-batches, as other engines do."""
+    scales_pipeline_stages_alike: bool = True
+    """Whether all stages of a pipeline have gradients of the same loss."""
     converts_sub_groups: bool = False
     """Whether ``ds_to_universal`` can convert checkpoints of ZeRO 3 with several sub-groups."""
     accumulates_offloaded_gradients: bool = False
@@ -239,18 +244,20 @@ V0_18_3 = replace(
     scales_loss_without_zero=False,
     reduces_bf16_gradients=False,
     averages_micro_batches_of_pipelines=True,
+    scales_pipeline_stages_alike=False,
 )
 # https://github.com/deepspeedai/DeepSpeed/pull/7967 and https://github.com/deepspeedai/DeepSpeed/pull/7981
 V0_19_0 = replace(
     V0_18_3.later(
         "0.19.0",
-        unused=("async_accumulate_grad_in_cpu_via_gpu", "get_param_gradient_attribute", "gradient_accumulation_steps"),
+        unused=("async_accumulate_grad_in_cpu_via_gpu", "get_param_gradient_attribute", "overlap_comm"),
     ),
     reduces_bf16_gradients=True,
     accumulates_offloaded_gradients=True,
 )
 # Process groups per parameter: https://github.com/deepspeedai/DeepSpeed/pull/8060
 # Clipping by default: https://github.com/deepspeedai/DeepSpeed/pull/8068
+# Gradients of pipelines: https://github.com/deepspeedai/DeepSpeed/pull/8154
 V0_19_3 = replace(
     V0_19_0.later(
         "0.19.3",
@@ -262,6 +269,7 @@ V0_19_3 = replace(
             }
         },
     ),
+    scales_pipeline_stages_alike=True,
     has_groups_per_param=True,
     clips_by_default=True,
 )
