@@ -21,9 +21,12 @@ INSTALL_test  := -e '.[all]' --group test
 INSTALL_lint  := -e '.[all]' --group lint
 INSTALL_docs  := -e . --group docs
 
+# The oldest release of DeepSpeed that pyproject.toml allows, without its dependencies: it takes those of the newest.
+OLDEST := build/deepspeed-$(shell sed -n 's/^deepspeed = ."deepspeed>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train sweep test check test-slow test-gpu test-versions lint format bench soak docs dist constraints clean
+.PHONY: help train sweep test check check-oldest test-slow test-gpu test-versions lint format bench soak docs dist constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +43,11 @@ test: $(VENV)/.installed-test ## run the core tests, in two processes (ARGS="pyt
 
 check: $(VENV)/.installed-test ## run all tests except those marked slow or gpu (ARGS="pytest options")
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
+	$(if $(ARGS),,$(MAKE) check-oldest)
+
+check-oldest: $(VENV)/.installed-test $(OLDEST) ## run the steps of every ZeRO stage with the oldest supported DeepSpeed
+	PYTHONPATH=$(abspath $(OLDEST)) $(BIN)/python -m pytest $(PARALLEL) $(ARGS) \
+	    tests/integrations/test_deepspeed_parity.py tests/integrations/test_deepspeed_releases.py
 
 test-slow: $(VENV)/.installed-test ## run the tests marked slow
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600 $(ARGS)
@@ -91,6 +99,9 @@ clean: ## remove the outputs of the commands, except .venv and runs/
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+$(OLDEST): | $(VENV)/.installed-test
+	$(PIP) --no-deps --target $@ '$(subst -,==,$(notdir $@))'
 
 # These need no torch: they build, or test in environments of their own.
 $(VENV)/.installed-release $(VENV)/.installed-versions: $(VENV)/.installed-%: pyproject.toml | $(BIN)/python

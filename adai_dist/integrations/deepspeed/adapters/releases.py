@@ -17,8 +17,8 @@ from torch.torch_version import TorchVersion
 
 logger: logging.Logger = logging.getLogger("adai_dist")
 
-TESTED: tuple[str, str] = ("0.19.8", "0.19.8")
-"""First and last release that pass all tests. Older ones are refused; newer ones are tried, after a warning."""
+TESTED: tuple[str, str] = ("0.16.0", "0.19.8")
+"""First and last tested release. Older ones are refused; newer ones are tried, after a warning."""
 
 Methods = Mapping[str, Mapping[str, tuple[str, ...]]]
 Attributes = Mapping[str, tuple[str, ...]]
@@ -222,7 +222,7 @@ class Release:
         return replace(self, since=since, methods=all_methods, attributes=all_attributes)
 
 
-V0_16 = Release("0.16.0", METHODS, ATTRIBUTES, SET_BY_STEP)
+V0_16 = Release(TESTED[0], METHODS, ATTRIBUTES, SET_BY_STEP)
 # torch.autocast with ZeRO: https://github.com/deepspeedai/DeepSpeed/pull/6993
 V0_17_2 = V0_16.later("0.17.2", methods={"DeepSpeedEngine": {"torch_autocast_enabled": (), "torch_autocast_dtype": ()}})
 # ZenFlow: https://github.com/deepspeedai/DeepSpeed/pull/7391
@@ -313,7 +313,7 @@ V0_19_8 = replace(
 )
 
 RELEASES = (V0_16, V0_17_2, V0_17_5, V0_17_6, V0_18_0, V0_18_3, V0_19_0, V0_19_3, V0_19_5, V0_19_7, V0_19_8)
-"""All ranges, the oldest first. Not all of them are supported yet."""
+"""All ranges, the oldest first."""
 
 
 @functools.cache
