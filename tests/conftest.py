@@ -73,6 +73,7 @@ LIMITATIONS = (
         "a gradient must have the dtype of its parameter",
     ),
     Limitation("deepspeed", "0.16.4", ("test_tensor_parallel_layers", "autotp"), "there is no tensor_parallel"),
+    Limitation("deepspeed", "0.16.4", ("test_deepspeed_nvme", "nvme-buffers"), "the swapper fails, which is refused"),
     Limitation(
         "deepspeed",
         "0.16.9",
@@ -88,7 +89,10 @@ LIMITATIONS = (
     Limitation(
         "deepspeed",
         "0.18.0",
-        ("[1-stage-3-stage", "[2-stage-3-stage", "[4-stage-3-stage", "-bf16-stage-3-", "beta1_prod[stage-3]"),
+        (
+            *("[1-stage-3-stage", "[2-stage-3-stage", "[4-stage-3-stage", "-bf16-stage-3-"),
+            *("beta1_prod[stage-3]", "beta1_prod[bf16-stage-3]"),
+        ),
         "several sub-groups of ZeRO 3 are not converted, which is refused",
     ),
     Limitation("deepspeed", "0.18.3", ("refused[fp16-without-zero]",), "the gradients are those of the scaled loss"),
@@ -137,6 +141,12 @@ LIMITATIONS = (
         ("bf16-optimizer",),
         "the gradients of BF16_Optimizer are not reduced, which is refused",
         since="0.18.3",
+    ),
+    Limitation(
+        "deepspeed",
+        "0.17.6",
+        ("makes_all_ranks_skip_the_step[stage-0-bf16",),
+        "BF16_Optimizer is used without ZeRO, and fails for gradients that are not finite, with any optimizer",
     ),
     Limitation(
         "deepspeed",

@@ -202,6 +202,70 @@ def test_the_tables_hold_exactly_the_names_that_the_package_uses() -> None:
     assert in_tables - text == set()
 
 
+def refused_by_release(since: str, config: dict[str, Any], num_stages: int) -> tuple[str, str]:
+    """Return the error of a configuration if the rules of another range of releases apply."""
+    set_environment()
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    from adai_dist.integrations.deepspeed import unsupported_settings
+    from adai_dist.integrations.deepspeed.adapters.releases import RELEASES
+
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    release = next(release for release in RELEASES if release.since == since)
+    unsupported_settings.installed_release = lambda: release
+    model: torch.nn.Module = torch.nn.Linear(3, 2)
+    if num_stages:
+        model = PipelineModule([torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)], num_stages=num_stages)
+    return error_of(
+        lambda: deepspeed.initialize(
+            model=model,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "steps_per_print": 1000,
+                "optimizer": {"type": "AdaiV2", "params": {"lr": 0.1}},
+                **config,
+            },
+            model_parameters=model.parameters(),
+            dist_init_required=False,
+        )
+    )
+
+
+NVME = {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}
+# The range, a configuration, its number of stages in a pipeline, and what the message says.
+REFUSED_BY_RELEASE: dict[str, tuple[str, dict[str, Any], int, str]] = {
+    "nvme": ("0.16.0", zero(3, **NVME), 0, 'offload_optimizer.device = "nvme" in DeepSpeed'),
+    "pipeline": (
+        "0.18.3",
+        {"gradient_accumulation_steps": 2},
+        2,
+        "a pipeline with 2 micro-batches per step in DeepSpeed",
+    ),
+    "scattered-gradients": ("0.19.7", zero(2, contiguous_gradients=False), 0, "contiguous_gradients = False on a CPU"),
+}
+ACCEPTED_BY_RELEASE: dict[str, tuple[str, dict[str, Any], int]] = {
+    "pipeline-one-micro-batch": ("0.18.3", {}, 2),
+    "pipeline-one-stage": ("0.18.3", {"gradient_accumulation_steps": 2}, 1),
+    "pipeline-before": ("0.18.0", {"gradient_accumulation_steps": 2}, 2),
+    "pipeline-after": ("0.19.3", {"gradient_accumulation_steps": 2}, 2),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_BY_RELEASE)
+def test_a_setting_that_a_release_gets_wrong_is_refused_with_it(name: str) -> None:
+    since, config, num_stages, expected = REFUSED_BY_RELEASE[name]
+    first, second = run_ranks(refused_by_release, 2, since, config, num_stages)
+    assert first == second
+    assert first[0] == "UnsupportedSetting", first
+    assert expected in first[1]
+
+
+@pytest.mark.parametrize("name", ACCEPTED_BY_RELEASE)
+def test_a_setting_that_a_release_gets_right_is_accepted(name: str) -> None:
+    assert run_ranks(refused_by_release, 2, *ACCEPTED_BY_RELEASE[name]) == [("", ""), ("", "")]
+
+
 def clipped_by_default(config: dict[str, Any]) -> list[str]:
     set_environment()
     import deepspeed

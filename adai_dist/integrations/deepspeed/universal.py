@@ -158,14 +158,14 @@ def _check_states(shard: Path) -> None:
             f"{f'states {missing} without it' if states else 'no states'}; convert checkpoints of Adai, AdaiW or "
             "AdaiV2 that were saved after the first step"
         )
-    # BF16_Optimizer assigns all padding of a group to the partition of the last rank, where the converter fails.
+    # BF16_Optimizer, and ZeRO 1 and 2 before 0.16.4, assign all padding of a group to the last rank's partition.
     paddings = content[OPTIMIZER_STATE_DICT].get(GROUP_PADDINGS) or []
     for index, (padding, state) in enumerate(zip(paddings, states.values(), strict=False)):
         if padding > state["beta1_prod"].numel():
             raise ValueError(
-                f"parameter groups of BF16_Optimizer must have more elements than padding to be converted, got fewer "
-                f'in group {index}; move its parameters into another group, or remove "grad_accum_dtype" from '
-                '"data_types"'
+                "parameter groups must have more elements than the padding of the last rank to be converted, got "
+                f"fewer in group {index} of {str(shard)!r}; move its parameters into another group, or use ZeRO "
+                "stage 2 with deepspeed>=0.16.4"
             )
 
 

@@ -180,6 +180,12 @@ def _check_parallelism(engine: Any) -> None:
 def _check_nvme(offload: Any, stage: int) -> None:
     if stage != 3:
         return  # DeepSpeed keeps the states in CPU memory
+    if not installed_release().swaps_optimizer_states:
+        _refuse(
+            f'zero_optimization.offload_optimizer.device = "nvme" in DeepSpeed {deepspeed.__version__}',
+            "ends in a failed assertion of DeepSpeed with any optimizer",
+            'install deepspeed>=0.16.4, or offload to "cpu"',
+        )
     num_tiles = 1 + bool(offload.pipeline_read) + bool(offload.pipeline_write)
     needed = NUM_SWAPPED_TENSORS * num_tiles
     if offload.buffer_count < needed:

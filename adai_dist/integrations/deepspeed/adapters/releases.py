@@ -178,6 +178,8 @@ class Release:
     methods: Methods
     attributes: Attributes
     set_by_step: Attributes
+    swaps_optimizer_states: bool = False
+    """Whether ZeRO 3 can keep optimizer states on NVMe; before, its process ends in a failed assertion in C++."""
     scales_loss_without_zero: bool = True
     """Whether the gradients that the fp16 wrapper without ZeRO unscales are those of a scaled loss."""
     reduces_bf16_gradients: bool = True
@@ -223,8 +225,12 @@ class Release:
 
 
 V0_16 = Release(TESTED[0], METHODS, ATTRIBUTES, SET_BY_STEP)
+# https://github.com/deepspeedai/DeepSpeed/pull/6963
+V0_16_4 = replace(V0_16, since="0.16.4", swaps_optimizer_states=True)
 # torch.autocast with ZeRO: https://github.com/deepspeedai/DeepSpeed/pull/6993
-V0_17_2 = V0_16.later("0.17.2", methods={"DeepSpeedEngine": {"torch_autocast_enabled": (), "torch_autocast_dtype": ()}})
+V0_17_2 = V0_16_4.later(
+    "0.17.2", methods={"DeepSpeedEngine": {"torch_autocast_enabled": (), "torch_autocast_dtype": ()}}
+)
 # ZenFlow: https://github.com/deepspeedai/DeepSpeed/pull/7391
 V0_17_5 = V0_17_2.later("0.17.5", methods={"DeepSpeedEngine": {"zenflow_config": ()}})
 # offload_states under ZeRO 1 and 2: https://github.com/deepspeedai/DeepSpeed/pull/7421
@@ -312,7 +318,7 @@ V0_19_8 = replace(
     has_tensor_parallel_partitions=True,
 )
 
-RELEASES = (V0_16, V0_17_2, V0_17_5, V0_17_6, V0_18_0, V0_18_3, V0_19_0, V0_19_3, V0_19_5, V0_19_7, V0_19_8)
+RELEASES = (V0_16, V0_16_4, V0_17_2, V0_17_5, V0_17_6, V0_18_0, V0_18_3, V0_19_0, V0_19_3, V0_19_5, V0_19_7, V0_19_8)
 """All ranges, the oldest first."""
 
 
