@@ -9,25 +9,12 @@ from typing import Any
 
 import pytest
 
+from tests.integrations.deepspeed_keys import Recording
 from tests.recipe_runs import ROOT
 
 pytestmark = pytest.mark.deepspeed
 FILES = {path.stem: path for path in sorted((ROOT / "configs/deepspeed").glob("*.json"))}
 files = pytest.mark.parametrize("path", FILES.values(), ids=FILES)
-
-
-class Recording(dict[str, Any]):
-    """Configuration that records the keys that are read."""
-
-    asked: set[str]
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.asked.add(key)
-        return super().get(key, default)
-
-    def __getitem__(self, key: str) -> Any:
-        self.asked.add(key)
-        return super().__getitem__(key)
 
 
 def unknown_keys(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> set[str]:
@@ -36,11 +23,10 @@ def unknown_keys(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> se
     monkeypatch.setenv("WORLD_SIZE", "2")
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    recording = Recording(copy.deepcopy(content))
-    recording.asked = set()
-    read = DeepSpeedConfig(recording)
+    asked: set[str] = set()
+    read = DeepSpeedConfig(Recording(copy.deepcopy(content), asked))
     assert read.train_micro_batch_size_per_gpu == content["train_micro_batch_size_per_gpu"]
-    return content.keys() - recording.asked
+    return content.keys() - asked
 
 
 @files

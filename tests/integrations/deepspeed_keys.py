@@ -8,10 +8,11 @@ from typing import Any
 
 
 class Recording(dict[str, Any]):
-    """Section of a configuration that records the keys that are read, with the section's name before a dot."""
+    """Section of a configuration that adds the keys that are read to a set, each after a prefix."""
 
-    asked: set[str]
-    name: str
+    def __init__(self, content: dict[str, Any], asked: set[str], prefix: str = "") -> None:
+        super().__init__(content)
+        self.asked, self.prefix = asked, prefix
 
     def get(self, key: str, default: Any = None) -> Any:
         self._note(key)
@@ -29,7 +30,7 @@ class Recording(dict[str, Any]):
         return RecordingKeys(self)
 
     def _note(self, key: str) -> None:
-        self.asked.add(f"{self.name}{key}")
+        self.asked.add(f"{self.prefix}{key}")
 
 
 class RecordingKeys(KeysView[str]):
@@ -53,19 +54,14 @@ def found_keys() -> set[str]:
 
     asked = {"sequence_parallel_size", "data_parallel_size"}  # read by deepspeed.initialize
 
-    def recording(name: str, content: dict[str, Any]) -> Recording:
-        section = Recording(content)
-        section.asked, section.name = asked, name
-        return section
-
     contents: dict[str, Any] = {
         "optimizer": {"type": "Adai", "params": {"lr": 1.0}},
         "scheduler": {"type": "WarmupLR", "params": {}},
         "torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "expert_parallel": {"enabled": True},
     }
-    sections = {name: recording(f"{name}.", contents.get(name, {})) for name in SECTIONS}
-    DeepSpeedConfig(recording("", {"train_micro_batch_size_per_gpu": 1, **sections}))
+    sections = {name: Recording(contents.get(name, {}), asked, f"{name}.") for name in SECTIONS}
+    DeepSpeedConfig(Recording({"train_micro_batch_size_per_gpu": 1, **sections}, asked))
     for name, model in {
         "bf16": DeepSpeedBF16Config,
         "compile": CompileConfig,

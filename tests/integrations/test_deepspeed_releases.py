@@ -132,15 +132,21 @@ def test_a_missing_function_is_refused_by_name_and_does_not_affect_other_optimiz
         assert other == "RMSprop"
 
 
+def logged_messages() -> list[str]:
+    """Return a list to which the messages of the package's logger are appended from now on."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("adai_dist").addHandler(handler)
+    return messages
+
+
 def with_version(pretended: str) -> tuple[tuple[str, str], list[str], Any]:
     """Pretend that DeepSpeed has another version, and return an error, or what was logged and the trajectory."""
     set_environment()
     from adai_dist.integrations.deepspeed.adapters import releases
 
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logging.getLogger("adai_dist").addHandler(handler)
+    messages = logged_messages()
     releases.installed_release.cache_clear()
     releases.version = lambda distribution: pretended
     setup = SETUPS["stage-1"]
@@ -270,10 +276,7 @@ def clipped_by_default(config: dict[str, Any]) -> list[str]:
     set_environment()
     import deepspeed
 
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logging.getLogger("adai_dist").addHandler(handler)
+    messages = logged_messages()
     deepspeed.initialize(
         model=torch.nn.Linear(3, 2),
         config={

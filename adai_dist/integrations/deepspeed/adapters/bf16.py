@@ -35,9 +35,6 @@ class BF16(ZeroWrapper):
     def flat_partitions(self) -> list[Tensor]:
         return self.wrapper.fp32_groups_flat_partition
 
-    def group_indices(self) -> list[int]:
-        return list(range(len(self.flat_partitions())))
-
     def model_groups(self) -> list[list[Any]]:
         return self.wrapper.bf16_groups
 

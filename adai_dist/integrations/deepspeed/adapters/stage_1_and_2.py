@@ -30,9 +30,6 @@ class Stage1And2(ZeroWrapper):
     def flat_partitions(self) -> list[Tensor]:
         return self.wrapper.single_partition_of_fp32_groups
 
-    def group_indices(self) -> list[int]:
-        return list(range(len(self.flat_partitions())))
-
     def model_groups(self) -> list[list[Any]]:
         return self.wrapper.bit16_groups
 
@@ -127,9 +124,7 @@ class Stage1And2(ZeroWrapper):
         wrapper = self.wrapper
         if not wrapper.round_robin_gradients:
             return
-        for part, (params, order) in enumerate(
-            zip(wrapper.bit16_groups, wrapper.round_robin_bit16_groups, strict=True)
-        ):
+        for part, (params, order) in enumerate(zip(self.model_groups(), wrapper.round_robin_bit16_groups, strict=True)):
             is_aligned = self.release.has_aligned_params and any(wrapper.round_robin_bit16_padding[part])
             if any(a is not b for a, b in zip(params, order, strict=True)) and not is_aligned:
                 raise ValueError(

@@ -67,8 +67,8 @@ class ZeroWrapper:
         raise NotImplementedError
 
     def group_indices(self) -> list[int]:
-        """Return the index of the parameter group of every part."""
-        raise NotImplementedError
+        """Return the index of the parameter group of every part; by default, a part is a group."""
+        return list(range(len(self.flat_partitions())))
 
     def model_groups(self) -> list[list[Any]]:
         """Return the parameters of the model by part."""
