@@ -74,13 +74,14 @@ def test_outcomes_are_counted_by_column(tmp_path: Path, result: Result) -> None:
                 "test_a[plain]": "<failure message='1 != 2'/>",
                 "test_b": "<error message='no'/>",
             },
+            "test_other": {"test_e": "<failure message='no'/>"},
             "folder.test_second.Class": {"test_c": "<skipped message='before torch 2.9: no'/>", "test_d": ""},
         },
     )
     columns = {"clipping": {"test_first": "clipped"}, "all": {"test_first": "", "folder/test_second": ""}}
     read_report(report, columns, result)
     assert result.outcomes == {"clipping": Outcome(1, 0, 0, 1.5), "all": Outcome(2, 2, 1, 7.5)}
-    assert result.failures == ["test_first::test_a[plain]", "test_first::test_b"]
+    assert result.failures == ["test_first::test_a[plain]", "test_first::test_b", "test_other::test_e"]
     assert result.skips == {"before torch 2.9: no": 1}
 
 

@@ -101,8 +101,12 @@ OWN_BOUNDARY = Family(
             sets_boundary=True,
             used_only_in={"first.vector": 0, "second.matrix": 1},
         )
-        for stage in (1, 2, 3)
-        for suffix, options in {"": {}, "-offload": CPU_OFFLOAD}.items()
+        for stage, options_by_suffix in {
+            1: {"": {}, "-offload": CPU_OFFLOAD, "-offload-overlapped": CPU_OFFLOAD | {"overlap_comm": True}},
+            2: {"": {}, "-offload": CPU_OFFLOAD},
+            3: {"": {}, "-offload": CPU_OFFLOAD},
+        }.items()
+        for suffix, options in options_by_suffix.items()
         for precision, config in {"": {}, "-bf16": BF16}.items()
     }
 )
@@ -149,7 +153,7 @@ def test_a_parameter_unused_in_a_step_has_a_zero_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", OWN_BOUNDARY.setups)
 def test_the_loop_may_set_the_boundary_of_accumulation(name: str) -> None:
-    if ACCUMULATES_OFFLOADED or not name.startswith(("stage-1-offload", "stage-2-offload")):
+    if ACCUMULATES_OFFLOADED or not name.startswith(("stage-1-offload-overlapped", "stage-2-offload")):
         check_all_ranks(OWN_BOUNDARY, name)
     else:
         with pytest.raises(AssertionError, match=r"got 2 instead of 1, of which it would use the last alone"):

@@ -43,7 +43,7 @@ METHODS: Methods = {
         "zero_partial_offload": (),
         "zero_quantized_gradients": (),
     },
-    "FP16_UnfusedOptimizer": {"step": ("closure",)},
+    "FP16_UnfusedOptimizer": {"step": ("closure",), "zero_grad": ()},
     "DeepSpeedZeroOptimizer": {
         "step": ("closure",),
         "state_dict": (),
@@ -52,7 +52,10 @@ METHODS: Methods = {
         "get_grad_norm_direct": ("gradients", "params", "norm_type"),
         "complete_grad_norm_calculation_for_cpu_offload": ("params",),
         "unscale_and_clip_grads": ("grad_groups_flat", "total_norm"),
+        "get_gradient_for_reduction": ("param",),
         "get_param_id": ("param",),
+        "reduce_gradients": (),
+        "reduce_independent_p_g_buckets_and_remove_grads": ("param", "i"),
         "_lazy_init_hp_params_optimizer_state": (),
         "_load_legacy_checkpoint": (),
         "_load_universal_checkpoint": ("checkpoint_folder", "load_optimizer_states"),
@@ -110,8 +113,10 @@ ATTRIBUTES: Attributes = {
         "loss_scale",
         "model_parallel_group",
         "model_parallel_rank",
+        "overlap_comm",
         "param_names",
         "params_in_partition",
+        "partition_gradients",
         "real_dp_process_group",
         "round_robin_bit16_groups",
         "round_robin_bit16_meta",
@@ -125,8 +130,6 @@ ATTRIBUTES: Attributes = {
         "local_overflow",
         "micro_step_id",
         "norm_for_param_grads",
-        "overlap_comm",
-        "partition_gradients",
     ),
     "DeepSpeedZeroOptimizer_Stage3": (
         "_global_grad_norm",
@@ -182,6 +185,8 @@ class Release:
     """Whether ZeRO 3 can keep optimizer states on NVMe; before, its process ends in a failed assertion in C++."""
     scales_loss_without_zero: bool = True
     """Whether the gradients that the fp16 wrapper without ZeRO unscales are those of a scaled loss."""
+    zeroes_bf16_gradients_without_zero: bool = True
+    """Whether gradients are zeroed after a step in bf16 without ZeRO, and not added to those of the next step."""
     reduces_bf16_gradients: bool = True
     """Whether BF16_Optimizer reduces the gradients of a step over the ranks, and not what it held before the step."""
     reduces_scattered_gradients_on_cpu: bool = False
@@ -234,7 +239,11 @@ V0_17_2 = V0_16_4.later(
 # ZenFlow: https://github.com/deepspeedai/DeepSpeed/pull/7391
 V0_17_5 = V0_17_2.later("0.17.5", methods={"DeepSpeedEngine": {"zenflow_config": ()}})
 # offload_states under ZeRO 1 and 2: https://github.com/deepspeedai/DeepSpeed/pull/7421
-V0_17_6 = V0_17_5.later("0.17.6", methods={"DeepSpeedZeroOptimizer": {"reload_states": ("non_blocking",)}})
+# bf16 without ZeRO, and without BF16_Optimizer: https://github.com/deepspeedai/DeepSpeed/pull/7515
+V0_17_6 = replace(
+    V0_17_5.later("0.17.6", methods={"DeepSpeedZeroOptimizer": {"reload_states": ("non_blocking",)}}),
+    zeroes_bf16_gradients_without_zero=False,
+)
 # SuperOffload: https://github.com/deepspeedai/DeepSpeed/pull/7559
 # Several sub-groups: https://github.com/deepspeedai/DeepSpeed/pull/7585
 V0_18_0 = replace(
@@ -252,11 +261,13 @@ V0_18_3 = replace(
     averages_micro_batches_of_pipelines=True,
     scales_pipeline_stages_alike=False,
 )
+# https://github.com/deepspeedai/DeepSpeed/pull/7839
+V0_18_6 = replace(V0_18_3, since="0.18.6", zeroes_bf16_gradients_without_zero=True)
 # https://github.com/deepspeedai/DeepSpeed/pull/7967 and https://github.com/deepspeedai/DeepSpeed/pull/7981
 V0_19_0 = replace(
-    V0_18_3.later(
+    V0_18_6.later(
         "0.19.0",
-        unused=("async_accumulate_grad_in_cpu_via_gpu", "get_param_gradient_attribute", "overlap_comm"),
+        unused=("async_accumulate_grad_in_cpu_via_gpu", "get_param_gradient_attribute"),
     ),
     reduces_bf16_gradients=True,
     accumulates_offloaded_gradients=True,
@@ -318,7 +329,21 @@ V0_19_8 = replace(
     has_tensor_parallel_partitions=True,
 )
 
-RELEASES = (V0_16, V0_16_4, V0_17_2, V0_17_5, V0_17_6, V0_18_0, V0_18_3, V0_19_0, V0_19_3, V0_19_5, V0_19_7, V0_19_8)
+RELEASES = (
+    V0_16,
+    V0_16_4,
+    V0_17_2,
+    V0_17_5,
+    V0_17_6,
+    V0_18_0,
+    V0_18_3,
+    V0_18_6,
+    V0_19_0,
+    V0_19_3,
+    V0_19_5,
+    V0_19_7,
+    V0_19_8,
+)
 """All ranges, the oldest first."""
 
 

@@ -170,8 +170,37 @@ class Stage1And2(ZeroWrapper):
             setattr(wrapper, name, recording(getattr(wrapper, name)))
         wrapper.scaled_global_norm = scaled_global_norm
         wrapper.unscale_and_clip_grads = unscale_and_clip_grads
+        if wrapper.overlap_comm and not wrapper.partition_gradients:
+            self._reduce_gradients_of_all_micro_batches()
         if wrapper.cpu_offload and not self.release.accumulates_offloaded_gradients:
             self._keep_all_accumulated_gradients()
+
+    def _reduce_gradients_of_all_micro_batches(self) -> None:
+        """Reduce also the gradients of parameters that the last micro-batch does not use.
+
+        Under ZeRO 1 with overlap_comm, DeepSpeed reduces a gradient when the last micro-batch adds to it, and steps the
+        local gradient of any other parameter. Without overlap_comm it reduces all of them after that micro-batch.
+        """
+        wrapper = self.wrapper
+        original, original_reduction = wrapper.reduce_independent_p_g_buckets_and_remove_grads, wrapper.reduce_gradients
+        is_added: set[int] = set()
+
+        @functools.wraps(original)
+        def reduce_independent_p_g_buckets_and_remove_grads(param: Tensor, i: int) -> None:
+            is_added.add(id(param))
+            original(param, i)
+
+        @functools.wraps(original_reduction)
+        def reduce_gradients(*args: Any, **kwargs: Any) -> None:
+            for i, params in enumerate(self.model_groups()):
+                for param in params:
+                    if id(param) not in is_added and wrapper.get_gradient_for_reduction(param) is not None:
+                        original(param, i)
+            is_added.clear()
+            original_reduction(*args, **kwargs)
+
+        wrapper.reduce_independent_p_g_buckets_and_remove_grads = reduce_independent_p_g_buckets_and_remove_grads
+        wrapper.reduce_gradients = reduce_gradients
 
     def _keep_all_accumulated_gradients(self) -> None:
         """Store the sum of the gradients after every micro-batch, of which DeepSpeed stores the first alone."""
