@@ -22,7 +22,7 @@ INSTALL_lint  := -e '.[all]' --group lint
 INSTALL_docs  := -e . --group docs
 
 # The oldest release of DeepSpeed that pyproject.toml allows, without its dependencies: it takes those of the newest.
-OLDEST := build/deepspeed-$(shell sed -n 's/^deepspeed = ."deepspeed>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+OLDEST := build/deepspeed-$(shell sed -n 's/^deepspeed = ."deepspeed>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

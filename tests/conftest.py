@@ -73,7 +73,6 @@ LIMITATIONS = (
         "a gradient must have the dtype of its parameter",
     ),
     Limitation("deepspeed", "0.16.4", ("test_tensor_parallel_layers", "autotp"), "there is no tensor_parallel"),
-    Limitation("deepspeed", "0.16.4", ("test_deepspeed_nvme", "nvme-buffers"), "the swapper fails, which is refused"),
     Limitation(
         "deepspeed",
         "0.16.9",
@@ -82,23 +81,48 @@ LIMITATIONS = (
     ),
     Limitation(
         "deepspeed",
-        "0.17.0",
-        ("with-sequence-parallelism", "test_sequence_parallelism"),
-        "there is no deepspeed.runtime.sequence_parallel",
+        "0.18.6",
+        (
+            *("refused[autocast-fp16]", "refused[zenflow", "refused[super-offload]", "refused[fp16-without-zero]"),
+            *("with-sequence-parallelism", "test_sequence_parallelism"),
+        ),
+        "these settings are missing, or are supported",
     ),
-    Limitation("deepspeed", "0.17.2", ("refused[autocast-fp16]",), "there is no torch_autocast"),
-    Limitation("deepspeed", "0.17.5", ("refused[zenflow",), "there is no ZenFlow"),
-    Limitation("deepspeed", "0.18.0", ("refused[super-offload]",), "there is no SuperOffload"),
+    Limitation("deepspeed", "0.18.6", ("test_deepspeed_nvme", "nvme-buffers"), "the swapper fails, which is refused"),
     Limitation(
         "deepspeed",
-        "0.18.0",
+        "0.18.6",
         (
             *("[1-stage-3-stage", "[2-stage-3-stage", "[4-stage-3-stage", "-bf16-stage-3-"),
             *("beta1_prod[stage-3]", "beta1_prod[bf16-stage-3]"),
         ),
         "several sub-groups of ZeRO 3 are not converted, which is refused",
     ),
-    Limitation("deepspeed", "0.18.3", ("refused[fp16-without-zero]",), "the gradients are those of the scaled loss"),
+    Limitation(
+        "deepspeed",
+        "0.18.6",
+        ("makes_all_ranks_skip_the_step[stage-0-bf16",),
+        "BF16_Optimizer is used without ZeRO, and fails for gradients that are not finite, with any optimizer",
+    ),
+    Limitation(
+        "deepspeed",
+        "0.18.6",
+        ("with_no_sync", "with_backward_of_torch"),
+        "engine.backward() and engine.step() must be called for every micro-batch",
+    ),
+    Limitation(
+        "deepspeed",
+        "0.18.9",
+        ("sequential-gathers", "stage-3-checked", "oracle[leaf", "granularity", "overlap-stage", "preset-stage"),
+        "these settings are missing, or fail with any optimizer",
+    ),
+    Limitation(
+        "deepspeed",
+        "0.19.0",
+        ("bf16-optimizer",),
+        "the gradients of BF16_Optimizer are not reduced, which is refused",
+        since="0.18.6",
+    ),
     Limitation(
         "deepspeed",
         "0.19.2",
@@ -110,6 +134,12 @@ LIMITATIONS = (
         "0.19.7",
         ("parameter-alignment", "round-robin-aligned", "no-grad-norm"),
         "there is no parameter_alignment and no compute_grad_norm",
+    ),
+    Limitation(
+        "deepspeed",
+        "0.19.7",
+        ("makes_all_ranks_skip_the_step[bf16-optimizer]",),
+        "BF16_Optimizer fails for gradients that are not finite, with any optimizer",
     ),
     Limitation(
         "deepspeed",
@@ -125,18 +155,6 @@ LIMITATIONS = (
             *("partitions_follow_the_oracle[uneven", "oracle[autoep", "vocabulary-stage"),
         ),
         "these settings are missing, or fail with any optimizer",
-    ),
-    Limitation(
-        "deepspeed",
-        "0.18.9",
-        ("sequential-gathers", "stage-3-checked", "oracle[leaf", "granularity", "overlap-stage", "preset-stage"),
-        "these settings are missing, or fail with any optimizer",
-    ),
-    Limitation(
-        "deepspeed",
-        "0.18.3",
-        ("with_no_sync", "with_backward_of_torch"),
-        "engine.backward() and engine.step() must be called for every micro-batch",
     ),
     Limitation(
         "accelerate",
@@ -158,25 +176,6 @@ LIMITATIONS = (
         "1.10",
         ("unknown_key[hsdp]", "environment_of_the_ranks[hsdp]", "is_read[hsdp]", "key_is_detected[parallelism_config"),
         "there is no parallelism_config",
-    ),
-    Limitation(
-        "deepspeed",
-        "0.19.0",
-        ("bf16-optimizer",),
-        "the gradients of BF16_Optimizer are not reduced, which is refused",
-        since="0.18.3",
-    ),
-    Limitation(
-        "deepspeed",
-        "0.17.6",
-        ("makes_all_ranks_skip_the_step[stage-0-bf16",),
-        "BF16_Optimizer is used without ZeRO, and fails for gradients that are not finite, with any optimizer",
-    ),
-    Limitation(
-        "deepspeed",
-        "0.19.7",
-        ("makes_all_ranks_skip_the_step[bf16-optimizer]",),
-        "BF16_Optimizer fails for gradients that are not finite, with any optimizer",
     ),
 )
 

@@ -110,7 +110,7 @@ KINDS = (
     Kind(
         "deepspeed",
         "DeepSpeed",
-        ("0.16.0", "0.16.9", "0.17.6", "0.18.6", "0.18.9", "0.19.4", "0.19.6", NEWEST),
+        ("0.16.0", "0.16.9", "0.18.6", "0.18.9", "0.19.4", "0.19.6", NEWEST),
         {
             "parity": {_PARITY: r"^(?!.*accumulation)"},
             "accumulation": {_PARITY: "accumulation"},

@@ -154,12 +154,14 @@ def with_version(pretended: str) -> tuple[tuple[str, str], list[str], Any]:
     return error, messages, None if error[0] else walk(setup)
 
 
-def test_an_old_release_is_refused_naming_its_version() -> None:
+@pytest.mark.parametrize("unsupported", ["0.15.4", "0.17.6", "0.18.5"])
+def test_a_release_that_is_not_supported_is_refused_naming_its_version(unsupported: str) -> None:
     from adai_dist.integrations.deepspeed.adapters.releases import TESTED
 
-    for error, _, _ in run_ranks(with_version, 2, "0.15.4"):
+    tested = " or ".join(f"{first} to {last}" for first, last in TESTED)
+    for error, _, _ in run_ranks(with_version, 2, unsupported):
         assert error[0] == "RuntimeError"
-        assert error[1].startswith(f"Adai needs DeepSpeed {TESTED[0]} or newer, got 0.15.4;")
+        assert error[1].startswith(f"Adai needs DeepSpeed {tested}, got {unsupported};")
 
 
 def test_a_newer_release_with_the_same_names_trains_after_one_warning() -> None:
@@ -178,10 +180,12 @@ def test_a_newer_release_with_the_same_names_trains_after_one_warning() -> None:
 def test_the_installed_release_is_within_the_tested_ones() -> None:
     from adai_dist.integrations.deepspeed.adapters.releases import RELEASES, TESTED
 
-    assert TESTED[0] <= TorchVersion(version("deepspeed")) <= TESTED[1]
+    installed = TorchVersion(version("deepspeed"))
+    assert any(first <= installed <= last for first, last in TESTED)
     starts = [TorchVersion(release.since) for release in RELEASES]
     assert starts == sorted(starts)
-    assert str(starts[0]) == TESTED[0]
+    assert str(starts[0]) == TESTED[0][0]
+    assert {first for first, _ in TESTED} <= {str(start) for start in starts}
 
 
 def test_the_tables_hold_exactly_the_names_that_the_package_uses() -> None:
@@ -243,7 +247,7 @@ NVME = {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}
 REFUSED_BY_RELEASE: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "nvme": ("0.16.0", zero(3, **NVME), 0, 'offload_optimizer.device = "nvme" in DeepSpeed'),
     "pipeline": (
-        "0.18.3",
+        "0.18.6",
         {"gradient_accumulation_steps": 2},
         2,
         "a pipeline with 2 micro-batches per step in DeepSpeed",
@@ -251,9 +255,9 @@ REFUSED_BY_RELEASE: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "scattered-gradients": ("0.19.7", zero(2, contiguous_gradients=False), 0, "contiguous_gradients = False on a CPU"),
 }
 ACCEPTED_BY_RELEASE: dict[str, tuple[str, dict[str, Any], int]] = {
-    "pipeline-one-micro-batch": ("0.18.3", {}, 2),
-    "pipeline-one-stage": ("0.18.3", {"gradient_accumulation_steps": 2}, 1),
-    "pipeline-before": ("0.18.0", {"gradient_accumulation_steps": 2}, 2),
+    "pipeline-one-micro-batch": ("0.18.6", {}, 2),
+    "pipeline-one-stage": ("0.18.6", {"gradient_accumulation_steps": 2}, 1),
+    "pipeline-before": ("0.16.0", {"gradient_accumulation_steps": 2}, 2),
     "pipeline-after": ("0.19.3", {"gradient_accumulation_steps": 2}, 2),
 }
 

@@ -222,7 +222,7 @@ def test_a_step_of_an_unbound_wrapper_is_refused(stage: int) -> None:
 
 # Settings with which some releases lose gradients, with the first and the last range of these releases.
 LOSING_GRADIENTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
-    "bf16-optimizer": (zero(1) | BF16 | FP32_GRADIENTS, "0.18.3", "0.19.0", '"immediate_grad_update": true'),
+    "bf16-optimizer": (zero(1) | BF16 | FP32_GRADIENTS, "0.18.6", "0.19.0", '"immediate_grad_update": true'),
     "scattered-1": (zero(1, contiguous_gradients=False), "0.16.0", "0.19.8", "contiguous_gradients = False on a CPU"),
     "scattered-2": (zero(2, contiguous_gradients=False), "0.16.0", "0.19.8", "contiguous_gradients = False on a CPU"),
 }

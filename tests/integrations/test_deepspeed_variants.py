@@ -86,7 +86,7 @@ PARTLY_ABSENT = Family(
             used_only_in={"first.vector": micro_batch, "second.matrix": micro_batch},
         )
         for stage in (0, 1, 2, 3)
-        for suffix, options in {"": {}, "-offload": CPU_OFFLOAD}.items()
+        for suffix, options in {"": {}, "-offload": CPU_OFFLOAD, "-overlapped": {"overlap_comm": True}}.items()
         for micro_batch in (0, 1)
         if stage or not options
     }

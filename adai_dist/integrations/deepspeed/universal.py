@@ -125,7 +125,7 @@ def _shards(source: Path) -> list[Path]:
         if num_sub_groups > 1:
             raise ValueError(
                 f"a checkpoint of ZeRO 3 must have one sub-group to be converted with DeepSpeed {deepspeed_version}, "
-                f"got {num_sub_groups} in {str(source)!r}; install deepspeed>=0.18.0 for the conversion"
+                f"got {num_sub_groups} in {str(source)!r}; install deepspeed>=0.18.6 for the conversion"
             )
     for shard in shards:
         _check_states(shard)

@@ -52,5 +52,5 @@ def _parameters(method: Callable[..., Any]) -> tuple[str, ...]:
 def _refuse(owner: Any, rule: str, found: str) -> None:
     raise RuntimeError(
         f"{type(owner).__name__}.{rule}, got {found} in DeepSpeed {deepspeed.__version__}, which this release of "
-        f"adai_dist does not support; use DeepSpeed {TESTED[0]} to {TESTED[1]}, or a newer adai_dist"
+        f"adai_dist does not support; use DeepSpeed {TESTED[-1][1]}, or a newer adai_dist"
     )

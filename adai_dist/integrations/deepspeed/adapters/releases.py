@@ -17,8 +17,12 @@ from torch.torch_version import TorchVersion
 
 logger: logging.Logger = logging.getLogger("adai_dist")
 
-TESTED: tuple[str, str] = ("0.16.0", "0.19.8")
-"""First and last tested release. Older ones are refused; newer ones are tried, after a warning."""
+TESTED: tuple[tuple[str, str], ...] = (("0.16.0", "0.16.9"), ("0.18.6", "0.19.8"))
+"""First and last releases that pass all tests. Newer ones are tried, after a warning; all others are refused.
+
+The releases between lose gradients in common configurations, with any optimizer: 0.17.6 to 0.18.2 those of all
+micro-batches but the last under ZeRO 2, and 0.17.6 to 0.18.5 never zero them in bf16 without ZeRO.
+"""
 
 Methods = Mapping[str, Mapping[str, tuple[str, ...]]]
 Attributes = Mapping[str, tuple[str, ...]]
@@ -43,7 +47,7 @@ METHODS: Methods = {
         "zero_partial_offload": (),
         "zero_quantized_gradients": (),
     },
-    "FP16_UnfusedOptimizer": {"step": ("closure",), "zero_grad": ()},
+    "FP16_UnfusedOptimizer": {"step": ("closure",)},
     "DeepSpeedZeroOptimizer": {
         "step": ("closure",),
         "state_dict": (),
@@ -185,8 +189,6 @@ class Release:
     """Whether ZeRO 3 can keep optimizer states on NVMe; before, its process ends in a failed assertion in C++."""
     scales_loss_without_zero: bool = True
     """Whether the gradients that the fp16 wrapper without ZeRO unscales are those of a scaled loss."""
-    zeroes_bf16_gradients_without_zero: bool = True
-    """Whether gradients are zeroed after a step in bf16 without ZeRO, and not added to those of the next step."""
     reduces_bf16_gradients: bool = True
     """Whether BF16_Optimizer reduces the gradients of a step over the ranks, and not what it held before the step."""
     reduces_scattered_gradients_on_cpu: bool = False
@@ -229,40 +231,36 @@ class Release:
         return replace(self, since=since, methods=all_methods, attributes=all_attributes)
 
 
-V0_16 = Release(TESTED[0], METHODS, ATTRIBUTES, SET_BY_STEP)
-# https://github.com/deepspeedai/DeepSpeed/pull/6963
-V0_16_4 = replace(V0_16, since="0.16.4", swaps_optimizer_states=True)
+V0_16 = Release("0.16.0", METHODS, ATTRIBUTES, SET_BY_STEP)
 # torch.autocast with ZeRO: https://github.com/deepspeedai/DeepSpeed/pull/6993
-V0_17_2 = V0_16_4.later(
-    "0.17.2", methods={"DeepSpeedEngine": {"torch_autocast_enabled": (), "torch_autocast_dtype": ()}}
-)
+# NVMe: https://github.com/deepspeedai/DeepSpeed/pull/7215
 # ZenFlow: https://github.com/deepspeedai/DeepSpeed/pull/7391
-V0_17_5 = V0_17_2.later("0.17.5", methods={"DeepSpeedEngine": {"zenflow_config": ()}})
 # offload_states under ZeRO 1 and 2: https://github.com/deepspeedai/DeepSpeed/pull/7421
-# bf16 without ZeRO, and without BF16_Optimizer: https://github.com/deepspeedai/DeepSpeed/pull/7515
-V0_17_6 = replace(
-    V0_17_5.later("0.17.6", methods={"DeepSpeedZeroOptimizer": {"reload_states": ("non_blocking",)}}),
-    zeroes_bf16_gradients_without_zero=False,
-)
 # SuperOffload: https://github.com/deepspeedai/DeepSpeed/pull/7559
 # Several sub-groups: https://github.com/deepspeedai/DeepSpeed/pull/7585
-V0_18_0 = replace(
-    V0_17_6.later("0.18.0", methods={"DeepSpeedEngine": {"super_offload": ()}}),
-    converts_sub_groups=True,
-)
 # The fp16 wrapper without ZeRO unscales gradients of an unscaled loss: introduced by
 # https://github.com/deepspeedai/DeepSpeed/pull/7665, reported in https://github.com/deepspeedai/DeepSpeed/pull/8393
 # The same pull request moved the copy of bf16 gradients behind their reduction, and scales the loss of pipelines.
-V0_18_3 = replace(
-    V0_18_0,
-    since="0.18.3",
+V0_18_6 = replace(
+    V0_16.later(
+        "0.18.6",
+        methods={
+            "DeepSpeedEngine": {
+                "super_offload": (),
+                "torch_autocast_dtype": (),
+                "torch_autocast_enabled": (),
+                "zenflow_config": (),
+            },
+            "DeepSpeedZeroOptimizer": {"reload_states": ("non_blocking",)},
+        },
+    ),
+    swaps_optimizer_states=True,
+    converts_sub_groups=True,
     scales_loss_without_zero=False,
     reduces_bf16_gradients=False,
     averages_micro_batches_of_pipelines=True,
     scales_pipeline_stages_alike=False,
 )
-# https://github.com/deepspeedai/DeepSpeed/pull/7839
-V0_18_6 = replace(V0_18_3, since="0.18.6", zeroes_bf16_gradients_without_zero=True)
 # https://github.com/deepspeedai/DeepSpeed/pull/7967 and https://github.com/deepspeedai/DeepSpeed/pull/7981
 V0_19_0 = replace(
     V0_18_6.later(
@@ -329,21 +327,7 @@ V0_19_8 = replace(
     has_tensor_parallel_partitions=True,
 )
 
-RELEASES = (
-    V0_16,
-    V0_16_4,
-    V0_17_2,
-    V0_17_5,
-    V0_17_6,
-    V0_18_0,
-    V0_18_3,
-    V0_18_6,
-    V0_19_0,
-    V0_19_3,
-    V0_19_5,
-    V0_19_7,
-    V0_19_8,
-)
+RELEASES = (V0_16, V0_18_6, V0_19_0, V0_19_3, V0_19_5, V0_19_7, V0_19_8)
 """All ranges, the oldest first."""
 
 
@@ -352,19 +336,20 @@ def installed_release() -> Release:
     """Return the range of the installed DeepSpeed, and warn, once, if it is newer than the tested ones.
 
     Raises:
-        RuntimeError: it is older than the tested ones.
+        RuntimeError: it is older than the tested ones, or between them.
 
     Collective: none.
     """
-    installed = TorchVersion(version("deepspeed"))
-    if installed < TESTED[0]:
-        raise RuntimeError(
-            f"Adai needs DeepSpeed {TESTED[0]} or newer, got {installed}; run: pip install 'adai-dist[deepspeed]'"
-        )
-    if installed > TESTED[1]:
+    installed, newest = TorchVersion(version("deepspeed")), TESTED[-1][1]
+    if installed > newest:
         logger.warning(
             "DeepSpeed %s is newer than %s, the newest release that this release of adai_dist was tested with; the "
             "methods and attributes that it needs are checked, but a change of their meaning would not be noticed",
-            *(installed, TESTED[1]),
+            *(installed, newest),
+        )
+    elif not any(first <= installed <= last for first, last in TESTED):
+        tested = " or ".join(f"{first} to {last}" for first, last in TESTED)
+        raise RuntimeError(
+            f"Adai needs DeepSpeed {tested}, got {installed}; run: pip install --upgrade 'adai-dist[deepspeed]'"
         )
     return next(release for release in reversed(RELEASES) if installed >= release.since)

@@ -144,7 +144,7 @@ class Stage1And2(ZeroWrapper):
             def norm_of_group(*args: Any, **kwargs: Any) -> Any:
                 norm = original(*args, **kwargs)
                 norms.append(norm)
-                # Before 0.18.0, offload returns the integer -1 for infinities, with which the norms cannot be stacked.
+                # In 0.16, offload returns the integer -1 for infinities, with which the norms cannot be stacked.
                 return float(norm) if isinstance(norm, int) else norm
 
             return norm_of_group

@@ -205,7 +205,7 @@ class Stage3(ZeroWrapper):
     def _load_partition(self, param: Any, folder: Path, key: str) -> Tensor:
         if self.release.has_groups_per_param:
             return self.wrapper.load_hp_checkpoint_state(str(folder), key, param=param)
-        # DeepSpeed's method takes the partition of the local rank before 0.18.0, and none of these dictionaries.
+        # DeepSpeed's method takes the partition of the local rank in 0.16, and none of these dictionaries.
         content: Any = load_checkpoint_file(folder / f"{key}.pt")
         full: Tensor = (content[PARAM] if isinstance(content, dict) else content).view(-1)
         size = int(param.partition_numel())

@@ -67,7 +67,7 @@ def sharding_without_zero(engine: Any) -> ModelParallel | Replicated:
 
 
 def wrap_master_weight_step(engine: Any) -> None:
-    """Make a wrapper that steps float32 master weights refuse a changed model, count skipped steps and zero gradients.
+    """Make a wrapper that steps float32 master weights refuse a changed model and count skipped steps.
 
     Collective: none.
     """
@@ -76,7 +76,6 @@ def wrap_master_weight_step(engine: Any) -> None:
         return
     snapshot = ModelSnapshot(engine.module, optimizer)
     original = wrapper.step
-    leaves_gradients = not installed_release().zeroes_bf16_gradients_without_zero
 
     @functools.wraps(original)
     def step(closure: Any = None) -> Any:
@@ -84,8 +83,6 @@ def wrap_master_weight_step(engine: Any) -> None:
         result = original(closure)
         if wrapper.overflow:
             optimizer.record(mean_of_skipped_step(wrapper._global_grad_norm))
-        if leaves_gradients:
-            wrapper.zero_grad()
         return result
 
     wrapper.step = step
