@@ -18,13 +18,14 @@ SETUPS = {
     "stage-0-bf16": Setup(zero(0) | BF16, num_micro_batches=2),
     "stage-1": Setup(zero(1), CLIPPED, num_micro_batches=2),
     "stage-1-one-micro-batch": Setup(zero(1), CLIPPED),
+    "stage-1-overlapped": Setup(zero(1, overlap_comm=True), CLIPPED, num_micro_batches=2),
     "stage-1-coupled": Setup(zero(1), COUPLED, num_micro_batches=2),
     "stage-1-bf16": Setup(zero(1) | BF16, CLIPPED, num_micro_batches=2),
     "bf16-optimizer": Setup(zero(1) | BF16 | FP32_GRADIENTS, CLIPPED, num_micro_batches=2),
 }
 
 
-DATA_PARALLEL = ("stage-1-coupled", "bf16-optimizer")
+DATA_PARALLEL = ("stage-1-coupled", "stage-1-overlapped", "bf16-optimizer")
 FAMILIES = {
     2: Family(SETUPS, walk_pipeline, world_size=2),
     4: Family({name: SETUPS[name] for name in DATA_PARALLEL}, walk_pipeline, world_size=4),

@@ -58,7 +58,7 @@ METHODS: Methods = {
         "unscale_and_clip_grads": ("grad_groups_flat", "total_norm"),
         "get_gradient_for_reduction": ("param",),
         "get_param_id": ("param",),
-        "reduce_gradients": (),
+        "overlapping_partition_gradients_reduce_epilogue": (),
         "reduce_independent_p_g_buckets_and_remove_grads": ("param", "i"),
         "_lazy_init_hp_params_optimizer_state": (),
         "_load_legacy_checkpoint": (),

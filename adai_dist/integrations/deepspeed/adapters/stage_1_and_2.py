@@ -182,7 +182,8 @@ class Stage1And2(ZeroWrapper):
         local gradient of any other parameter. Without overlap_comm it reduces all of them after that micro-batch.
         """
         wrapper = self.wrapper
-        original, original_reduction = wrapper.reduce_independent_p_g_buckets_and_remove_grads, wrapper.reduce_gradients
+        original = wrapper.reduce_independent_p_g_buckets_and_remove_grads
+        original_epilogue = wrapper.overlapping_partition_gradients_reduce_epilogue
         is_added: set[int] = set()
 
         @functools.wraps(original)
@@ -190,17 +191,17 @@ class Stage1And2(ZeroWrapper):
             is_added.add(id(param))
             original(param, i)
 
-        @functools.wraps(original_reduction)
-        def reduce_gradients(*args: Any, **kwargs: Any) -> None:
+        @functools.wraps(original_epilogue)
+        def overlapping_partition_gradients_reduce_epilogue() -> None:
             for i, params in enumerate(self.model_groups()):
                 for param in params:
                     if id(param) not in is_added and wrapper.get_gradient_for_reduction(param) is not None:
                         original(param, i)
             is_added.clear()
-            original_reduction(*args, **kwargs)
+            original_epilogue()
 
         wrapper.reduce_independent_p_g_buckets_and_remove_grads = reduce_independent_p_g_buckets_and_remove_grads
-        wrapper.reduce_gradients = reduce_gradients
+        wrapper.overlapping_partition_gradients_reduce_epilogue = overlapping_partition_gradients_reduce_epilogue
 
     def _keep_all_accumulated_gradients(self) -> None:
         """Store the sum of the gradients after every micro-batch, of which DeepSpeed stores the first alone."""
