@@ -62,7 +62,7 @@ UNEVEN_LAYERS = tuple(
 
 def error_of_uneven_stages() -> str:
     with pytest.raises(ValueError, match="same parameter groups") as caught:
-        walk_pipeline(SETUPS["stage-1"], UNEVEN_LAYERS)
+        walk_pipeline(SETUPS["stage-1-one-micro-batch"], UNEVEN_LAYERS)
     return str(caught.value)
 
 

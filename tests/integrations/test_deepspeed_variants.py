@@ -153,7 +153,7 @@ def test_a_parameter_unused_in_a_step_has_a_zero_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", OWN_BOUNDARY.setups)
 def test_the_loop_may_set_the_boundary_of_accumulation(name: str) -> None:
-    if ACCUMULATES_OFFLOADED or not name.startswith(("stage-1-offload-overlapped", "stage-2-offload")):
+    if ACCUMULATES_OFFLOADED or not name.startswith("stage-2-offload"):
         check_all_ranks(OWN_BOUNDARY, name)
     else:
         with pytest.raises(AssertionError, match=r"got 2 instead of 1, of which it would use the last alone"):

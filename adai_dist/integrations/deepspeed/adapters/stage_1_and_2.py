@@ -85,10 +85,9 @@ class Stage1And2(ZeroWrapper):
     def _check_number_of_backward_passes(self) -> None:
         wrapper = self.wrapper
         num_passes = wrapper.micro_step_id + 1
-        is_reduced_in_backward = wrapper.partition_gradients or wrapper.overlap_comm
-        if is_reduced_in_backward and wrapper.gradient_accumulation_steps == 1 and num_passes > 1:
+        if wrapper.partition_gradients and wrapper.gradient_accumulation_steps == 1 and num_passes > 1:
             raise RuntimeError(
-                "under CPU offload with ZeRO 2 or overlap_comm, a step must take as many backward passes as "
+                "under CPU offload with ZeRO 2, a step must take as many backward passes as "
                 f"gradient_accumulation_steps says before DeepSpeed 0.19.0, got {num_passes} instead of 1, of which "
                 "it would use the last alone; set gradient_accumulation_steps, or install deepspeed>=0.19.0"
             )
