@@ -129,9 +129,6 @@ def capture(
     )
     if prepare is not None:
         prepare(engine)
-    for params in getattr(engine.optimizer, "bf16_groups", ()):
-        for index, parameter in enumerate(params):
-            parameter._index_in_param_group = index  # before 0.19.7, safe_get_full_grad of BF16_Optimizer needs this
     parameters = {key(name, parameter): parameter for name, parameter in engine.module.named_parameters()}
     captured = Captured(
         starts={name: to_numpy(_full(engine, parameter, "fp32_param")) for name, parameter in parameters.items()},
@@ -162,6 +159,8 @@ def _full(engine: Any, parameter: nn.Parameter, what: str) -> Tensor:
     masters = unpartitioned(engine)
     if masters is not None:
         return parameter.grad if what == "grad" else masters[parameter]
+    if what == "grad" and hasattr(engine.optimizer, "bf16_groups"):
+        return parameter._hp_grad.view_as(parameter)  # before 0.19.7, safe_get_full_grad returns the local gradient
     return safe_get_full_grad(parameter) if what == "grad" else safe_get_full_fp32_param(parameter)
 
 

@@ -184,7 +184,7 @@ def _check_nvme(offload: Any, stage: int) -> None:
         _refuse(
             f'zero_optimization.offload_optimizer.device = "nvme" in DeepSpeed {deepspeed.__version__}',
             "ends in a failed assertion of DeepSpeed with any optimizer",
-            'install deepspeed>=0.18.6, or offload to "cpu"',
+            'install deepspeed>=0.19.4, or offload to "cpu"',
         )
     num_tiles = 1 + bool(offload.pipeline_read) + bool(offload.pipeline_write)
     needed = NUM_SWAPPED_TENSORS * num_tiles

@@ -233,7 +233,6 @@ class Release:
 
 V0_16 = Release("0.16.0", METHODS, ATTRIBUTES, SET_BY_STEP)
 # torch.autocast with ZeRO: https://github.com/deepspeedai/DeepSpeed/pull/6993
-# NVMe: https://github.com/deepspeedai/DeepSpeed/pull/7215
 # ZenFlow: https://github.com/deepspeedai/DeepSpeed/pull/7391
 # offload_states under ZeRO 1 and 2: https://github.com/deepspeedai/DeepSpeed/pull/7421
 # SuperOffload: https://github.com/deepspeedai/DeepSpeed/pull/7559
@@ -254,7 +253,6 @@ V0_18_6 = replace(
             "DeepSpeedZeroOptimizer": {"reload_states": ("non_blocking",)},
         },
     ),
-    swaps_optimizer_states=True,
     converts_sub_groups=True,
     scales_loss_without_zero=False,
     reduces_bf16_gradients=False,
@@ -288,9 +286,11 @@ V0_19_3 = replace(
     has_groups_per_param=True,
     clips_by_default=True,
 )
+# NVMe: https://github.com/deepspeedai/DeepSpeed/pull/8212
+V0_19_4 = replace(V0_19_3, since="0.19.4", swaps_optimizer_states=True)
 # https://github.com/deepspeedai/DeepSpeed/pull/8225
 V0_19_5 = replace(
-    V0_19_3.later(
+    V0_19_4.later(
         "0.19.5",
         methods={
             "DeepSpeedZeroOptimizer with offload": {"_finalize_cpu_offload_gradient_accumulation": ()},
@@ -327,7 +327,7 @@ V0_19_8 = replace(
     has_tensor_parallel_partitions=True,
 )
 
-RELEASES = (V0_16, V0_18_6, V0_19_0, V0_19_3, V0_19_5, V0_19_7, V0_19_8)
+RELEASES = (V0_16, V0_18_6, V0_19_0, V0_19_3, V0_19_4, V0_19_5, V0_19_7, V0_19_8)
 """All ranges, the oldest first."""
 
 
