@@ -72,7 +72,7 @@ LIMITATIONS = (
         ("low_precision_gradients", "test_odd_model"),
         "a gradient must have the dtype of its parameter",
     ),
-    Limitation("deepspeed", "0.16.4", ("test_tensor_parallel_layers", "autotp"), "there is no tensor_parallel"),
+    Limitation("deepspeed", "0.16.4", ("test_tensor_parallel_layers",), "there is no AutoTP in training"),
     Limitation(
         "deepspeed",
         "0.16.9",

@@ -139,6 +139,12 @@ def _check_parallelism(engine: Any) -> None:
             "divides the gradients of each stage but the last by that number again",
             "install deepspeed>=0.19.3, or set gradient_accumulation_steps to 1",
         )
+    if (requested(engine, "tensor_parallel", "autotp_size") or 0) > 1 and not installed_release().has_tested_autotp:
+        _refuse(
+            f"tensor_parallel.autotp_size in DeepSpeed {deepspeed.__version__}",
+            "has not been tested with Adai",
+            "install deepspeed>=0.18.6, or remove it",
+        )
     if (requested(engine, "zero_optimization", "mics_shard_size") or -1) > 0:
         _refuse(
             "zero_optimization.mics_shard_size",

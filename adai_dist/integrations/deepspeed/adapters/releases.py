@@ -185,6 +185,8 @@ class Release:
     methods: Methods
     attributes: Attributes
     set_by_step: Attributes
+    has_tested_autotp: bool = False
+    """Whether AutoTP has been tested; before, it does not run on a CPU."""
     swaps_optimizer_states: bool = False
     """Whether ZeRO 3 can keep optimizer states on NVMe; before, its process ends in a failed assertion in C++."""
     scales_loss_without_zero: bool = True
@@ -253,6 +255,7 @@ V0_18_6 = replace(
             "DeepSpeedZeroOptimizer": {"reload_states": ("non_blocking",)},
         },
     ),
+    has_tested_autotp=True,
     converts_sub_groups=True,
     scales_loss_without_zero=False,
     reduces_bf16_gradients=False,
