@@ -55,7 +55,8 @@ SETUPS = {
 }
 # DeepSpeed's script supports no checkpoint of BF16_Optimizer, with any optimizer ("is not a zero checkpoint").
 CONVERTIBLE = [name for name, setup in SETUPS.items() if setup.stage > 0 and name != "bf16-optimizer"]
-OTHERS = ("stage-0", "stage-0-bf16", "stage-1", "stage-2-offload", "bf16-optimizer", "stage-3")
+# Before DeepSpeed 0.16.9, stage 0 fails and leaves an engine behind: it comes last.
+OTHERS = ("stage-0-bf16", "stage-1", "stage-2-offload", "bf16-optimizer", "stage-3", "stage-0")
 
 
 def stop_and_go(
