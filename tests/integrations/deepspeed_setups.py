@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.torch_version import TorchVersion
 
 from tests.problems import Problem, Spec
 
@@ -61,6 +64,11 @@ UNUSED = replace(
 BF16 = {"bf16": {"enabled": True}}
 FP32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}}  # selects BF16_Optimizer with bf16 and stage 1
 CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
+def has_deepspeed(release: str) -> bool:
+    """Return whether this release of DeepSpeed, or a newer one, is installed."""
+    return find_spec("deepspeed") is not None and TorchVersion(version("deepspeed")) >= release
 
 
 def zero(stage: int, **options: Any) -> dict[str, Any]:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.metadata import version
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from torch.torch_version import TorchVersion
 
 from tests.integrations.deepspeed_engines import Family
 from tests.integrations.deepspeed_oracle_check import check_all_ranks, solve
@@ -20,12 +17,13 @@ from tests.integrations.deepspeed_setups import (
     FP32_GRADIENTS,
     UNUSED,
     Setup,
+    has_deepspeed,
     zero,
 )
 
 pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
-ACCUMULATES_OFFLOADED = find_spec("deepspeed") is not None and TorchVersion(version("deepspeed")) >= "0.19.0"
+ACCUMULATES_OFFLOADED = has_deepspeed("0.19.0")
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 
 L2 = Family(
