@@ -155,7 +155,8 @@ LIMITATIONS = (
         "0.19.8",
         (
             *("hybrid-engine", "with_a_single_step", "with_coalesced_reduction", "test_summed_gradients"),
-            *("partitions_follow_the_oracle[uneven", "oracle[autoep", "vocabulary-stage"),
+            *("partitions_follow_the_oracle[uneven", "oracle[autoep", "refused[autoep-autotp", "vocabulary-stage"),
+            "two_stages_on_each_rank",
         ),
         "these settings are missing, or fail with any optimizer",
     ),

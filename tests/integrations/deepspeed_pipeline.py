@@ -62,11 +62,11 @@ def loss_of(num_added: int, outputs: Tensor, label: Tensor) -> Tensor:
     return outputs.float()[..., 0].sum() / num_added
 
 
-def walk_pipeline(setup: Setup, layers_between: tuple[str, ...] = LAYERS) -> Seen:
-    """Take all steps, and return a record with the parameters of this rank's stage. Collective: all ranks."""
+def walk_pipeline(setup: Setup, layers_between: tuple[str, ...] = LAYERS, module: str = "PipelineModule") -> Seen:
+    """Take all steps, and return a record with the parameters of this rank's stages. Collective: all ranks."""
     set_environment()
     import deepspeed
-    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+    from deepspeed import pipe
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     num_parts = dist.get_world_size() // NUM_STAGES * setup.num_micro_batches
@@ -77,11 +77,11 @@ def walk_pipeline(setup: Setup, layers_between: tuple[str, ...] = LAYERS) -> See
     specs = {spec.name: spec for spec in problem.specs()}
     tied = (problem, specs[TIED], num_parts)
     layers: list[Any] = [
-        TiedLayerSpec("tied", PipedProduct, *tied, forward_fn=first_use, tied_weight_attr="weight"),
-        *(LayerSpec(PipedProduct, problem, specs[name], num_parts) for name in layers_between),
-        TiedLayerSpec("tied", PipedProduct, *tied, forward_fn=second_use, tied_weight_attr="weight"),
+        pipe.TiedLayerSpec("tied", PipedProduct, *tied, forward_fn=first_use, tied_weight_attr="weight"),
+        *(pipe.LayerSpec(PipedProduct, problem, specs[name], num_parts) for name in layers_between),
+        pipe.TiedLayerSpec("tied", PipedProduct, *tied, forward_fn=second_use, tied_weight_attr="weight"),
     ]
-    model = PipelineModule(
+    model = getattr(pipe, module)(
         layers, num_stages=NUM_STAGES, loss_fn=functools.partial(loss_of, num_added), partition_method="uniform"
     )
     parameters = {m.spec.name: m.weight for m in model.modules() if isinstance(m, PipedProduct)}

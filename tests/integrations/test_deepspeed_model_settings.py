@@ -77,18 +77,20 @@ class WithExperts(nn.Module):
         super().__init__()
         self.config = ConfigOfExperts()
         layer = nn.Module()
-        layer.dense, layer.mlp = nn.Linear(8, 8), Routed()
+        layer.up, layer.down, layer.mlp = nn.Linear(8, 6), nn.Linear(6, 8), Routed()
         self.model = nn.Module()
         self.model.layers = nn.ModuleList([layer])
         self.lm_head = nn.Linear(8, 3)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        hidden = self.model.layers[0].dense(inputs).tanh()
-        return self.lm_head(hidden + self.model.layers[0].mlp(hidden)).square().mean()
+        layer = self.model.layers[0]
+        hidden = layer.down(layer.up(inputs).tanh()).tanh()
+        return self.lm_head(hidden + layer.mlp(hidden)).square().mean()
 
 
 def inputs_of(setup: Setup, shape: tuple[int, ...], step: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+    num_copies = setup.config.get("tensor_parallel", {}).get("autotp_size", 1)  # tensor-parallel ranks share a batch
+    generator = torch.Generator().manual_seed(10 * step + dist.get_rank() // num_copies)
     return {"inputs": 3 * torch.randn(shape, generator=generator).to(setup.dtype)}
 
 
@@ -142,11 +144,13 @@ def walk_autoep(setup: Setup) -> Captured:
     """Train experts that AutoEP spreads over the ranks. Collective: all ranks."""
     initialize()
     from deepspeed.moe.utils import is_moe_param
+    from deepspeed.runtime.utils import is_model_parallel_parameter
 
     num_parts = setup.config["expert_parallel"]["autoep_size"]
 
     def key(name: str, parameter: nn.Parameter) -> str:
-        return f"{name}@{dist.get_rank() % num_parts}" if is_moe_param(parameter) else name
+        is_divided = is_moe_param(parameter) or is_model_parallel_parameter(parameter)
+        return f"{name}@{dist.get_rank() % num_parts}" if is_divided else name
 
     return capture(setup, WithExperts(), key, functools.partial(inputs_of, setup, (2, 6, 8)))
 
@@ -187,6 +191,16 @@ AUTOEP, WHOLE = (
     {"expert_parallel": {"enabled": True, "autoep_size": size, "preset_model": "mixtral", "use_grouped_mm": False}}
     for size in (2, 1)
 )
+LAYER_SPECS = [
+    {"patterns": [pattern], "partition_type": kind}
+    for kind, pattern in {"column": ".*up\\.weight$", "row": ".*down\\.weight$", "skip": ".*"}.items()
+]
+AUTOTP = {
+    "tensor_parallel": {
+        "autotp_size": 2,
+        "partition_config": {"use_default_specs": False, "layer_specs": LAYER_SPECS},
+    }
+}
 AUTO_EXPERTS = Family(
     {
         "autoep-stage-0": Setup(zero(0) | AUTOEP, DECOUPLED),
@@ -197,6 +211,19 @@ AUTO_EXPERTS = Family(
         "autoep-stage-2-offload": Setup(zero(2, **CPU_OFFLOAD) | AUTOEP, CLIPPED_COUPLED),
         "autoep-bf16-optimizer": Setup(zero(1) | AUTOEP | BF16 | FP32_GRADIENTS, CLIPPED),
     },
+    walk_autoep,
+    world_size=4,
+)
+FOLDED = {
+    name: Family({name: setup}, walk_autoep, world_size=4)  # one at a time, because DeepSpeed keeps the process groups
+    for name, setup in {
+        "autoep-autotp-stage-0": Setup(zero(0) | AUTOEP | AUTOTP, DECOUPLED),
+        "autoep-autotp-stage-0-bf16": Setup(zero(0) | AUTOEP | AUTOTP | BF16, DECOUPLED),
+        "autoep-autotp-bf16-optimizer": Setup(zero(1) | AUTOEP | AUTOTP | BF16 | FP32_GRADIENTS, CLIPPED),
+    }.items()
+}
+REFUSED = Family(
+    {f"autoep-autotp-stage-{stage}": Setup(zero(stage) | AUTOEP | AUTOTP, CLIPPED) for stage in (1, 2)},
     walk_autoep,
     world_size=4,
 )
@@ -216,7 +243,7 @@ TENSOR_PARALLEL = Family(
 )
 FAMILY_OF = {
     name: family for family in (NESTED, INITIALIZED, COMPILED, AUTO_EXPERTS, TENSOR_PARALLEL) for name in family.setups
-}
+} | FOLDED
 
 
 @pytest.mark.parametrize("name", FAMILY_OF)
@@ -224,3 +251,10 @@ def test_the_setting_follows_the_oracle(name: str) -> None:
     family = FAMILY_OF[name]
     tolerance = 2e-5 if family is TENSOR_PARALLEL else 1e-5
     print(f"{name}: {check_captured(family.ranks(name), family.setups[name], tolerance):.1e}")
+
+
+@pytest.mark.parametrize("name", REFUSED.setups)
+def test_experts_that_only_some_tensor_parallel_ranks_count_are_refused(name: str) -> None:
+    with pytest.raises(AssertionError, match="every expert must count in the gradient norm") as caught:
+        REFUSED.ranks(name)
+    assert str(caught.value).count("RuntimeError: every expert must count") == 4, "all ranks get the error"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import numpy as np
 import pytest
 
@@ -30,6 +33,15 @@ FAMILIES = {
     2: Family(SETUPS, walk_pipeline, world_size=2),
     4: Family({name: SETUPS[name] for name in DATA_PARALLEL}, walk_pipeline, world_size=4),
 }
+# Rank 0 holds the first and the last of four stages, and with them the only copy of the tied layer.
+DUAL_PIPE_V = Family(
+    {
+        name: dataclasses.replace(SETUPS[name], num_micro_batches=4)
+        for name in ("stage-0", "stage-1-coupled", "bf16-optimizer")
+    },
+    functools.partial(walk_pipeline, module="DualPipeVModule"),
+    world_size=2,
+)
 
 
 @pytest.mark.parametrize(
@@ -43,15 +55,25 @@ def test_a_pipeline_with_a_tied_layer_follows_the_oracle(name: str, world_size: 
         with pytest.raises(AssertionError, match="a pipeline with 2 micro-batches per step in DeepSpeed"):
             FAMILIES[world_size].ranks(name)
         return
+    check_all_stages(FAMILIES[world_size].ranks(name), setup)
+
+
+@pytest.mark.parametrize("name", DUAL_PIPE_V.setups)
+def test_a_pipeline_with_two_stages_on_each_rank_follows_the_oracle(name: str) -> None:
+    check_all_stages(DUAL_PIPE_V.ranks(name), DUAL_PIPE_V.setups[name])
+
+
+def check_all_stages(ranks: list[Seen], setup: Setup) -> None:
+    """Compare the parameters of all stages together with the oracle, and the copies of a parameter with each other."""
     whole = Seen(unscaled_by=[1.0] * setup.problem.steps)
-    for seen in FAMILIES[world_size].ranks(name):
+    for seen in ranks:
         for key, parameter in seen.parameters.items():
             assert np.array_equal(parameter, whole.parameters.get(key, parameter)), f"the copies of {key} drift apart"
         whole.parameters |= seen.parameters
         whole.states |= seen.states
         whole.was_skipped, whole.means, whole.grad_norms = seen.was_skipped, seen.means, seen.grad_norms
         if len(whole.parameters) == len(list(setup.problem.specs())):
-            print(f"{name} on {world_size} ranks: {check(whole, setup):.1e}")
+            print(f"on {len(ranks)} ranks: {check(whole, setup):.1e}")
     assert len(whole.parameters) == len(list(setup.problem.specs()))
 
 

@@ -117,6 +117,7 @@ ATTRIBUTES: Attributes = {
         "loss_scale",
         "model_parallel_group",
         "model_parallel_rank",
+        "mpu",
         "overlap_comm",
         "param_names",
         "params_in_partition",

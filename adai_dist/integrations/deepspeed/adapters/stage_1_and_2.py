@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor
 
 from adai_dist.integrations.deepspeed.adapters.zero_wrapper import Fragment, ZeroWrapper, wait_for_copies, without_none
@@ -69,7 +71,20 @@ class Stage1And2(ZeroWrapper):
                 yield fragments[id(param)], gradient.view(-1)
 
     def process_groups(self) -> tuple[ProcessGroup, ...]:
+        if self._has_uncounted_experts():
+            raise RuntimeError(
+                "every expert must count in the gradient norm, got tensor parallelism under ZeRO stage 1 or 2, where "
+                "DeepSpeed counts only the experts of the first tensor-parallel rank; use ZeRO stage 0, or bf16 with "
+                'ZeRO stage 1 and "data_types": {"grad_accum_dtype": "fp32"}'
+            )
         return without_none(self.wrapper.dp_process_group, self.wrapper.model_parallel_group)
+
+    def _has_uncounted_experts(self) -> bool:
+        """Return whether tensor-parallel ranks hold different experts, of which DeepSpeed counts those of the first."""
+        if self.wrapper.model_parallel_group is None or bwc_tensor_model_parallel_world_size(self.wrapper.mpu) == 1:
+            return False
+        params = itertools.chain.from_iterable(self.model_groups())
+        return any(is_moe_param(param) and not is_model_parallel_parameter(param) for param in params)
 
     def collect_late_gradients(self) -> None:
         wrapper = self.wrapper
