@@ -160,6 +160,7 @@ LIMITATIONS = (
         ),
         "these settings are missing, or fail with any optimizer",
     ),
+    Limitation("transformers", "5.0", ("in_one_line[indivisible]",), "num_attention_heads need not divide hidden_size"),
     Limitation(
         "accelerate",
         "1.6",

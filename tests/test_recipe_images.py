@@ -161,10 +161,10 @@ WRONG = {
         {"architecture": "cnn", "depth": 3},
         r"unknown key 'model.depth' for cnn; valid keys are model.channels, ",
     ),
-    "value": ({"architecture": "resnet18", "width": "wide"}, r"model must describe a resnet18; "),
+    "value": ({"architecture": "resnet18", "width": "wide"}, r"model must describe a resnet18; got .*'wide'"),
     "size": (
         {"architecture": "cnn", "channels": [4] * 6},
-        r"model must describe a cnn; an image of 8x8 pixels is too small",
+        r"model must describe a cnn; got .*; an image of 8x8 pixels is too small",
     ),
 }
 

@@ -218,17 +218,17 @@ def test_blocks_are_found_and_the_initial_loss_is_that_of_a_uniform_guess(archit
         ),
         pytest.param(
             {"architecture": "llama", "hidden_size": "wide"},
-            "model must describe a llama decoder; .*wide",
+            "model must describe a llama decoder; got .*'wide'",
             id="wrong type",
         ),
         pytest.param(
             {"architecture": "llama", "hidden_size": 15, "num_attention_heads": 2},
-            "model must describe a llama decoder; ",
+            "model must describe a llama decoder; got ",
             id="indivisible",
         ),
         ({"architecture": "gpt2", **SMALL, "vocab_size": 100}, "model.vocab_size must be at least 256; got 100"),
         ({"architecture": "gpt2", **SMALL, "n_positions": 4}, "must have at least data.seq_len=8 positions; got 4"),
-        ({"architecture": "vit"}, "model must describe a vit decoder; "),
+        ({"architecture": "vit"}, "model must describe a vit decoder; got "),
     ],
 )
 def test_an_impossible_model_is_refused_in_one_line(settings: dict[str, object], message: str) -> None:

@@ -241,4 +241,5 @@ def build_convnet(settings: Mapping[str, Any], shape: tuple[int, int, int], num_
     try:
         return network(shape, num_classes, **given)
     except Exception as error:  # many classes, all about the settings
-        raise RecipeError(f"model must describe a {architecture}; {' '.join(str(error).split())}") from error
+        must, reason = f"model must describe a {architecture}", " ".join(str(error).split())
+        raise RecipeError(f"{must}; got {dict(settings)}; {reason}") from error

@@ -101,7 +101,8 @@ def build_decoder(settings: Mapping[str, Any], vocab_size: int, seq_len: int, se
         config: Any = AutoConfig.for_model(architecture, **given)
         model: nn.Module = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # many classes, all about the settings
-        raise RecipeError(f"model must describe a {architecture} decoder; {' '.join(str(error).split())}") from error
+        must, reason = f"model must describe a {architecture} decoder", " ".join(str(error).split())
+        raise RecipeError(f"{must}; got {dict(settings)}; {reason}") from error
     positions = getattr(config, "max_position_embeddings", seq_len)
     must = f"the model must have at least data.seq_len={seq_len} positions"
     require(positions >= seq_len, must, positions, "raise it in model")
