@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from adai_dist.sharding.plan import GroupPlacement, placements_of_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class FSDP1Parameters:
         """Read the handles of all FSDP1 modules in ``model``.
 
         Raises:
-            RuntimeError: FSDP1 shards parameters that tensor parallelism has already sharded.
+            RuntimeError: FSDP1 shards parameters that tensor parallelism has already sharded, or does not reduce
+                gradients over the replicas.
 
         Collective: none.
         """
@@ -43,6 +47,7 @@ class FSDP1Parameters:
             of_module = (GroupPlacement(handle.process_group, handle.uses_sharded_strategy),)
             inter_node: Any = getattr(module, "_inter_node_pg", None)
             if inter_node is not None:  # a hybrid strategy
+                _check_has_shards(handle, inter_node)
                 of_module += (GroupPlacement(inter_node, is_sharded=False),)
             placements.update(dict.fromkeys((handle.flat_param, *(handle.flat_param._params or ())), of_module))
         return cls(placements)
@@ -68,4 +73,13 @@ def _check_no_dtensors(flat_param: Any) -> None:
         raise RuntimeError(
             "tensor-parallel parameters must be sharded further by FSDP2, got FSDP1 over DTensors, whose flat "
             "parameter mixes sharded and replicated elements; use torch.distributed.fsdp.fully_shard"
+        )
+
+
+def _check_has_shards(handle: Any, inter_node: ProcessGroup) -> None:
+    if not handle.uses_sharded_strategy and inter_node.size() > 1:
+        raise RuntimeError(
+            "under a hybrid strategy, FSDP1 must shard over at least two ranks, got one, for which it switches to "
+            "NO_SHARD and reduces no gradients over the replicas; use ShardingStrategy.NO_SHARD, or "
+            "DistributedDataParallel"
         )

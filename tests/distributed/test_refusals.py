@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import ShardingStrategy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from adai_dist import Adai, AdaiV2
@@ -121,7 +122,24 @@ def wrong_configurations() -> dict[str, str]:
     attempt("no process group", model=wrapped, stages=2)
     attempt("right", model=wrapped)
     messages["over tensor parallelism"] = refusal(fsdp1_over_tensor_parallelism)
+    messages["hybrid without shards"] = refusal(hybrid_fsdp1_without_shards)
     return messages
+
+
+def hybrid_fsdp1_without_shards() -> None:
+    """Use FSDP1's hybrid strategy with two replicas of one rank each, whose gradients it does not reduce."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    with pytest.warns(UserWarning, match="FSDP is switching to use `NO_SHARD`"):
+        wrapped = FSDP(
+            nn.Linear(3, 2),
+            device_mesh=mesh,
+            device_id=torch.device("cpu"),
+            sharding_strategy=ShardingStrategy.HYBRID_SHARD,
+        )
+    optimizer = AdaiV2(wrapped.parameters(), lr=1.0)
+    optimizer.configure_sharding(model=wrapped)
+    wrapped(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
 
 
 def fsdp1_over_tensor_parallelism() -> None:
@@ -152,6 +170,7 @@ def test_wrong_configurations_are_refused_with_a_remedy() -> None:
             "no process group": ("TypeError", "stages must be a torch.distributed.ProcessGroup, got 2"),
             "right": ("not refused", ""),
             "over tensor parallelism": ("RuntimeError", "fully_shard"),
+            "hybrid without shards": ("RuntimeError", "use ShardingStrategy.NO_SHARD, or DistributedDataParallel"),
         }
         assert set(messages) == set(expected)
         for name, (kind, part) in expected.items():
