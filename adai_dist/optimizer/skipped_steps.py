@@ -16,8 +16,9 @@ SKIP_REASONS = (
     "a gradient is inf or NaN",
     "an optimizer state is inf, NaN or negative, or its step differs between ranks",
     "a parameter under coupled weight decay is inf or NaN",
-    "a DTensor parameter has a gradient on some ranks of its mesh but not on all; missing gradients are taken as zeros "
-    "from now on, and from the first step with missing_as_zeros=True",
+    "some ranks have a gradient that others lack: that of a DTensor is taken as zeros from now on, and from the first "
+    "step with missing_as_zeros=True; DeepSpeed mixes it with those of other parameters, so let all ranks use the same "
+    "parameters in the same order",
     "gradients are finite, but the sum of their squares overflows float32",
 )
 """Reasons in the order of :attr:`adai_dist.sharding.mean.GlobalMean.faults`."""

@@ -43,7 +43,7 @@ class Sums(NamedTuple):
     """Number of real elements with a gradient in this step."""
     signals: Tensor
     """Integer part: the checksum of :mod:`adai_dist.sharding.missing_gradients`, which shows gradients that are missing
-    on some ranks only. Fraction: 0 if all learning rates are 0."""
+    on some ranks only; ZeRO's is that of its reduced gradients. Fraction: 0 if all learning rates are 0."""
 
     @classmethod
     def of_refusal(cls, device: torch.device) -> Sums:
@@ -81,8 +81,8 @@ class GlobalMean(NamedTuple):
     learning rate)."""
     faults: Tensor
     """bool, shape (5,): reasons to skip the step. The sum of gradients, of states, or of parameters (under coupled
-    decay) is not finite; a gradient is missing on some ranks only; the sum of the new second moments is not finite or
-    overflows float32."""
+    decay) is not finite; a gradient is missing on some ranks only, which ZeRO then mixes with others; the sum of
+    the new second moments is not finite or overflows float32."""
 
     def to(self, device: torch.device) -> GlobalMean:
         """Return a copy on ``device``, for models that span several devices."""

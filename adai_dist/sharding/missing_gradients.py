@@ -49,7 +49,7 @@ def checksum_terms(params: Iterable[Tensor], plan: ShardingPlan) -> dict[Tensor,
             for dim, place in enumerate(coordinate):
                 index = index * mesh.size(dim) + place
             factor = 1 + zlib.crc32(f"{kind} {seen[kind]}".encode()) % (CHECKSUM_MODULUS - 1)
-            found[param] = factor * _terms_by_rank(mesh.size())[index] % CHECKSUM_MODULUS
+            found[param] = factor * terms_by_rank(mesh.size())[index] % CHECKSUM_MODULUS
     return found
 
 
@@ -58,8 +58,10 @@ def _ranks_of(plan: ShardingPlan) -> set[int]:
 
 
 @functools.lru_cache
-def _terms_by_rank(size: int) -> list[int]:
-    """Return one non-zero term per rank; they add up to 0 modulo CHECKSUM_MODULUS."""
+def terms_by_rank(size: int) -> list[int]:
+    """Return one term per rank, non-zero if there are several; they add up to 0 modulo CHECKSUM_MODULUS."""
+    if size == 1:
+        return [0]
     values = [1 + zlib.crc32(str(index).encode()) % (CHECKSUM_MODULUS - 2) for index in range(size - 1)]
     values[0] += sum(values) % CHECKSUM_MODULUS == 0
     return [*values, -sum(values) % CHECKSUM_MODULUS]

@@ -131,7 +131,7 @@ def capture(
         prepare(engine)
     parameters = {key(name, parameter): parameter for name, parameter in engine.module.named_parameters()}
     captured = Captured(
-        starts={name: to_numpy(_full(engine, parameter, "fp32_param")) for name, parameter in parameters.items()},
+        starts={name: to_numpy(full_tensor(engine, parameter, "fp32_param")) for name, parameter in parameters.items()},
         group_indices={
             key(name, parameter): group_of.get(name, 0) for name, parameter in engine.module.named_parameters()
         },
@@ -139,7 +139,7 @@ def capture(
     for step in range(setup.problem.steps):
         outputs = engine(**inputs(step))
         engine.backward(outputs if isinstance(outputs, Tensor) else outputs.loss)
-        gradients = {name: to_numpy(_full(engine, parameter, "grad")) for name, parameter in parameters.items()}
+        gradients = {name: to_numpy(full_tensor(engine, parameter, "grad")) for name, parameter in parameters.items()}
         captured.gradients.append(gradients)
         engine.step()
         note_step(engine, captured.seen)
@@ -153,7 +153,8 @@ def _group_of(name: str, parameter: nn.Parameter) -> int:
     return 0 if parameter.dim() > 1 else 1
 
 
-def _full(engine: Any, parameter: nn.Parameter, what: str) -> Tensor:
+def full_tensor(engine: Any, parameter: nn.Parameter, what: str) -> Tensor:
+    """Return the master weight ("fp32_param") or the gradient ("grad") of a parameter. Collective: all ranks."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     masters = unpartitioned(engine)

@@ -58,6 +58,11 @@ class BF16(ZeroWrapper):
             if fragment.is_counted:
                 yield fragment, fragment.view_of(self.wrapper.fp32_groups_gradient_flat_partition[part])
 
+    def collect_late_gradients(self) -> None:
+        """Count gradients that only other ranks have in the norm, as those ranks do; the buffers of others are zero."""
+        for has_gradients in self.wrapper.fp32_groups_has_gradients:
+            has_gradients[:] = [True] * len(has_gradients)
+
     def process_groups(self) -> tuple[ProcessGroup, ...]:
         mpu = self.wrapper.mpu
         return without_none(self.wrapper.dp_process_group, None if mpu is None else mpu.get_model_parallel_group())

@@ -14,6 +14,7 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor
 
+from adai_dist.integrations.deepspeed.adapters.reduced_gradients import ReducedGradients
 from adai_dist.integrations.deepspeed.adapters.zero_wrapper import Fragment, ZeroWrapper, wait_for_copies, without_none
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ class Stage1And2(ZeroWrapper):
     def attach(self, source: ZeroMeanSource) -> None:
         super().attach(source)
         wrapper = self.wrapper
+        self._reduced = ReducedGradients(wrapper, wrapper.dp_process_group, is_sorted=False)
         norms: list[Any] = []
         if hasattr(wrapper, "compute_grad_norm"):
             wrapper.compute_grad_norm = True  # the mean needs the norms, also under "compute_grad_norm": false

@@ -17,6 +17,7 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
 from adai_dist.integrations.deepspeed.adapters.names import check_names
+from adai_dist.integrations.deepspeed.adapters.reduced_gradients import ReducedGradients
 from adai_dist.integrations.deepspeed.adapters.releases import Release
 from adai_dist.integrations.deepspeed.adapters.zero_wrapper import Fragment, ZeroWrapper, wait_for_copies, without_none
 from adai_dist.integrations.deepspeed.checkpoint_file import load_checkpoint_file
@@ -227,6 +228,7 @@ class Stage3(ZeroWrapper):
     def attach(self, source: ZeroMeanSource) -> None:
         super().attach(source)
         wrapper = self.wrapper
+        self._reduced = ReducedGradients(wrapper, self.process_groups()[0], is_sorted=True)
         original_norm_groups, original_unscale = wrapper._get_norm_groups, type(wrapper).unscale_and_clip_grads
 
         @functools.wraps(original_norm_groups)

@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from adai_dist.integrations.deepspeed.adapters.names import check_names
+from adai_dist.integrations.deepspeed.adapters.reduced_gradients import ReducedGradients
 from adai_dist.integrations.deepspeed.adapters.releases import Release
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class ZeroWrapper:
         self.wrapper = wrapper
         self.release = release
         self._fragments: dict[int, list[Fragment]] = {}
+        self._reduced: ReducedGradients | None = None
         check_names(wrapper, release, *self.tables())
 
     def tables(self) -> tuple[str, ...]:
@@ -109,6 +111,10 @@ class ZeroWrapper:
     def clear_accumulated_gradients(self) -> None:
         """Zero the buffers in which micro-batches accumulate gradients, after a step."""
 
+    def checksum_of_reduced(self) -> int:
+        """Return the checksum of the gradients reduced in this step, 0 if the wrapper does not mix them."""
+        return 0 if self._reduced is None else self._reduced.checksum()
+
     def check_universal_offsets(self) -> None:
         """Refuse settings under which DeepSpeed loads universal checkpoints to the offsets of other parameters.
 
@@ -135,6 +141,8 @@ class ZeroWrapper:
             source.begin()
             result = original(closure)
             source.end(self.global_grad_norm())
+            if self._reduced is not None:
+                self._reduced.clear()
             return result
 
         self.wrapper.step = step
