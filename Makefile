@@ -47,7 +47,7 @@ check: $(VENV)/.installed-test ## run all tests except those marked slow or gpu 
 
 check-oldest: $(VENV)/.installed-test $(OLDEST) ## run the steps of every ZeRO stage with the oldest supported DeepSpeed
 	PYTHONPATH=$(abspath $(OLDEST)) $(BIN)/python -m pytest $(PARALLEL) $(ARGS) \
-	    tests/integrations/test_deepspeed_parity.py tests/integrations/test_deepspeed_releases.py
+	    $(addprefix tests/integrations/test_deepspeed_,parity.py releases.py mixed_gradients.py)
 
 test-slow: $(VENV)/.installed-test ## run the tests marked slow
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600 $(ARGS)
