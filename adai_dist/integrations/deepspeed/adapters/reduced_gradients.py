@@ -56,8 +56,8 @@ class ReducedGradients:
     def checksum(self) -> int:
         """Return the checksum of the step so far, below CHECKSUM_MODULUS.
 
-        If all ranks have reduced the same gradients, their checksums add up to 0 modulo CHECKSUM_MODULUS; otherwise they
-        do so with a probability of about 1 in 4,000.
+        If all ranks have reduced the same gradients, their checksums add up to 0 modulo CHECKSUM_MODULUS; otherwise
+        they do so with a probability of about 1 in 4,000.
         """
         return self._digest * self._term % CHECKSUM_MODULUS
 

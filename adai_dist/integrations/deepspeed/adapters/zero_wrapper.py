@@ -103,7 +103,7 @@ class ZeroWrapper:
         yield
 
     def collect_late_gradients(self) -> None:
-        """Collect gradients that DeepSpeed would drop: of parameters unused in the last micro-batch, or on this rank."""
+        """Collect gradients that DeepSpeed would drop: of parameters unused in the last micro-batch or on this rank."""
 
     def clear_stale_gradients(self, part: int) -> None:
         """Zero the gradients of an earlier step of parameters that have none in this step."""
