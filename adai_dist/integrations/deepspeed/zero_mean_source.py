@@ -149,9 +149,9 @@ class ZeroMeanSource(MeanSource):
             terms = equations.mean_terms(norms, v_sum, correction, hypers[group], self._expected, dtype)
             signal = equations.scalar_tensor((hypers[group].lr != 0) * lr_signal, correction)
             total += torch.stack([norms.grad_grad, *terms, torch.full_like(signal, self._num_elements[part]), signal])
-        sums = Sums(*total.unbind())
         if checksum := self.zero_wrapper.checksum_of_reduced():
             total[-1] += checksum
+        sums = Sums(*total.unbind())
         unread = self._first_moment_check.check(self.device)
         if unread is not None:
             sums = sums._replace(carried=sums.carried + unread)
