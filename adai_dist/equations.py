@@ -40,7 +40,9 @@ Differences from the authors' code:
    changes no state and does not count (in the authors' code, every parameter becomes NaN). The same holds for a step
    with zero gradients and zero learning rate before the first step that counts: checkpoint libraries take one to
    initialise the states, and under coupled decay it would otherwise change them.
-2. Arithmetic and states are at least float32: in bfloat16, 0.999 rounds to 1 and ``1 - P`` to 0.
+2. Arithmetic is at least float32, and states are unless requested otherwise; in 16 bits, parameters and states are
+   rounded stochastically or keep a remainder, and ``1 - P`` is stored instead of P, which rounds to 1
+   (:mod:`adai_dist.storage`).
 3. The gradient is never modified. The authors' code adds the coupled decay to it in place.
 4. A non-finite gradient on any rank skips the step on all ranks, as does a gradient whose square overflows float32.
 
@@ -58,6 +60,7 @@ import torch
 from torch import Tensor
 
 from adai_dist.hyper import Hyper
+from adai_dist.rounding import Rounding
 
 Tensors = list[Tensor]
 
@@ -68,8 +71,8 @@ CANCELLED = 1e-6
 class LocalTensors(NamedTuple):
     """Local tensors stepped with the same hyperparameters: one entry of equal shapes per shard, in real dtypes.
 
-    All parameters have one floating-point dtype, as have all gradients; states have the compute dtype
-    (:func:`compute_dtype`).
+    All parameters have one floating-point dtype, as have all gradients. In the functions of this file, parameters and
+    states have the compute dtype (:func:`compute_dtype`); :mod:`adai_dist.storage` converts those stored in 16 bits.
     """
 
     param: Tensors
@@ -77,7 +80,9 @@ class LocalTensors(NamedTuple):
     exp_avg: Tensors
     exp_avg_sq: Tensors
     beta1_prod: Tensors
-    """Empty once all products are retired, that is, so small that ``1 - P`` is 1."""
+    """Empty once all products are retired, that is, so small that ``1 - P`` is 1. In bfloat16, ``1 - P``."""
+    remainder: Tensors = []  # noqa: RUF012 a NamedTuple copies no default, and nothing writes to lists of tensors
+    """The remainders of master weights, int16 (:func:`adai_dist.rounding.split`); empty without."""
 
 
 class StepScalars(NamedTuple):
@@ -92,6 +97,16 @@ class StepScalars(NamedTuple):
     """Whether gradients are finite and vbar > 0; bool. Otherwise moments, products and inertia do not change."""
     inverse_means: Tensor
     """``1 / (1 - beta2^t) / vbar`` of each shard, shape (number of shards,); 0 if the step is not live."""
+    rounding: Rounding | None = None
+    """Required by bfloat16 states, and by 16-bit parameters without master weights."""
+
+    def of_shards(self, shards: list[int]) -> StepScalars:
+        """Return the scalars for some of the shards, which may repeat."""
+        if shards == list(range(len(self.inverse_means))):
+            return self
+        inverse_means = _selected(self.inverse_means, shards)
+        rounding = None if self.rounding is None else Rounding(*(_selected(x, shards) for x in self.rounding))
+        return self._replace(inverse_means=inverse_means, rounding=rounding)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -182,8 +197,7 @@ def advance(shards: LocalTensors, hyper: Hyper, scalars: StepScalars) -> None:
 
     Temporary memory: four tensors of the total size of the shards.
     """
-    dtype = scalars.coefficient.dtype
-    theta = [param.to(dtype) for param in shards.param]
+    theta = shards.param
     g = gradient(shards, hyper, scalars.coefficient)
     _fill_unless_(g, scalars.is_live, 0.0)
     decay_(theta, hyper, scalars)
@@ -192,8 +206,6 @@ def advance(shards: LocalTensors, hyper: Hyper, scalars: StepScalars) -> None:
     inertia_product_(shards.beta1_prod, beta1)
     first_moment_(shards.exp_avg, beta1, g, hyper)
     update_(theta, shards.exp_avg, shards.beta1_prod, hyper, scalars)
-    if theta[0] is not shards.param[0]:
-        torch._foreach_copy_(shards.param, theta)
 
 
 class SquaredNorms(NamedTuple):
@@ -275,6 +287,10 @@ def mean_sum(terms: MeanTerms, c: Tensor, expected: Tensor) -> Tensor:
     around_expected = terms.expected + (c - expected) * ((c + expected) * terms.quadratic + terms.linear)
     is_cancelled = expanded <= CANCELLED * squares
     return terms.carried + torch.where(is_cancelled, around_expected.clamp(min=0.0), expanded)
+
+
+def _selected(x: Tensor, rows: list[int]) -> Tensor:
+    return torch.stack([x[row] for row in rows])  # indexing by a list would copy it to the device, and wait
 
 
 def _norms(tensors: Tensors, order: int) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from adai_dist import equations
+from adai_dist import storage
 from adai_dist.equations import LocalTensors, SquaredNorms, StepScalars
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import build, foreach, ops, toolchain
@@ -82,7 +82,7 @@ def compiled_equations() -> Backend:
 
     The first step of every list of shapes compiles, which takes a while.
     """
-    compiled = torch.compile(equations.advance, dynamic=False)
+    compiled = torch.compile(storage.advance, dynamic=False)
     return replace(EQUATIONS, name="the equations (torch.compile)", advance=compiled)
 
 

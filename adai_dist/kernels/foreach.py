@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adai_dist import equations
+from adai_dist import equations, storage
 from adai_dist.equations import LocalTensors, SquaredNorms, StepScalars, Tensors
 from adai_dist.hyper import Hyper
 
@@ -21,19 +21,22 @@ DEFAULT_PIECE_ELEMENTS = 2**24
 def observe_in_pieces(shards: LocalTensors, hyper: Hyper, c: Tensor, kept: Tensor) -> tuple[SquaredNorms, Tensor]:
     """Run :func:`adai_dist.equations.observe`, and add up each exp_avg_sq."""
     cut = Cut.of(shards._replace(exp_avg=[], exp_avg_sq=[], beta1_prod=[]))
-    norms = SquaredNorms(*(cut.per_shard(norms) for norms in equations.observe(cut.pieces, hyper, c)))
+    pieces = cut.pieces
+    if hyper.coupled_decay and pieces.remainder:
+        pieces = pieces._replace(param=storage.wide_params(pieces))
+    norms = SquaredNorms(*(cut.per_shard(norms) for norms in equations.observe(pieces, hyper, c)))
     sums = sums_in_pieces(shards.exp_avg_sq, kept) if shards.exp_avg_sq else torch.zeros_like(norms.grad_grad)
     return norms, sums
 
 
 def advance_in_pieces(shards: LocalTensors, hyper: Hyper, scalars: StepScalars) -> None:
-    """Run :func:`adai_dist.equations.advance`; temporary memory is four tensors of the size of a piece."""
+    """Run :func:`adai_dist.storage.advance`; temporary memory is four tensors of the size of a piece, and eleven for
+    parameters or states in 16 bits."""
     cut = Cut.of(shards)
-    counted = zip(scalars.inverse_means.unbind(), cut.num_pieces, strict=True)
-    inverse_means = [inverse_mean for inverse_mean, count in counted for _ in range(count)]
+    shard_of_piece = [shard for shard, count in enumerate(cut.num_pieces) for _ in range(count)]
     for batch in _batches(cut.pieces.param, hyper):
         pieces = LocalTensors(*(tensors[batch] for tensors in cut.pieces))
-        equations.advance(pieces, hyper, scalars._replace(inverse_means=torch.stack(inverse_means[batch])))
+        storage.advance(pieces, hyper, scalars.of_shards(shard_of_piece[batch]), cut.starts[batch])
 
 
 def sums_in_pieces(exp_avg_sqs: list[Tensor], kept: Tensor) -> Tensor:
@@ -49,21 +52,25 @@ class Cut(NamedTuple):
     pieces: LocalTensors
     num_pieces: list[int]
     """Number of pieces of each shard."""
+    starts: list[int]
+    """Index of the first element of each piece in its shard."""
 
     @classmethod
     def of(cls, shards: LocalTensors) -> Cut:
         present = [tensors for tensors in shards if tensors]
         columns: list[Tensors] = [[] for _ in present]
         num_pieces: list[int] = []
+        starts: list[int] = []
         for shard in zip(*present, strict=True):
             limit = PIECE_ELEMENTS.get(shard[0].device.type, DEFAULT_PIECE_ELEMENTS)
             is_cut = shard[0].numel() > limit and all(x.is_contiguous() for x in shard)
             pieces = [x.view(-1).split(limit) if is_cut else (x,) for x in shard]
             num_pieces.append(len(pieces[0]))
+            starts.extend(range(0, len(pieces[0]) * limit, limit))
             for column, of_tensor in zip(columns, pieces, strict=True):
                 column.extend(of_tensor)
         filled = iter(columns)
-        return cls(LocalTensors(*(next(filled) if tensors else [] for tensors in shards)), num_pieces)
+        return cls(LocalTensors(*(next(filled) if tensors else [] for tensors in shards)), num_pieces, starts)
 
     def per_shard(self, of_pieces: Tensor) -> Tensor:
         """Add up a value of each piece over the pieces of each shard."""

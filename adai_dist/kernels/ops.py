@@ -2,7 +2,8 @@
 
 Loading ``csrc/adai_cpu.cpp`` or ``csrc/adai_cuda.cpp`` registers the implementations (:mod:`adai_dist.kernels.build`).
 The tensors of a list are dense and on one device; parameters and gradients are float32, bfloat16 or float16, with one
-dtype per list; states are float32. Tensors may be empty, but the first list of an operator has at least one.
+dtype per list; states are all float32 or all bfloat16. Tensors may be empty, but the first list of an operator has at
+least one.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from adai_dist.hyper import KERNEL_SCALARS, Hyper
 _LIBRARY = torch.library.Library("adai_dist", "DEF")
 
 _LIBRARY.define(
-    "observe(Tensor[] grads, Tensor[] params, Tensor[] exp_avg_sqs, Tensor kept, Tensor coefficient, "
-    "float coupled_decay) -> Tensor"
+    "observe(Tensor[] grads, Tensor[] params, Tensor[] remainders, Tensor[] exp_avg_sqs, Tensor kept, "
+    "Tensor coefficient, float coupled_decay) -> Tensor"
 )
 _LIBRARY.define(
     "advance(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] beta1_prods, Tensor inverse_means, Tensor coefficient, Tensor lr, Tensor is_finite, Tensor is_live, "
-    "float[] hyper) -> Tensor"
+    "Tensor(d!)[] beta1_prods, Tensor(e!)[] remainders, Tensor inverse_means, Tensor coefficient, Tensor lr, "
+    "Tensor is_finite, Tensor is_live, Tensor[] rounding, float[] hyper) -> Tensor"
 )
 _LIBRARY.define("sums(Tensor[] exp_avg_sqs, Tensor kept) -> Tensor")
 
@@ -59,8 +60,10 @@ def observe(shards: LocalTensors, hyper: Hyper, c: Tensor, kept: Tensor) -> tupl
 
     Numerics: float64; the order of summation depends only on the number of elements.
     """
-    params = shards.param if hyper.coupled_decay else []
-    columns = torch.ops.adai_dist.observe(shards.grad, params, shards.exp_avg_sq, kept, c, hyper.coupled_decay)
+    params, remainders = (shards.param, shards.remainder) if hyper.coupled_decay else ([], [])
+    columns = torch.ops.adai_dist.observe(
+        shards.grad, params, remainders, shards.exp_avg_sq, kept, c, hyper.coupled_decay
+    )
     grad_grad, v_sums, *with_params = columns.unbind(1)
     return SquaredNorms(grad_grad, *with_params), v_sums
 
@@ -72,9 +75,9 @@ def advance(shards: LocalTensors, hyper: Hyper, scalars: StepScalars) -> Tensor:
         The sum of each new exp_avg_sq, and the sum of samples of it, by which the next :func:`observe` detects a
         change; float64, shape (shards, 2).
 
-    Numerics: float32, every operation rounded separately; sums as in :func:`observe`.
+    Numerics: float32, every operation rounded separately; sums of what is stored, as in :func:`observe`.
     """
-    return torch.ops.adai_dist.advance(*shards, *_operator_order(scalars), kernel_scalars(hyper))
+    return torch.ops.adai_dist.advance(*shards, *operator_order(scalars), kernel_scalars(hyper))
 
 
 def sums(exp_avg_sqs: list[Tensor], kept: Tensor) -> Tensor:
@@ -86,8 +89,10 @@ def sums(exp_avg_sqs: list[Tensor], kept: Tensor) -> Tensor:
     return torch.ops.adai_dist.sums(exp_avg_sqs, kept)
 
 
-def _operator_order(scalars: StepScalars) -> tuple[Tensor, ...]:
-    return scalars.inverse_means, scalars.coefficient, scalars.lr, scalars.is_finite, scalars.is_live
+def operator_order(scalars: StepScalars) -> tuple[Tensor | list[Tensor], ...]:
+    """Return the scalars of a step as the arguments of the operator ``advance``."""
+    rounding = [] if scalars.rounding is None else list(scalars.rounding)
+    return scalars.inverse_means, scalars.coefficient, scalars.lr, scalars.is_finite, scalars.is_live, rounding
 
 
 def kernel_scalars(hyper: Hyper) -> list[float]:

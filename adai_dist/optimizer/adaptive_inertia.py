@@ -26,6 +26,7 @@ from adai_dist.optimizer.skipped_steps import skip_limit_in_range
 from adai_dist.optimizer.stateful import StatefulOptimizer
 from adai_dist.optimizer.step_report import StepReport
 from adai_dist.optimizer.unsupported import check_not_in_backward, check_not_in_inference_mode
+from adai_dist.precision import MasterWeights, Precision, StateDtype
 from adai_dist.sharding.mean import LR_SIGNAL, GlobalMean, Sums, unscaling_coefficient
 from adai_dist.sharding.missing_gradients import CHECKSUM_MODULUS
 from adai_dist.sharding.owned_shards import OwnedShards
@@ -74,18 +75,24 @@ class AdaptiveInertia(StatefulOptimizer, StepReport):
             mesh only is skipped with a warning, and this becomes True.
         independent: other optimizers of the process train other models, as in a GAN; disables the warning about
             optimizers that do not share a mean.
+        state_dtype: "float32" (12 bytes of state per parameter, 8 once beta1_prod has retired) or "bfloat16" (6 and 4),
+            rounded stochastically.
+        master_weights: keep the float32 values of bfloat16 and float16 parameters, as remainders of 2 bytes per
+            parameter: "auto" and True do, and True warns if no parameter is in 16 bits; False rounds parameters
+            stochastically, and warns.
+        seed: of the stochastic rounding; the same on all ranks. The random bits depend on the seed, the parameter, its
+            step count and the element alone, so that a resumed run has the same ones.
 
     Attributes:
         max_grad_norm, retire_beta1_prod, max_consecutive_skips, missing_as_zeros, independent: as given; may be changed
             between steps.
         mean_source: supplies the mean of every step; an engine may assign its own.
         backends: implementations of the local phases.
+        precision: the last three arguments.
 
-    Raises:
-        TypeError, ValueError: an argument has a wrong type or is out of range.
-
-    Numerics: states and arithmetic are float32, or float64 for float64 parameters; sums are float64. In a step the host
-    does not wait for a device, except when the set of parameters with a gradient changes or a state retires.
+    Numerics: arithmetic is float32, or float64 for float64 parameters; sums are float64, of the second moments as they
+    are stored. In a step the host does not wait for a device, except when the set of parameters with a gradient changes
+    or a state retires.
     """
 
     decoupled_by_default: ClassVar[bool] = True
@@ -128,7 +135,11 @@ class AdaptiveInertia(StatefulOptimizer, StepReport):
         max_consecutive_skips: int | None = None,
         missing_as_zeros: bool = False,
         independent: bool = False,
+        state_dtype: StateDtype = Precision.state_dtype,
+        master_weights: MasterWeights = Precision.master_weights,
+        seed: int = Precision.seed,
     ) -> None:
+        precision = Precision(state_dtype=state_dtype, master_weights=master_weights, seed=seed)
         hyper = Hyper(
             lr=lr,
             betas=betas,
@@ -159,7 +170,7 @@ class AdaptiveInertia(StatefulOptimizer, StepReport):
         StepReport.__init__(self)
         self._shard_caches: dict[Hashable, ShardCache] = {}
         self._first_moment_check = FirstMomentCheck()
-        super().__init__(params, hyper)
+        super().__init__(params, hyper, precision)
         warn_of_adams_hyperparameters(self.param_groups)
 
     @property
@@ -416,7 +427,7 @@ class AdaptiveInertia(StatefulOptimizer, StepReport):
         """Return the cache of the part of the model that is stepped now."""
         part = self.mean_source.part(self)
         if part not in self._shard_caches:
-            self._shard_caches[part] = ShardCache(self.backends)
+            self._shard_caches[part] = ShardCache(self.backends, self.precision)
         return self._shard_caches[part]
 
     def __repr__(self) -> str:

@@ -8,11 +8,12 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from adai_dist.hyper import FIELD_NAMES, Hyper
+from adai_dist.precision import Precision
+from adai_dist.rounding import LOW_DTYPES
 from adai_dist.sharding.local_tensor import is_distributed
 
 if TYPE_CHECKING:
@@ -83,20 +84,26 @@ def _meant_by(key: str) -> str | None:
 
 
 def warn_at_first_step(optimizer: AdaptiveInertia, params: list[Tensor]) -> None:
-    """Warn about low-precision parameters, meta parameters, and processes that do not communicate.
+    """Warn about parameters that are rounded, meta parameters, and processes that do not communicate.
 
     Args:
         params: parameters with a gradient.
 
     Collective: none.
     """
-    low = [param for param in params if param.dtype in (torch.bfloat16, torch.float16)]
-    if low and optimizer.sharding_plan.is_main_rank:
+    low = [param for param in params if param.dtype in LOW_DTYPES]
+    master_weights = optimizer.precision.master_weights
+    if low and master_weights is False and optimizer.sharding_plan.is_main_rank:
         logger.warning(
-            "parameters are stepped in %s, %d of %d on this rank: every step rounds them, and updates below half a "
-            "unit in the last place are lost; keep parameters in float32 and compute in low precision with "
-            "torch.autocast, the mixed precision of FSDP, or DeepSpeed",
+            "parameters are stepped in %s without master weights, %d of %d on this rank: every step rounds them "
+            "stochastically, which adds noise; master_weights='auto' keeps their float32 values for 2 bytes per "
+            "parameter",
             *(str(low[0].dtype).removeprefix("torch."), len(low), len(params)),
+        )
+    if params and not low and master_weights is True and optimizer.sharding_plan.is_main_rank:
+        logger.warning(
+            "master_weights=True has no effect, as no parameter of the optimizer is in bfloat16 or float16: parameters "
+            "in float32, and those of which an engine keeps float32 copies, need none; leave it out"
         )
     if any(param.is_meta for param in params) and optimizer.sharding_plan.is_main_rank:
         logger.warning(
@@ -116,6 +123,17 @@ def _warn_of_missing_process_group() -> None:
             "WORLD_SIZE is %s in the environment, but torch.distributed is not initialised, so every process trains a "
             "separate model; call torch.distributed.init_process_group() first",
             value,
+        )
+
+
+def warn_of_other_precision(precision: Precision, state_dict: Mapping[str, Any]) -> None:
+    """Warn about a checkpoint in another mode, or with another seed."""
+    differences = precision.differences(state_dict.get("precision", {}))
+    if differences and _is_main_process():
+        logger.warning(
+            "the checkpoint was trained with %s; its states are converted, and the run continues with other rounding; "
+            "pass the same arguments to continue it exactly",
+            ", ".join(differences),
         )
 
 

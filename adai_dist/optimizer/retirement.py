@@ -1,12 +1,15 @@
-"""Retirement of beta1_prod: the state is freed once it has no effect; the trajectory stays bitwise the same.
+"""Retirement of the product of inertias: the state is freed once it has no effect; no bit of the trajectory changes.
 
 The product P of all inertias never grows, and only ``1 - P`` is used. Once P is at most a quarter of the spacing of
 numbers above 1 (2^-25 in float32), ``1 - P`` rounds to 1 from then on. As inertia is at most ``1 - eps``, every element
 of P reaches this after at most ln(2^-25) / ln(1 - eps) steps: 17,321 at eps=1e-3. This saves 4 bytes of state per
 element, and 8 bytes of memory traffic per element and step.
 
-The state of a retired parameter has no ``beta1_prod``; checkpoints store zeros in its place (``1 - 0`` is the same 1),
-which retire again after the first step.
+In bfloat16, ``Q = 1 - P`` is stored, and set to 1 as soon as it may be (:func:`adai_dist.rounding.settled_below`): at
+eps=1e-3 after 6,235 steps. It retires once all of its elements are 1.
+
+The state of a retired parameter has no product; checkpoints store zeros as ``beta1_prod`` in its place (``1 - 0`` is
+the same 1), which retire again after the first step.
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ from torch import Tensor
 
 from adai_dist.optimizer.host_copy import HostCopy
 from adai_dist.sharding.local_tensor import local_tensor
+from adai_dist.sharding.param_shard import product_name
 
 STEPS_BETWEEN_CHECKS = 500
 
 Products = list[tuple[dict[str, Any], Tensor]]
-"""Pairs of a state and its beta1_prod."""
+"""Pairs of a state and its product."""
 
 
 class _Check:
@@ -35,8 +39,10 @@ class _Check:
 
     def start(self, products: Products) -> None:
         self._products = products
-        largest = torch._foreach_norm([local_tensor(product) for _, product in products], torch.inf)
-        self._largest.start(torch.stack(largest))
+        tensors = [local_tensor(product) for _, product in products]
+        is_low = tensors[0].dtype == torch.bfloat16
+        largest = [1.0 - q.min() for q in tensors] if is_low else torch._foreach_norm(tensors, torch.inf)
+        self._largest.start(torch.stack(list(largest)))
 
     def retire(self) -> None:
         """Free the products that are small enough, once the numbers have arrived."""
@@ -45,8 +51,9 @@ class _Check:
             return
         small = largest <= torch.finfo(largest.dtype).eps / 4
         for (state, product), is_small in zip(self._products, small.tolist(), strict=True):
-            if is_small and state.get("beta1_prod") is product:  # it may have been replaced since the check
-                del state["beta1_prod"]
+            name = product_name(state)
+            if is_small and name is not None and state[name] is product:  # it may have been replaced since the check
+                del state[name]
         self._products = []
 
 
@@ -84,19 +91,15 @@ class Retirement:
 
 
 def is_retired(state: Mapping[str, Any]) -> bool:
-    """Return whether ``beta1_prod`` has been retired from the state."""
-    return "exp_avg" in state and "beta1_prod" not in state
-
-
-def with_zeros(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state as checkpoints store it, with zeros for a retired product."""
-    return {**state, "beta1_prod": torch.zeros_like(state["exp_avg"])} if is_retired(state) else dict(state)
+    """Return whether the product has been retired from the state."""
+    return "exp_avg" in state and product_name(state) is None
 
 
 def _by_kind(states: Iterable[dict[str, Any]]) -> dict[tuple[torch.device, torch.dtype], Products]:
     found: dict[tuple[torch.device, torch.dtype], Products] = {}
     for state in states:
-        product = state.get("beta1_prod")
+        name = product_name(state)
+        product: Tensor | None = None if name is None else state[name]
         if product is not None and not product.is_meta and local_tensor(product).numel():
             found.setdefault((product.device, product.dtype), []).append((state, product))
     return found

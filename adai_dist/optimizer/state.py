@@ -1,4 +1,8 @@
-"""The optimizer state of a parameter: initialisation, and restoring it from a checkpoint."""
+"""The optimizer state of a parameter: initialisation, and its form in checkpoints, which every mode loads.
+
+In checkpoints, the product of inertias is ``beta1_prod`` in float32 at least, and master weights are ``master_param``,
+whatever the optimizer keeps instead of them.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +13,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adai_dist.equations import compute_dtype
-from adai_dist.sharding.local_tensor import local_tensor
-from adai_dist.sharding.param_shard import STATE_NAMES
+from adai_dist.optimizer.retirement import is_retired
+from adai_dist.precision import Precision
+from adai_dist.rounding import join, split
+from adai_dist.sharding.local_tensor import local_tensor, sharded_like
+from adai_dist.sharding.param_shard import LOW_PRODUCT, REMAINDER
+
+MASTER = "master_param"
+"""Key of the float32 master weights in checkpoints."""
 
 
-def state_dtype(param: Tensor) -> torch.dtype:
-    """Return float32 or float64, or its complex counterpart; never less, as 0.999 rounds to 1 in bfloat16."""
-    dtype = compute_dtype(param.dtype)
-    return dtype.to_complex() if param.dtype.is_complex else dtype
-
-
-def new_state(param: Tensor) -> dict[str, Tensor]:
+def new_state(param: Tensor, precision: Precision) -> dict[str, Tensor]:
     """Return the state before the first step, shaped and sharded like ``param`` (a DTensor's states are DTensors).
 
     ``step`` is a 0-dim float32 tensor on the parameter's device, because whether a step counts is known only there.
     """
-    dtype = state_dtype(param)
-    beta1_prod = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-    local_tensor(beta1_prod).fill_(1.0)  # real and imaginary parts
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=param.device),
-        "exp_avg": torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format),
-        "beta1_prod": beta1_prod,
-    }
+    dtype = precision.state_dtype_of(param.dtype)
+    state = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}
+    for name in ("exp_avg", "exp_avg_sq"):
+        state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    product = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    if dtype == torch.bfloat16:
+        state[LOW_PRODUCT] = product
+    else:
+        local_tensor(product).fill_(1.0)  # real and imaginary parts
+        state["beta1_prod"] = product
+    return add_remainder(state, param, precision)
+
+
+def add_remainder(state: dict[str, Any], param: Tensor, precision: Precision) -> dict[str, Any]:
+    """Add the remainder of a parameter whose master weight is the parameter itself, unless the state has one."""
+    if precision.has_remainder(param.dtype) and REMAINDER not in state:
+        state[REMAINDER] = torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)
+    return state
 
 
 def step_tensor(step: Any, param: Tensor) -> Tensor:
@@ -42,25 +54,60 @@ def step_tensor(step: Any, param: Tensor) -> Tensor:
     return value.reshape(()).to(device=param.device, dtype=torch.float32, copy=True)
 
 
+@torch.no_grad()
+def saved_state(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+    """Return a state as checkpoints contain it; zeros stand for a retired product.
+
+    Collective: none.
+    """
+    saved = dict(state)
+    if is_retired(state):
+        saved["beta1_prod"] = torch.zeros_like(state["exp_avg"], dtype=Precision().state_dtype_of(param.dtype))
+    elif LOW_PRODUCT in state:
+        saved["beta1_prod"] = 1.0 - saved.pop(LOW_PRODUCT).float()
+    if REMAINDER in state:
+        remainder = saved.pop(REMAINDER)
+        saved[MASTER] = sharded_like(remainder, join(local_tensor(param), local_tensor(remainder)))
+    return saved
+
+
+@torch.no_grad()
 def restore_states(
     states: Mapping[Tensor, dict[str, Any]],
     param_groups: list[dict[str, Any]],
     state_dict: Mapping[str, Any],
+    precision: Precision,
 ) -> None:
-    """Undo the cast to the parameter's dtype in :meth:`torch.optim.Optimizer.load_state_dict`.
+    """Convert loaded states from the form of checkpoints, undoing the cast of ``torch.optim.Optimizer.load_state_dict``.
 
-    torch casts every floating-point state except ``step`` (https://github.com/pytorch/pytorch/issues/75224), which
-    would round beta1_prod to 1 under bfloat16 parameters; so the values are copied from ``state_dict`` once more.
+    torch casts every floating-point state except ``step`` to the parameter's dtype
+    (https://github.com/pytorch/pytorch/issues/75224), so the values are copied from ``state_dict`` once more.
+
+    Collective: none.
     """
     saved_ids = chain.from_iterable(param_group["params"] for param_group in state_dict["param_groups"])
     params = chain.from_iterable(param_group["params"] for param_group in param_groups)
     for saved_id, param in zip(saved_ids, params, strict=True):
         saved = state_dict["state"].get(saved_id)
-        if not saved:
-            continue
-        state = states[param]
-        for name in STATE_NAMES:
-            if name in saved and state[name].dtype != state_dtype(param):
-                state[name] = saved[name].detach().to(device=param.device, dtype=state_dtype(param), copy=True)
-        if "step" in saved:
-            state["step"] = step_tensor(saved["step"], param)
+        if saved:
+            _restore(states[param], saved, param, precision)
+
+
+def _restore(state: dict[str, Any], saved: Mapping[str, Any], param: Tensor, precision: Precision) -> None:
+    dtype = precision.state_dtype_of(param.dtype)
+    for name in ("exp_avg", "exp_avg_sq", "beta1_prod"):
+        if name in saved and state[name].dtype != dtype:
+            state[name] = saved[name].detach().to(device=param.device, dtype=dtype, copy=True)
+    if "beta1_prod" in saved and dtype == torch.bfloat16:
+        del state["beta1_prod"]
+        product = saved["beta1_prod"].detach().to(device=param.device, dtype=torch.float32)
+        state[LOW_PRODUCT] = (1.0 - product).to(dtype)
+    if "step" in saved:
+        state["step"] = step_tensor(saved["step"], param)
+    state.pop(MASTER, None)
+    if MASTER in saved and precision.has_remainder(param.dtype):
+        # The parameter may be loaded later: the remainder is that of the saved value, whatever the parameter is now.
+        master = local_tensor(saved[MASTER]).to(device=param.device, dtype=torch.float32)
+        remainder = torch.empty_like(local_tensor(param), dtype=torch.int16)
+        state[REMAINDER] = sharded_like(param, remainder.copy_(split(master, param.dtype)[1]))
+    add_remainder(state, param, precision)

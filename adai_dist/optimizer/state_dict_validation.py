@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from adai_dist.hyper import Hyper
+from adai_dist.optimizer.state import MASTER
+from adai_dist.precision import Precision
 from adai_dist.sharding.local_tensor import is_dtensor, local_tensor
 from adai_dist.sharding.param_shard import STATE_NAMES
 
@@ -74,6 +76,7 @@ def check_state_dict(state_dict: object, param_groups: list[dict[str, Any]]) -> 
         raise TypeError(f"state_dict['state'] must be a dict, got {_brief(states)}; {_OWN}")
     _check_groups(saved_groups, param_groups)
     saved_states = list(_saved_states(cast("Mapping[Any, Any]", states), saved_groups, param_groups))
+    _check_precision(whole.get("precision", {}))
     for saved in saved_states:
         _check_state(saved)
     _check_steps(saved_states)
@@ -155,13 +158,27 @@ def _check_state(saved: _SavedState) -> None:
             f"{saved.name} must have step, {', '.join(STATE_NAMES)}, got {_keys(saved.state)} without "
             f"{', '.join(missing)}: another optimizer's, or incomplete; {_OWN}, or start without loading"
         )
-    for name in STATE_NAMES:
+    for name in _tensors_of(saved):
         value = saved.state[name]
         where = f"{saved.name}[{name!r}]"
         if not isinstance(value, Tensor):
             raise TypeError(f"{where} must be a tensor, got {_brief(value)}; {_OWN}")
         _check_values(where, value, saved.param)
         _check_placement(where, value, saved.param)
+
+
+def _tensors_of(saved: _SavedState) -> tuple[str, ...]:
+    """Return the keys of the tensors that are shaped like the parameter."""
+    return (*STATE_NAMES, MASTER) if MASTER in saved.state else STATE_NAMES
+
+
+def _check_precision(saved: object) -> None:
+    if not isinstance(saved, Mapping):
+        raise TypeError(f"state_dict['precision'] must be a dict, got {_brief(saved)}; {_OWN}")
+    try:
+        Precision().differences(cast("Mapping[str, Any]", saved))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"state_dict['precision']: {error}; {_OWN}") from None
 
 
 def _check_values(where: str, value: Tensor, param: Tensor) -> None:
@@ -235,7 +252,7 @@ def _check_numbers(saved_states: list[_SavedState]) -> None:
     """Refuse inf or NaN in any state, and negative second moments."""
     by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for saved in saved_states:
-        for name in STATE_NAMES:
+        for name in _tensors_of(saved):
             value = local_tensor(saved.state[name].detach())
             if value.numel() and not value.is_meta:
                 ends = torch.stack(value.aminmax())  # both NaN if there is a NaN

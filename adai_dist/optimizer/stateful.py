@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from adai_dist.hyper import Hyper
-from adai_dist.optimizer.likely_mistakes import warn_of_misspelt_keys
+from adai_dist.optimizer.likely_mistakes import warn_of_misspelt_keys, warn_of_other_precision
 from adai_dist.optimizer.proxies import SharedAttribute, init_shared_attributes, unproxied
-from adai_dist.optimizer.retirement import Retirement, with_zeros
-from adai_dist.optimizer.state import new_state, restore_states, step_tensor
+from adai_dist.optimizer.retirement import Retirement
+from adai_dist.optimizer.state import add_remainder, new_state, restore_states, saved_state, step_tensor
 from adai_dist.optimizer.state_dict_validation import check_is_mapping, check_state_dict
+from adai_dist.precision import Precision
+from adai_dist.rounding import LOW_DTYPES
 
 
 class StatefulOptimizer(torch.optim.Optimizer):
@@ -24,17 +26,19 @@ class StatefulOptimizer(torch.optim.Optimizer):
     Args:
         params: parameters, named parameters, or parameter groups.
         hyper: default hyperparameters of the parameter groups.
+        precision: what is stored in 16 bits.
     """
 
-    _kept_by_copies: ClassVar[tuple[str, ...]] = ("_hyper",)
+    _kept_by_copies: ClassVar[tuple[str, ...]] = ("_hyper", "precision")
     """Attributes that copies and pickles of the optimizer contain in addition to torch's."""
 
     if not TYPE_CHECKING:  # type checkers take them from torch
         state = SharedAttribute()
         param_groups = SharedAttribute()
 
-    def __init__(self, params: ParamsT, hyper: Hyper) -> None:
+    def __init__(self, params: ParamsT, hyper: Hyper, precision: Precision) -> None:
         self._hyper = hyper
+        self.precision: Precision = precision
         self._retirement = Retirement()
         self._given: dict[int, weakref.ref[Tensor]] = {}
         super().__init__(params, hyper.as_defaults())
@@ -69,7 +73,9 @@ class StatefulOptimizer(torch.optim.Optimizer):
         state = self.state
         for param in params:
             if (param.requires_grad or param.grad is not None) and not state[param]:
-                state[param] = new_state(param)
+                state[param] = new_state(param, self.precision)
+            elif param.dtype in LOW_DTYPES and state[param]:
+                add_remainder(state[param], param, self.precision)
 
     def refresh(self) -> None:
         """Clear everything that is derived from parameters and states; the next step recomputes it."""
@@ -98,15 +104,25 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self._given.update((id(param), weakref.ref(param)) for param in self.param_groups[-1]["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return :meth:`torch.optim.Optimizer.state_dict`, with zeros for a retired beta1_prod. Collective: none."""
+        """Return :meth:`torch.optim.Optimizer.state_dict` with states that every mode loads, and the mode.
+
+        ``beta1_prod`` is in float32 at least and 0 once retired, and ``master_param`` has the float32 master weights of
+        16-bit parameters; both are new tensors. The mode is under the key ``precision``.
+
+        Collective: none.
+        """
         state_dict = super().state_dict()
+        params = {id(state): param for param, state in self.state.items()}
         for key, state in state_dict["state"].items():
-            if isinstance(state, dict):
-                state_dict["state"][key] = with_zeros(state)
+            if id(state) in params:
+                state_dict["state"][key] = saved_state(state, params[id(state)])
+        state_dict["precision"] = self.precision.as_saved()
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this optimizer, or of the authors' Adai and AdaiV2; states are at least float32.
+        """Load a checkpoint of this optimizer in any mode, or of the authors' Adai and AdaiV2.
+
+        The mode of this optimizer stays. A checkpoint in another mode, or with another seed, is logged.
 
         Raises:
             TypeError, ValueError: the checkpoint is of another optimizer, model or layout, or incomplete; parameters,
@@ -130,7 +146,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        restore_states(self.state, self.param_groups, loaded)
+        restore_states(self.state, self.param_groups, loaded, self.precision)
+        warn_of_other_precision(self.precision, loaded)
         self._retirement.check_after_next_step()
 
     def __getstate__(self) -> dict[str, Any]:

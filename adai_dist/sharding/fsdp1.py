@@ -25,6 +25,8 @@ class FSDP1Parameters:
 
     placements: dict[Tensor, tuple[GroupPlacement, ...]]
     """Placements by flat parameter, and by original parameter if the optimizer sees those."""
+    starts: dict[Tensor, int]
+    """Index, in the whole parameter, of the first element of this rank's part."""
 
     @classmethod
     def of(cls, model: nn.Module) -> FSDP1Parameters:
@@ -39,6 +41,7 @@ class FSDP1Parameters:
         from torch.distributed.fsdp import FullyShardedDataParallel
 
         placements: dict[Tensor, tuple[GroupPlacement, ...]] = {}
+        starts: dict[Tensor, int] = {}
         for module in FullyShardedDataParallel.fsdp_modules(model):
             handle: Any = module._handle
             if handle is None:  # all parameters of the module belong to other modules, or are ignored
@@ -49,8 +52,13 @@ class FSDP1Parameters:
             if inter_node is not None:  # a hybrid strategy
                 _check_has_shards(handle, inter_node)
                 of_module += (GroupPlacement(inter_node, is_sharded=False),)
-            placements.update(dict.fromkeys((handle.flat_param, *(handle.flat_param._params or ())), of_module))
-        return cls(placements)
+            flat_param, originals = handle.flat_param, handle.flat_param._params or ()
+            placements.update(dict.fromkeys((flat_param, *originals), of_module))
+            if handle.uses_sharded_strategy:
+                starts[flat_param] = handle.rank * flat_param._sharded_size.numel()
+                infos = flat_param._shard_param_infos if originals else ()
+                starts.update((x, info.intra_param_start_idx or 0) for x, info in zip(originals, infos, strict=True))
+        return cls(placements, starts)
 
     def placements_of(self, param: Tensor) -> Sequence[GroupPlacement]:
         """Return the placements of a parameter of the optimizer.

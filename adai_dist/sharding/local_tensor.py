@@ -44,6 +44,19 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+def sharded_like(tensor: Tensor, local: Tensor) -> Tensor:
+    """Return ``local`` itself, or as the local tensor of a DTensor of the mesh and placements of ``tensor``.
+
+    Collective: none.
+    """
+    if not is_dtensor(tensor):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
 def aligned_gradient(param: Tensor) -> Tensor | None:
     """Return the gradient of ``param`` in the placements of ``param``, or None; ``param.grad`` is not changed.
 

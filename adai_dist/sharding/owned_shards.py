@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +13,18 @@ from adai_dist import equations
 from adai_dist.equations import LocalTensors, StepScalars
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import Backend
+from adai_dist.rounding import Origin, Rounding, settled_below, streams
 from adai_dist.sharding.local_tensor import num_padding
 from adai_dist.sharding.mean import GlobalMean
 from adai_dist.sharding.param_shard import ParamShard, count_writes
+
+
+class ShardRounding(NamedTuple):
+    """What stays constant in the rounding of one shard."""
+
+    key: tuple[int, int]
+    """See :func:`adai_dist.rounding.key_of`."""
+    origin: Origin
 
 
 @dataclass(frozen=True)
@@ -39,10 +49,18 @@ class ShardConstants:
     """``kept``, with the index of each parameter."""
     halves: tuple[Tensor, ...]
     """Indices of the retired parameters and of the others, int64; empty unless there are both."""
+    keys: Tensor | None = None
+    """Keys of the random bits, int32, shape (number of parameters, 2); None if nothing is rounded stochastically."""
+    origins: Tensor | None = None
+    """Global indices of the elements, int64, shape (number of parameters, 3)."""
 
     @classmethod
     def of(
-        cls, param_shards: list[ParamShard], param_weights: dict[Tensor, float], checksum_terms: dict[Tensor, int]
+        cls,
+        param_shards: list[ParamShard],
+        param_weights: dict[Tensor, float],
+        checksum_terms: dict[Tensor, int],
+        roundings: dict[Tensor, ShardRounding],
     ) -> ShardConstants:
         """Compute the constants of these shards."""
         params = [shard.param for shard in param_shards]
@@ -54,6 +72,8 @@ class ShardConstants:
             for param, size, weight in zip(params, local_sizes, weights, strict=True)
         )
         halves = [[i for i, is_retired in enumerate(retired) if is_retired is wanted] for wanted in (True, False)]
+        is_rounding = params[0] in roundings
+        keys, origins = zip(*(roundings[param] for param in params), strict=True) if is_rounding else ((), ())
         kept = torch.full((len(params), 2), torch.nan, dtype=torch.float64, device=device)
         return cls(
             params=params,
@@ -65,6 +85,8 @@ class ShardConstants:
             kept=kept,
             rows=[(kept, index) for index in range(len(params))],
             halves=tuple(torch.tensor(half, device=device) for half in halves) if all(halves) else (),
+            keys=torch.tensor(keys, dtype=torch.int32, device=device) if is_rounding else None,
+            origins=torch.tensor(origins, dtype=torch.int64, device=device) if is_rounding else None,
         )
 
     def fits(self, param_shards: list[ParamShard]) -> bool:
@@ -109,7 +131,7 @@ class OwnedShards:
 
         Collective: none.
         """
-        dtype = self.tensors.exp_avg_sq[0].dtype
+        dtype = equations.compute_dtype(self.tensors.param[0].dtype)
         c = (self.hyper.sign * expected).to(dtype)
         norms, v_sums = self.backend.observe(self.tensors, self.hyper, c, self._kept_rows())
         terms = equations.mean_terms(norms, v_sums, self.correction, self.hyper, expected, dtype)
@@ -119,7 +141,8 @@ class OwnedShards:
 
     def advance(self, mean: GlobalMean) -> None:
         """Take one step, in place. Collective: none."""
-        scalars = mean.step_scalars(self.hyper, self.correction, self.tensors.exp_avg[0].dtype)
+        scalars = mean.step_scalars(self.hyper, self.correction, equations.compute_dtype(self.tensors.param[0].dtype))
+        scalars = scalars._replace(rounding=self._rounding(mean.is_live))
         if self.constants.halves:
             rows = self._advance_halves(scalars)
         else:
@@ -132,15 +155,25 @@ class OwnedShards:
         # With alpha torch takes the tensor as a tensor; without, it reads it on the host as a number.
         torch._foreach_add_(self.steps, mean.is_live.to(self.steps[0].dtype), alpha=1.0)
 
+    def _rounding(self, is_live: Tensor) -> Rounding | None:
+        """Return the inputs of the stochastic rounding in this step, None if nothing is rounded."""
+        if self.constants.keys is None or self.constants.origins is None:
+            return None
+        next_steps = torch.stack(self.steps) + 1.0
+        settled = settled_below(self.hyper.eps, next_steps) * is_live
+        return Rounding(streams(self.constants.keys, next_steps), self.constants.origins, settled)
+
     def _advance_halves(self, scalars: StepScalars) -> Tensor | None:
         """Step the retired parameters and the others in one call each."""
         rows: Tensor | None = None
         for half, is_retired in zip(self.constants.halves, (True, False), strict=True):
             tensors = LocalTensors(
-                *(_where(self.constants.retired, is_retired, each) for each in self.tensors[:-1]),
+                *(_where(self.constants.retired, is_retired, each) for each in self.tensors[:4]),
                 beta1_prod=[] if is_retired else self.tensors.beta1_prod,
+                remainder=_where(self.constants.retired, is_retired, self.tensors.remainder),
             )
-            half_scalars = scalars._replace(inverse_means=scalars.inverse_means[half])
+            rounding = None if scalars.rounding is None else Rounding(*(each[half] for each in scalars.rounding))
+            half_scalars = scalars._replace(inverse_means=scalars.inverse_means[half], rounding=rounding)
             rows_of_half = self.backend.advance(tensors, self.hyper, half_scalars)
             if rows_of_half is not None:
                 rows = torch.empty_like(self.constants.kept) if rows is None else rows
@@ -160,4 +193,7 @@ class OwnedShards:
 
 
 def _where(retired: list[bool], wanted: bool, tensors: list[Tensor]) -> list[Tensor]:
+    """Select the tensors of retired parameters, or of the others; none of an empty list."""
+    if not tensors:
+        return []
     return [tensor for tensor, is_retired in zip(tensors, retired, strict=True) if is_retired is wanted]

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from adai_dist.equations import compute_dtype
 from adai_dist.kernels import Backend
+from adai_dist.precision import Precision
 from adai_dist.sharding.local_tensor import PLAIN_TYPES, is_dtensor, local_tensor
 
 STATE_NAMES = ("exp_avg", "exp_avg_sq", "beta1_prod")
 """States shaped like the parameter; beta1_prod is absent once retired (:mod:`adai_dist.optimizer.retirement`)."""
+
+LOW_PRODUCT = "one_minus_beta1_prod"
+"""The state in place of beta1_prod if states are bfloat16, in which 0.999 is 1."""
+
+REMAINDER = "master_remainder"
+"""The state with the remainder of master weights (:func:`adai_dist.rounding.split`); int16."""
+
+
+_NAMES = (*STATE_NAMES, LOW_PRODUCT, REMAINDER)
+
+
+def product_name(state: Mapping[str, Any]) -> str | None:
+    """Return the key of the product of inertias in a state, None once it is retired."""
+    return next((name for name in ("beta1_prod", LOW_PRODUCT) if name in state), None)
 
 
 class ParamShard:
@@ -29,29 +45,35 @@ class ParamShard:
 
     __slots__ = (
         *("_is_complex", "_source", "_states", "num_writes", "row", "whole_exp_avg"),
-        *("backend", "beta1_prod", "exp_avg", "exp_avg_sq", "gradient_form", "local_param", "param", "state"),
+        *("backend", "beta1_prod", "exp_avg", "exp_avg_sq", "gradient_form", "local_param", "param", "remainder"),
+        "state",
     )
 
-    def __init__(self, param: Tensor, state: dict[str, Any]) -> None:
+    def __init__(self, param: Tensor, state: dict[str, Any], precision: Precision) -> None:
         self.param = param
         self.state = state
         self._source = _source(param)
         self._is_complex = param.is_complex()
         check_state_is_complete(state)
         check_not_made_in_inference_mode(param, state)
-        self._states = tuple(state.get(name) for name in STATE_NAMES)
+        self._states = tuple(state.get(name) for name in _NAMES)
         # The parameter itself if possible, so that assignments to param.data are followed.
         self.local_param: Tensor = local_tensor(param) if self._is_complex else self._source
         self.exp_avg: Tensor = local_tensor(state["exp_avg"])
         self.exp_avg_sq: Tensor = local_tensor(state["exp_avg_sq"])
-        self.beta1_prod: Tensor | None = local_tensor(state["beta1_prod"]) if "beta1_prod" in state else None
-        for name, tensor in zip(STATE_NAMES, self.states, strict=False):
-            self.check_shape(name, tensor)
-            if tensor.dtype != compute_dtype(param.dtype):
+        product = product_name(state)
+        self.beta1_prod: Tensor | None = None if product is None else local_tensor(state[product])
+        """The product of inertias; in bfloat16 1 minus the product."""
+        self.remainder: Tensor | None = local_tensor(state[REMAINDER]) if REMAINDER in state else None
+        dtype = precision.state_dtype_of(param.dtype).to_real()
+        for name, tensor in zip(("exp_avg", "exp_avg_sq", product), self.states, strict=False):
+            self.check_shape(str(name), tensor)
+            if tensor.dtype != dtype:
                 raise TypeError(
-                    f"{name} must be {compute_dtype(param.dtype)}, as its parameter is {param.dtype}, got "
-                    f"{tensor.dtype}; convert it"
+                    f"{name} must be {dtype}, as its parameter is {param.dtype}, got {tensor.dtype}; convert it"
                 )
+        if self.remainder is not None:
+            self.check_shape(REMAINDER, self.remainder)
         self.whole_exp_avg: Tensor | None = state["exp_avg"] if is_dtensor(state["exp_avg"]) else None
         """``exp_avg`` as a DTensor; None for a plain tensor."""
         self.row: tuple[Tensor, int] | None = None
@@ -64,20 +86,20 @@ class ParamShard:
 
     @property
     def states(self) -> list[Tensor]:
-        """The local states, in the order of ``STATE_NAMES``."""
+        """The local states, in the order of ``STATE_NAMES``; without the remainder."""
         states = [self.exp_avg, self.exp_avg_sq]
         return states if self.beta1_prod is None else [*states, self.beta1_prod]
 
     def is_of(self, param: Tensor, state: dict[str, Any]) -> bool:
         """Return whether the shard was made from these objects and from the tensors that are in them now."""
-        exp_avg, exp_avg_sq, beta1_prod = self._states
+        exp_avg, exp_avg_sq, *others = self._states
         try:
             return (
                 self.param is param
                 and self.state is state
                 and state["exp_avg_sq"] is exp_avg_sq
                 and state["exp_avg"] is exp_avg
-                and state.get("beta1_prod") is beta1_prod
+                and all(map(operator.is_, map(state.get, _NAMES[2:]), others))
                 and self._source is (param if type(param) in PLAIN_TYPES else _source(param))
                 and not self._is_complex
             )

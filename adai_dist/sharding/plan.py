@@ -82,6 +82,8 @@ class ShardingPlan:
     """Reason why the mean cannot be exact, and what to do; empty if it is exact."""
     assumptions: Assumptions | None = None
     """None if the user or an engine has defined which rank holds what."""
+    starts: dict[Tensor, int] = field(default_factory=dict[Tensor, int])
+    """Global index of the first element of local tensors that do not show it; their elements are consecutive."""
 
     def fits(self, params: list[Tensor]) -> bool:
         """Return whether the plan was made for exactly these parameters; engines replace them after construction."""

@@ -75,8 +75,11 @@ class ModelPlanner(_KeptByCopies):
     num_replicas: NumReplicas
 
     def plan(self, params: tuple[Tensor, ...]) -> ShardingPlan:
-        placements_of = placements_of_tensor if self.model is None else FSDP1Parameters.of(self.model).placements_of
-        return plan_by_placements(params, placements_of, self.stages, self._num_stages_with)
+        if self.model is None:
+            return plan_by_placements(params, placements_of_tensor, self.stages, self._num_stages_with)
+        fsdp1 = FSDP1Parameters.of(self.model)
+        plan = plan_by_placements(params, fsdp1.placements_of, self.stages, self._num_stages_with)
+        return replace(plan, starts=fsdp1.starts)
 
     def _num_stages_with(self, param: Tensor) -> int:
         if self.stages is None or self.num_replicas is None:

@@ -12,9 +12,12 @@ from adai_dist import equations
 from adai_dist.equations import LocalTensors
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import Backends
+from adai_dist.precision import Precision
+from adai_dist.rounding import key_of
+from adai_dist.sharding.global_index import origin_of
 from adai_dist.sharding.local_tensor import aligned_gradient, is_dtensor, local_tensor
 from adai_dist.sharding.missing_gradients import checksum_terms
-from adai_dist.sharding.owned_shards import OwnedShards, ShardConstants
+from adai_dist.sharding.owned_shards import OwnedShards, ShardConstants, ShardRounding
 from adai_dist.sharding.param_shard import ParamShard, check_state_is_complete
 from adai_dist.sharding.plan import ShardingPlan, ShardingPlanner, plan_sharding
 
@@ -29,11 +32,13 @@ class ShardCache:
     exp_avg_sq in it if the state was replaced or written to.
     """
 
-    def __init__(self, backends: Backends) -> None:
+    def __init__(self, backends: Backends, precision: Precision) -> None:
         self.backends = backends
+        self.precision = precision
         self._plan: ShardingPlan | None = None
         self._planner: ShardingPlanner | None = None
         self._checksum_terms: dict[Tensor, int] = {}
+        self._roundings: dict[Tensor, ShardRounding] = {}
         self._constants: dict[tuple[Any, ...], ShardConstants] = {}
         self._param_shards: dict[int, ParamShard] = {}  # by id: hashing a tensor is slow
 
@@ -44,6 +49,11 @@ class ShardCache:
             self._plan = plan_sharding(params, planner)
             self._planner = planner
             self._checksum_terms = checksum_terms(params, self._plan)
+            self._roundings = {
+                param: ShardRounding(key_of(self.precision.seed, ordinal), origin_of(param, self._plan.starts))
+                for ordinal, param in enumerate(params)
+                if self.precision.is_rounding(param)
+            }
             self._constants.clear()
             self._param_shards.clear()
         return self._plan
@@ -80,7 +90,7 @@ class ShardCache:
     def _param_shard(self, param: Tensor, grad: Tensor, state: dict[str, Any]) -> ParamShard:
         shard = self._param_shards.get(id(param))
         if shard is None or not shard.is_of(param, state):
-            shard = self._param_shards[id(param)] = ParamShard(param, state)
+            shard = self._param_shards[id(param)] = ParamShard(param, state, self.precision)
         gradient_form = (grad.dtype, grad.shape, grad.stride())
         if gradient_form != shard.gradient_form:
             shard.check_shape("grad", grad)
@@ -98,7 +108,9 @@ class ShardCache:
         param_shards = [shard for shard, _ in pairs]
         constants = self._constants.get(key)
         if constants is None or not constants.fits(param_shards):
-            constants = self._constants[key] = ShardConstants.of(param_shards, plan.weights, self._checksum_terms)
+            constants = self._constants[key] = ShardConstants.of(
+                param_shards, plan.weights, self._checksum_terms, self._roundings
+            )
         try:
             steps = [shard.state["step"] for shard in param_shards]
             next_steps = torch.stack(steps).double() + 1.0
@@ -117,6 +129,7 @@ class ShardCache:
                 exp_avg=[shard.exp_avg for shard in param_shards],
                 exp_avg_sq=[shard.exp_avg_sq for shard in param_shards],
                 beta1_prod=[shard.beta1_prod for shard in param_shards if shard.beta1_prod is not None],
+                remainder=[shard.remainder for shard in param_shards if shard.remainder is not None],
             ),
             steps=steps,
             correction=equations.bias_correction(hyper.beta2, next_steps),

@@ -5,7 +5,7 @@
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 
-#include "adai_dtypes.h"
+#include "adai_rounding.h"
 
 namespace adai {
 
@@ -14,11 +14,13 @@ inline Hyper checked_hyper(c10::ArrayRef<double> values) {
   return hyper_of(values.data());
 }
 
-// The dtype of a checked list; an empty list may have any.
-inline Dtype dtype_of(at::TensorList tensors) {
-  if (tensors.empty() || tensors[0].scalar_type() == at::kFloat) return Dtype::float32;
-  return tensors[0].scalar_type() == at::kBFloat16 ? Dtype::bfloat16 : Dtype::float16;
+// The dtype of a checked tensor, or of a checked list; an empty list may have any.
+inline Dtype dtype_of(const at::Tensor& tensor) {
+  if (tensor.scalar_type() == at::kFloat) return Dtype::float32;
+  return tensor.scalar_type() == at::kBFloat16 ? Dtype::bfloat16 : Dtype::float16;
 }
+
+inline Dtype dtype_of(at::TensorList tensors) { return tensors.empty() ? Dtype::float32 : dtype_of(tensors[0]); }
 
 // Whether both can be traversed in one order of memory. Strides of dimensions of size 1 do not matter.
 inline bool same_layout(const at::Tensor& a, const at::Tensor& b) {
@@ -66,10 +68,29 @@ inline void check_list(const char* name, at::TensorList tensors, const char* lea
   }
 }
 
+// States are all float32 or all bfloat16.
 inline void check_states(const char* name, at::TensorList tensors, const char* leading_name, at::TensorList leading) {
   check_list(name, tensors, leading_name, leading);
-  TORCH_CHECK_TYPE(tensors.empty() || tensors[0].scalar_type() == at::kFloat, name, " must be float32, got ",
-                   tensors[0].scalar_type());
+  if (tensors.empty()) return;
+  const at::ScalarType dtype = tensors[0].scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16, name, " must be float32 or bfloat16, got ", dtype);
+}
+
+inline void check_remainders(at::TensorList remainders, at::TensorList params) {
+  if (remainders.empty()) return;
+  TORCH_CHECK_VALUE(remainders.size() == params.size(), "remainders must have as many tensors as params, ",
+                    params.size(), ", or none, got ", remainders.size());
+  for (size_t i = 0; i < remainders.size(); ++i) {
+    const at::Tensor &remainder = remainders[i], &param = params[i];
+    TORCH_CHECK_TYPE(remainder.scalar_type() == at::kShort && param.scalar_type() != at::kFloat,
+                     "remainders must be int16, of bfloat16 or float16 params, got ", remainder.scalar_type(), " of ",
+                     param.scalar_type());
+    TORCH_CHECK(remainder.device() == param.device(), "remainders must be on the device of params, ", param.device(),
+                ", got ", remainder.device());
+    TORCH_CHECK_VALUE(same_layout(remainder, param), "remainders must have sizes and strides of params, ",
+                      param.sizes(), " and ", param.strides(), ", got ", remainder.sizes(), " and ",
+                      remainder.strides());
+  }
 }
 
 // A tensor of scalars, read on the device of the lists.
@@ -81,25 +102,48 @@ inline void check_scalars(const char* name, const at::Tensor& tensor, at::Scalar
   TORCH_CHECK(tensor.device() == device, name, " must be on ", device, ", got ", tensor.device());
 }
 
-// Arguments of observe; params and exp_avg_sqs may be empty.
-inline void check_observe(at::TensorList grads, at::TensorList params, at::TensorList exp_avg_sqs,
-                          const at::Tensor& kept, const at::Tensor& coefficient) {
+// Arguments of observe; params, remainders and exp_avg_sqs may be empty.
+inline void check_observe(at::TensorList grads, at::TensorList params, at::TensorList remainders,
+                          at::TensorList exp_avg_sqs, const at::Tensor& kept, const at::Tensor& coefficient) {
   check_leading_list("grads", grads);
   if (!params.empty()) check_list("params", params, "grads", grads);
+  check_remainders(remainders, params);
   if (!exp_avg_sqs.empty()) check_states("exp_avg_sqs", exp_avg_sqs, "grads", grads);
   if (grads.empty()) return;
   check_scalars("coefficient", coefficient, at::kFloat, 1, grads[0].device());
   check_scalars("kept", kept, at::kDouble, static_cast<int64_t>(exp_avg_sqs.size()) * NUM_KEPT, grads[0].device());
 }
 
-// Lists of advance; beta1_prods may be empty.
+// Whether a step rounds a list of tensors, and therefore reads the argument `rounding`.
+inline bool is_rounding(at::TensorList params, at::TensorList exp_avgs, at::TensorList remainders) {
+  if (params.empty()) return false;
+  return exp_avgs[0].scalar_type() != at::kFloat || (params[0].scalar_type() != at::kFloat && remainders.empty());
+}
+
+// Lists of advance; beta1_prods and remainders may be empty.
 inline void check_advance(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-                          at::TensorList exp_avg_sqs, at::TensorList beta1_prods) {
+                          at::TensorList exp_avg_sqs, at::TensorList beta1_prods, at::TensorList remainders) {
   check_leading_list("params", params);
   check_list("grads", grads, "params", params);
   check_states("exp_avgs", exp_avgs, "params", params);
   check_states("exp_avg_sqs", exp_avg_sqs, "params", params);
   if (!beta1_prods.empty()) check_states("beta1_prods", beta1_prods, "params", params);
+  for (const at::TensorList& states : {exp_avg_sqs, beta1_prods}) {
+    TORCH_CHECK_TYPE(states.empty() || states[0].scalar_type() == exp_avgs[0].scalar_type(),
+                     "exp_avgs, exp_avg_sqs and beta1_prods must have one dtype, got ", exp_avgs[0].scalar_type(),
+                     " and ", states[0].scalar_type());
+  }
+  check_remainders(remainders, params);
+}
+
+// The argument `rounding`: streams, origins and settled, see Rounding in rounding.py.
+inline void check_rounding(at::TensorList rounding, at::TensorList params) {
+  TORCH_CHECK_VALUE(rounding.size() == 3, "rounding must have 3 tensors for bfloat16 states, and for params in low "
+                    "precision without remainders, got ", rounding.size());
+  const int64_t num_tensors = static_cast<int64_t>(params.size());
+  check_scalars("streams", rounding[0], at::kInt, num_tensors * STREAM_WORDS, params[0].device());
+  check_scalars("origins", rounding[1], at::kLong, num_tensors * ORIGIN_WORDS, params[0].device());
+  check_scalars("settled", rounding[2], at::kFloat, num_tensors, params[0].device());
 }
 
 // Scalars of advance.
@@ -112,6 +156,11 @@ inline void check_step(const at::Tensor& inverse_means, const at::Tensor& coeffi
   check_scalars("lr", lr, at::kFloat, 1, device);
   check_scalars("is_finite", is_finite, at::kBool, 1, device);
   check_scalars("is_live", is_live, at::kBool, 1, device);
+}
+
+inline RoundingInputs rounding_inputs_of(at::TensorList rounding) {
+  return {rounding[0].const_data_ptr<int32_t>(), rounding[1].const_data_ptr<int64_t>(),
+          rounding[2].const_data_ptr<float>()};
 }
 
 // Arguments of sums.

@@ -73,10 +73,14 @@ at::Tensor sums_of(const std::vector<double>& of_chunks, const std::vector<int64
 }
 
 // Sums the samples among n elements of v, starting at element `start` of the tensor.
-double sample_sum(const float* v, int64_t start, int64_t n, int64_t distance) {
-  if (distance == 1) return kernels().sum(v, n);
+double sample_sum(const at::Tensor& exp_avg_sq, int64_t start, int64_t n, int64_t distance) {
+  const void* v = address(exp_avg_sq, start);
+  const Dtype state = dtype_of(exp_avg_sq);
+  if (distance == 1) return kernels().sum(v, state, n);
   double sum = 0.0;
-  for (int64_t k = (distance - start % distance) % distance; k < n; k += distance) sum += v[k];
+  for (int64_t k = (distance - start % distance) % distance; k < n; k += distance) {
+    sum += state == Dtype::float32 ? static_cast<const float*>(v)[k] : widen(static_cast<const BFloat16*>(v)[k]);
+  }
   return sum;
 }
 
@@ -84,10 +88,9 @@ double sample_sum(const float* v, int64_t start, int64_t n, int64_t distance) {
 std::vector<double> samples_of(at::TensorList exp_avg_sqs) {
   std::vector<double> sums(exp_avg_sqs.size());
   for (size_t i = 0; i < sums.size(); ++i) {
-    const float* v = static_cast<const float*>(address(exp_avg_sqs[i], 0));
     const int64_t num_elements = exp_avg_sqs[i].numel(), distance = sample_distance(num_elements);
     for (int64_t start = 0; start < num_elements; start += CHUNK_ELEMENTS) {
-      sums[i] += sample_sum(v + start, start, std::min(CHUNK_ELEMENTS, num_elements - start), distance);
+      sums[i] += sample_sum(exp_avg_sqs[i], start, std::min(CHUNK_ELEMENTS, num_elements - start), distance);
     }
   }
   return sums;
@@ -113,10 +116,19 @@ class KeptSums {
   const double* const kept_;
 };
 
-at::Tensor observe(at::TensorList grads, at::TensorList params, at::TensorList exp_avg_sqs, const at::Tensor& kept,
-                   const at::Tensor& coefficient, double coupled_decay) {
-  check_observe(grads, params, exp_avg_sqs, kept, coefficient);
-  const Dtypes dtypes{dtype_of(params), dtype_of(grads)};
+// The sum of n elements of exp_avg_sq from `start` on, at most a chunk.
+double chunk_sum(const at::Tensor& exp_avg_sq, int64_t start, int64_t n) {
+  return kernels().sum(address(exp_avg_sq, start), dtype_of(exp_avg_sq), n);
+}
+
+int16_t* remainder_at(at::TensorList remainders, size_t i, int64_t start) {
+  return remainders.empty() ? nullptr : static_cast<int16_t*>(address(remainders[i], start));
+}
+
+at::Tensor observe(at::TensorList grads, at::TensorList params, at::TensorList remainders, at::TensorList exp_avg_sqs,
+                   const at::Tensor& kept, const at::Tensor& coefficient, double coupled_decay) {
+  check_observe(grads, params, remainders, exp_avg_sqs, kept, coefficient);
+  const Dtypes dtypes{dtype_of(params), dtype_of(grads), dtype_of(exp_avg_sqs)};
   const float c = grads.empty() ? 1.0f : *coefficient.data_ptr<float>();
   const float decay = static_cast<float>(coupled_decay);
   const std::vector<int64_t> first_chunks = first_chunks_of(grads);
@@ -125,10 +137,11 @@ at::Tensor observe(at::TensorList grads, at::TensorList params, at::TensorList e
   std::vector<double> v_sums(first_chunks.back());
   for_each_chunk(first_chunks, grads, [&](size_t i, int64_t start, int64_t n, int64_t chunk) {
     void* param = params.empty() ? nullptr : address(params[i], start);
-    const Chunk of_tensor{param, address(grads[i], start), nullptr, nullptr, nullptr, n};
+    const Chunk of_tensor{param, address(grads[i], start), nullptr, nullptr, nullptr,
+                          remainder_at(remainders, i, start), start, n};
     of_chunks[chunk] = kernels().observe(of_tensor, dtypes, c, decay);
     if (exp_avg_sqs.empty() || kept_sums.is_kept(i)) return;
-    v_sums[chunk] = kernels().sum(static_cast<const float*>(address(exp_avg_sqs[i], start)), n);
+    v_sums[chunk] = chunk_sum(exp_avg_sqs[i], start, n);
   });
   at::Tensor sums = at::zeros({static_cast<int64_t>(grads.size()), NUM_OBSERVED}, at::kDouble);
   double* of_tensor = sums.data_ptr<double>();
@@ -146,34 +159,38 @@ at::Tensor observe(at::TensorList grads, at::TensorList params, at::TensorList e
 }
 
 at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-                   at::TensorList beta1_prods, const at::Tensor& inverse_means, const at::Tensor& coefficient,
-                   const at::Tensor& lr, const at::Tensor& is_finite, const at::Tensor& is_live,
-                   at::ArrayRef<double> hyperparameters) {
-  check_advance(params, grads, exp_avgs, exp_avg_sqs, beta1_prods);
+                   at::TensorList beta1_prods, at::TensorList remainders, const at::Tensor& inverse_means,
+                   const at::Tensor& coefficient, const at::Tensor& lr, const at::Tensor& is_finite,
+                   const at::Tensor& is_live, at::TensorList rounding_inputs, at::ArrayRef<double> hyperparameters) {
+  check_advance(params, grads, exp_avgs, exp_avg_sqs, beta1_prods, remainders);
   check_step(inverse_means, coefficient, lr, is_finite, is_live, params);
+  const bool rounds = is_rounding(params, exp_avgs, remainders);
+  if (rounds) check_rounding(rounding_inputs, params);
   const Hyper hyper = checked_hyper(hyperparameters);
-  const Dtypes dtypes{dtype_of(params), dtype_of(grads)};
+  const Dtypes dtypes{dtype_of(params), dtype_of(grads), dtype_of(exp_avgs)};
   const bool live = *is_live.data_ptr<bool>();
   const float c = *coefficient.data_ptr<float>();
   const float rate = *is_finite.data_ptr<bool>() ? *lr.data_ptr<float>() : 0.0f;
   const float* inverse_mean = inverse_means.data_ptr<float>();
+  const RoundingInputs inputs = rounds ? rounding_inputs_of(rounding_inputs) : RoundingInputs{};
   const std::vector<int64_t> first_chunks = first_chunks_of(params);
   std::vector<double> of_chunks(first_chunks.back()), samples(first_chunks.back());
   for_each_chunk(first_chunks, params, [&](size_t i, int64_t start, int64_t n, int64_t chunk) {
-    const auto state = [&](at::TensorList states) { return static_cast<float*>(address(states[i], start)); };
-    const Chunk of_tensor{address(params[i], start), address(grads[i], start), state(exp_avgs), state(exp_avg_sqs),
-                          beta1_prods.empty() ? nullptr : state(beta1_prods), n};
+    const auto at = [&](at::TensorList tensors) { return tensors.empty() ? nullptr : address(tensors[i], start); };
+    const Chunk of_tensor{at(params),      at(grads), at(exp_avgs), at(exp_avg_sqs),
+                          at(beta1_prods), remainder_at(remainders, i, start), start, n};
     const Step step = step_of(hyper, c, rate, inverse_mean[i]);
+    const Rounding rounding = rounds ? rounding_of(inputs, static_cast<int64_t>(i)) : Rounding{};
     if (live) {
-      of_chunks[chunk] = kernels().advance(of_tensor, dtypes, hyper, step);
+      of_chunks[chunk] = kernels().advance(of_tensor, dtypes, hyper, step, rounding);
     } else {
-      if (step.decay_factor != 1.0f) kernels().decay(of_tensor, dtypes, step);
-      of_chunks[chunk] = kernels().sum(of_tensor.exp_avg_sq, n);
+      if (step.decay_factor != 1.0f) kernels().decay(of_tensor, dtypes, step, rounding);
+      of_chunks[chunk] = chunk_sum(exp_avg_sqs[i], start, n);
     }
     const int64_t distance = sample_distance(exp_avg_sqs[i].numel());
-    samples[chunk] = distance == 1 ? of_chunks[chunk] : sample_sum(of_tensor.exp_avg_sq, start, n, distance);
+    samples[chunk] = distance == 1 ? of_chunks[chunk] : sample_sum(exp_avg_sqs[i], start, n, distance);
   });
-  for (const at::TensorList& written : {params, exp_avgs, exp_avg_sqs, beta1_prods}) bump_versions(written);
+  for (const auto& written : {params, exp_avgs, exp_avg_sqs, beta1_prods, remainders}) bump_versions(written);
   at::Tensor kept = at::zeros({static_cast<int64_t>(params.size()), NUM_KEPT}, at::kDouble);
   double* row = kept.data_ptr<double>();
   for (size_t i = 0; i < params.size(); ++i, row += NUM_KEPT) {
@@ -192,7 +209,7 @@ at::Tensor sums(at::TensorList exp_avg_sqs, const at::Tensor& kept) {
   std::vector<double> of_chunks(first_chunks.back());
   for_each_chunk(first_chunks, exp_avg_sqs, [&](size_t i, int64_t start, int64_t n, int64_t chunk) {
     if (kept_sums.is_kept(i)) return;
-    of_chunks[chunk] = kernels().sum(static_cast<const float*>(address(exp_avg_sqs[i], start)), n);
+    of_chunks[chunk] = chunk_sum(exp_avg_sqs[i], start, n);
   });
   at::Tensor sums = sums_of(of_chunks, first_chunks);
   kept_sums.fill(sums.data_ptr<double>(), 1);

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "adai_dtypes.h"
+#include "adai_rounding.h"
 
 namespace adai {
 namespace cpu {
@@ -15,14 +15,16 @@ constexpr int64_t CHUNK_ELEMENTS = 1 << 14;
 struct Chunk {
   void* param;
   const void* grad;
-  float* exp_avg;
-  float* exp_avg_sq;
-  float* beta1_prod;  // null if retired
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* beta1_prod;    // null if retired; 1 - P if bfloat16
+  int16_t* remainder;  // of master weights; null for none
+  int64_t start;       // index of the first element in its tensor
   int64_t num_elements;
 };
 
 struct Dtypes {
-  Dtype param, grad;
+  Dtype param, grad, state;
 };
 
 struct Sums {
@@ -33,11 +35,11 @@ struct Kernels {
   // Inner products of one chunk, the last of the effective gradient; without a parameter, all but the first are 0.
   Sums (*observe)(const Chunk&, const Dtypes&, float coefficient, float coupled_decay);
   // Steps one chunk; returns the sum of the new exp_avg_sq.
-  double (*advance)(const Chunk&, const Dtypes&, const Hyper&, const Step&);
+  double (*advance)(const Chunk&, const Dtypes&, const Hyper&, const Step&, const Rounding&);
   // Decays the parameter in a step that does not count.
-  void (*decay)(const Chunk&, const Dtypes&, const Step&);
+  void (*decay)(const Chunk&, const Dtypes&, const Step&, const Rounding&);
   // Sums a chunk of exp_avg_sq in the order of advance.
-  double (*sum)(const float* exp_avg_sq, int64_t num_elements);
+  double (*sum)(const void* exp_avg_sq, Dtype state, int64_t num_elements);
 };
 
 Kernels kernels_default();

@@ -11,8 +11,8 @@ namespace cpu {
 namespace {
 
 constexpr int64_t LANES = 32;
-constexpr int64_t BLOCK_ELEMENTS = 512;
-constexpr int64_t PREFETCH_ELEMENTS = 128;
+constexpr int64_t BLOCK_ELEMENTS = 256;
+constexpr int64_t PREFETCH_ELEMENTS = 256;
 constexpr int64_t CACHE_LINE_ELEMENTS = 16;
 static_assert(BLOCK_ELEMENTS % LANES == 0, "a block begins with the first lane");
 
@@ -130,9 +130,83 @@ ADAI_FUNCTION void advance_lanes(const Block& block, int64_t start, int64_t n, c
   }
 }
 
-template <class VARIANT>
-void advance_block(const Block& arguments, int64_t n, const Hyper& hyper_, const Step& step_, double (&lanes_)[LANES]) {
-  const Block block = arguments;
+// Random words of elements whose indices are consecutive.
+struct Consecutive {
+  uint32_t first, seed;
+};
+
+// Random words in an array.
+struct Listed {
+  const uint32_t* __restrict__ words;
+};
+
+ADAI_FUNCTION uint32_t word_of(const Consecutive& words, int64_t i) {
+  return mixed((words.first + static_cast<uint32_t>(i)) ^ words.seed);
+}
+
+ADAI_FUNCTION uint32_t word_of(const Listed& words, int64_t i) { return words.words[i]; }
+
+// The memory that the next block is converted from.
+struct NextBlock {
+  struct Stream {
+    const char* data;
+    int64_t element_bytes;
+  };
+  Stream streams[6];
+  int num_streams = 0;
+
+  void add(const void* data, int64_t element_bytes, int64_t start) {
+    if (data == nullptr) return;
+    streams[num_streams++] = {static_cast<const char*>(data) + start * element_bytes, element_bytes};
+  }
+};
+
+// A block with states that are rounded to bfloat16.
+template <class WORDS>
+struct LowBlock : Block {
+  WORDS words;
+  float settled;
+  NextBlock next;
+  const uint16_t* __restrict__ low_m;
+  const uint16_t* __restrict__ low_v;
+  const uint16_t* __restrict__ low_q;
+};
+
+template <class VARIANT, class WORDS>
+ADAI_FUNCTION void prefetch(const LowBlock<WORDS>& block, int64_t start) {
+  for (int k = 0; k < block.next.num_streams; ++k) {
+    const NextBlock::Stream& stream = block.next.streams[k];
+    const char* line = stream.data + (start - PREFETCH_ELEMENTS) * stream.element_bytes;
+    __builtin_prefetch(line, 1);
+    if (stream.element_bytes == 4) __builtin_prefetch(line + 64, 1);
+  }
+}
+
+ADAI_FUNCTION float wide(uint16_t x) { return float_of(static_cast<int32_t>(uint32_t{x} << 16)); }
+
+// The states are rounded, but still float32: 1 - P in place of P.
+template <class VARIANT, class WORDS>
+ADAI_FUNCTION void advance_lanes(const LowBlock<WORDS>& block, int64_t start, int64_t n, const Hyper& hyper, const Step& step,
+                                 double (&lanes)[LANES]) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const int64_t i = start + j;
+    float theta = block.theta[i], m = wide(block.low_m[i]), v = wide(block.low_v[i]);
+    float P = VARIANT::HAS_PRODUCT ? 1.0f - wide(block.low_q[i]) : 0.0f;
+    advance<VARIANT>(theta, block.grad[i], m, v, P, hyper, step);
+    block.theta[i] = theta;
+    const uint32_t bits = word_of(block.words, i);
+    block.m[i] = rounded_to_bfloat16(m, bits);
+    v = rounded_to_bfloat16(v, bits >> 16);
+    block.v[i] = v;
+    if (VARIANT::HAS_PRODUCT) block.P[i] = rounded_to_bfloat16(P > block.settled ? 1.0f - P : 1.0f, bits ^ (bits >> 16));
+    lanes[j] += static_cast<double>(v);
+  }
+}
+
+template <class VARIANT, class BLOCK>
+void advance_block(const BLOCK& arguments, int64_t n, const Hyper& hyper_, const Step& step_, double (&lanes_)[LANES]) {
+  const BLOCK block = arguments;
   const Hyper hyper = hyper_;
   const Step step = step_;
   double lanes[LANES];
@@ -146,7 +220,8 @@ void advance_block(const Block& arguments, int64_t n, const Hyper& hyper_, const
   for (int64_t j = 0; j < LANES; ++j) lanes_[j] = lanes[j];
 }
 
-using AdvanceBlock = void (*)(const Block&, int64_t, const Hyper&, const Step&, double (&)[LANES]);
+template <class BLOCK>
+using AdvanceBlock = void (*)(const BLOCK&, int64_t, const Hyper&, const Step&, double (&)[LANES]);
 
 // -- chunks of any dtype ----------------------------------------------------------------------------------------------
 
@@ -168,16 +243,78 @@ const float* block_of(const void* data, Dtype dtype, int64_t start, int64_t n, f
   }
 }
 
-template <class T>
-ADAI_FUNCTION void narrowed(const float* buffer, T* to, int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) narrow(buffer[j], to[j]);
+// Number of elements from `start` on whose global indices are consecutive and have the same high 32 bits.
+int64_t num_consecutive(const Origin& origin, int64_t start) {
+  const int64_t in_run = origin.run - start % origin.run;
+  const int64_t before_carry = (int64_t{1} << 32) - static_cast<uint32_t>(index_of(origin, start));
+  return in_run < before_carry ? in_run : before_carry;
 }
 
-// Writes a block that block_of() converted back to its source.
-void write_back(const float* buffer, void* data, Dtype dtype, int64_t start, int64_t n) {
-  if (dtype == Dtype::bfloat16) narrowed(buffer, static_cast<BFloat16*>(data) + start, n);
-  if (dtype == Dtype::float16) narrowed(buffer, static_cast<Float16*>(data) + start, n);
+// Random words of n elements from `start` on.
+void fill(uint32_t* words, uint32_t stream, const Origin& origin, int64_t start, int64_t n) {
+  for (int64_t i = 0; i < n;) {
+    const uint64_t index = index_of(origin, start + i);
+    const uint32_t first = static_cast<uint32_t>(index), seed = seed_of(stream, index);
+    const int64_t consecutive = num_consecutive(origin, start + i), count = consecutive < n - i ? consecutive : n - i;
+    uint32_t* next = words + i;
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) next[j] = mixed((first + static_cast<uint32_t>(j)) ^ seed);
+    i += count;
+  }
+}
+
+template <class T>
+void rounded_randomly(const float* buffer, const uint32_t* words, T* to, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) round_randomly(buffer[j], words[j], to[j]);
+}
+
+using adai::joined;
+using adai::split;
+
+ADAI_FUNCTION void split(float master, Float16& rounded, int16_t& remainder) {
+  narrow(master, rounded);
+  remainder = remainder_of(master, widen(rounded), rounded);
+}
+
+ADAI_FUNCTION float joined(Float16 rounded, int16_t remainder) { return joined(widen(rounded), rounded, remainder); }
+
+// The parameters of a block as float32: the parameters themselves, or a copy that write_params() converts back.
+template <class T>
+float* read_params(const Chunk& chunk, int64_t start, int64_t n, float* buffer) {
+  const T* from = static_cast<const T*>(chunk.param) + start;
+  if (chunk.remainder == nullptr) return const_cast<float*>(widened(from, n, buffer));
+  const int16_t* remainder = chunk.remainder + start;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) buffer[j] = joined(from[j], remainder[j]);
+  return buffer;
+}
+
+template <class T>
+void write_params(const float* theta, const Rounding& rounding, const Chunk& chunk, int64_t start, int64_t n) {
+  T* to = static_cast<T*>(chunk.param) + start;
+  if (chunk.remainder == nullptr) {
+    uint32_t words[BLOCK_ELEMENTS];
+    fill(words, rounding.streams[1], rounding.origin, chunk.start + start, n);
+    return rounded_randomly(theta, words, to, n);
+  }
+  int16_t* remainder = chunk.remainder + start;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) split(theta[j], to[j], remainder[j]);
+}
+
+float* params_of(const Chunk& chunk, Dtype dtype, int64_t start, int64_t n, float* buffer) {
+  switch (dtype) {
+    case Dtype::bfloat16: return read_params<BFloat16>(chunk, start, n, buffer);
+    case Dtype::float16: return read_params<Float16>(chunk, start, n, buffer);
+    default: return static_cast<float*>(chunk.param) + start;
+  }
+}
+
+void store_params(const float* theta, const Rounding& rounding, const Chunk& chunk, Dtype dtype, int64_t start,
+                  int64_t n) {
+  if (dtype == Dtype::bfloat16) write_params<BFloat16>(theta, rounding, chunk, start, n);
+  if (dtype == Dtype::float16) write_params<Float16>(theta, rounding, chunk, start, n);
 }
 
 ADAI_FUNCTION int64_t block_elements(const Chunk& chunk, int64_t start) {
@@ -194,47 +331,109 @@ Sums observe(const Chunk& chunk, const Dtypes& dtypes, float coefficient, float 
     if (chunk.param == nullptr) {
       observe_block<false>(grad, nullptr, n, 0.0f, 0.0f, lanes);
     } else {
-      const float* param = block_of(chunk.param, dtypes.param, start, n, param_buffer);
+      const float* param = params_of(chunk, dtypes.param, start, n, param_buffer);
       observe_block<true>(grad, param, n, coefficient, coupled_decay, lanes);
     }
   }
   return {sum_of(lanes.grad_grad), sum_of(lanes.grad_param), sum_of(lanes.param_param), sum_of(lanes.expected)};
 }
 
-double advance(const Chunk& chunk, const Dtypes& dtypes, const Hyper& hyper, const Step& step) {
-  const auto block_function = [](auto variant) -> AdvanceBlock { return advance_block<decltype(variant)>; };
-  const AdvanceBlock advance_next = with_variant(hyper, chunk.beta1_prod != nullptr, block_function);
+template <class T>
+ADAI_FUNCTION void sum_lanes(const T* v, int64_t n, double (&lanes)[LANES]) {
+  for (int64_t start = 0; start < n; start += LANES) {
+    const int64_t count = n - start < LANES ? n - start : LANES;
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) lanes[j] += static_cast<double>(widen(v[start + j]));
+  }
+}
+
+double sum(const void* exp_avg_sq, Dtype state, int64_t num_elements) {
+  double lanes[LANES] = {};
+  if (state == Dtype::bfloat16) sum_lanes(static_cast<const BFloat16*>(exp_avg_sq), num_elements, lanes);
+  else sum_lanes(static_cast<const float*>(exp_avg_sq), num_elements, lanes);
+  return sum_of(lanes);
+}
+
+ADAI_FUNCTION int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+// Drops the low bits of rounded numbers.
+void pack(const float* buffer, BFloat16* to, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) to[j].bits = static_cast<uint16_t>(static_cast<uint32_t>(bits_of(buffer[j])) >> 16);
+}
+
+template <class WORDS>
+AdvanceBlock<LowBlock<WORDS>> advance_block_of(const Hyper& hyper, bool has_product) {
+  using Advance = AdvanceBlock<LowBlock<WORDS>>;
+  return with_variant(hyper, has_product, [](auto variant) -> Advance {
+    return advance_block<decltype(variant), LowBlock<WORDS>>;
+  });
+}
+
+double advance_low(const Chunk& chunk, const Dtypes& dtypes, const Hyper& hyper, const Step& step,
+                   const Rounding& rounding) {
+  const auto advance_consecutive = advance_block_of<Consecutive>(hyper, chunk.beta1_prod != nullptr);
+  const auto advance_listed = advance_block_of<Listed>(hyper, chunk.beta1_prod != nullptr);
+  BFloat16 *m = static_cast<BFloat16*>(chunk.exp_avg), *v = static_cast<BFloat16*>(chunk.exp_avg_sq);
+  BFloat16* q = static_cast<BFloat16*>(chunk.beta1_prod);
+  float grad_buffer[BLOCK_ELEMENTS], param_buffer[BLOCK_ELEMENTS];
+  float wide_m[BLOCK_ELEMENTS], wide_v[BLOCK_ELEMENTS], wide_q[BLOCK_ELEMENTS];
+  uint32_t words[BLOCK_ELEMENTS];
+  double lanes[LANES] = {};
+  for (int64_t start = 0; start < chunk.num_elements; start += BLOCK_ELEMENTS) {
+    const int64_t n = block_elements(chunk, start);
+    const float* grad = block_of(chunk.grad, dtypes.grad, start, n, grad_buffer);
+    float* theta = params_of(chunk, dtypes.param, start, n, param_buffer);
+    const Block block{theta, grad, wide_m, wide_v, wide_q};
+    const auto low = [&](const BFloat16* x) { return reinterpret_cast<const uint16_t*>(x + start); };
+    NextBlock next;
+    next.add(chunk.param, bytes_of(dtypes.param), start + BLOCK_ELEMENTS);
+    next.add(chunk.grad, bytes_of(dtypes.grad), start + BLOCK_ELEMENTS);
+    const void* in_16_bits[] = {m, v, q, chunk.remainder};
+    for (const void* data : in_16_bits) next.add(data, 2, start + BLOCK_ELEMENTS);
+    const uint64_t index = index_of(rounding.origin, chunk.start + start);
+    if (num_consecutive(rounding.origin, chunk.start + start) >= n) {
+      const Consecutive consecutive{static_cast<uint32_t>(index), seed_of(rounding.streams[0], index)};
+      advance_consecutive({block, consecutive, rounding.settled, next, low(m), low(v), low(q)}, n, hyper, step, lanes);
+    } else {
+      fill(words, rounding.streams[0], rounding.origin, chunk.start + start, n);
+      advance_listed({block, {words}, rounding.settled, next, low(m), low(v), low(q)}, n, hyper, step, lanes);
+    }
+    pack(wide_m, m + start, n);
+    pack(wide_v, v + start, n);
+    if (q != nullptr) pack(wide_q, q + start, n);
+    store_params(theta, rounding, chunk, dtypes.param, start, n);
+  }
+  return sum_of(lanes);
+}
+
+double advance(const Chunk& chunk, const Dtypes& dtypes, const Hyper& hyper, const Step& step,
+               const Rounding& rounding) {
+  if (dtypes.state != Dtype::float32) return advance_low(chunk, dtypes, hyper, step, rounding);
+  const auto block_function = [](auto variant) -> AdvanceBlock<Block> { return advance_block<decltype(variant), Block>; };
+  const AdvanceBlock<Block> advance_next = with_variant(hyper, chunk.beta1_prod != nullptr, block_function);
+  float *m = static_cast<float*>(chunk.exp_avg), *v = static_cast<float*>(chunk.exp_avg_sq);
   float grad_buffer[BLOCK_ELEMENTS], param_buffer[BLOCK_ELEMENTS];
   double lanes[LANES] = {};
   for (int64_t start = 0; start < chunk.num_elements; start += BLOCK_ELEMENTS) {
     const int64_t n = block_elements(chunk, start);
     const float* grad = block_of(chunk.grad, dtypes.grad, start, n, grad_buffer);
-    float* theta = const_cast<float*>(block_of(chunk.param, dtypes.param, start, n, param_buffer));
-    float* P = chunk.beta1_prod == nullptr ? nullptr : chunk.beta1_prod + start;
-    advance_next({theta, grad, chunk.exp_avg + start, chunk.exp_avg_sq + start, P}, n, hyper, step, lanes);
-    write_back(theta, chunk.param, dtypes.param, start, n);
+    float* theta = params_of(chunk, dtypes.param, start, n, param_buffer);
+    float* P = chunk.beta1_prod == nullptr ? nullptr : static_cast<float*>(chunk.beta1_prod) + start;
+    advance_next({theta, grad, m + start, v + start, P}, n, hyper, step, lanes);
+    store_params(theta, rounding, chunk, dtypes.param, start, n);
   }
   return sum_of(lanes);
 }
 
-void decay(const Chunk& chunk, const Dtypes& dtypes, const Step& step) {
+void decay(const Chunk& chunk, const Dtypes& dtypes, const Step& step, const Rounding& rounding) {
   float buffer[BLOCK_ELEMENTS];
   for (int64_t start = 0; start < chunk.num_elements; start += BLOCK_ELEMENTS) {
     const int64_t n = block_elements(chunk, start);
-    float* theta = const_cast<float*>(block_of(chunk.param, dtypes.param, start, n, buffer));
+    float* theta = params_of(chunk, dtypes.param, start, n, buffer);
     for (int64_t j = 0; j < n; ++j) adai::decay(theta[j], step);
-    write_back(theta, chunk.param, dtypes.param, start, n);
+    store_params(theta, rounding, chunk, dtypes.param, start, n);
   }
-}
-
-double sum(const float* exp_avg_sq, int64_t num_elements) {
-  double lanes[LANES] = {};
-  for (int64_t start = 0; start < num_elements; start += LANES) {
-    const int64_t n = num_elements - start < LANES ? num_elements - start : LANES;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) lanes[j] += static_cast<double>(exp_avg_sq[start + j]);
-  }
-  return sum_of(lanes);
 }
 
 }  // namespace

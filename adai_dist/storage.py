@@ -1,0 +1,85 @@
+"""Parameters and states stored in 16 bits: read as float32 for the equations, and rounded when they are written back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adai_dist import equations
+from adai_dist.equations import LocalTensors, StepScalars, Tensors
+from adai_dist.hyper import Hyper
+from adai_dist.rounding import (
+    LOW_DTYPES,
+    Rounding,
+    global_indices,
+    join,
+    random_words,
+    split,
+    stochastically_rounded,
+)
+
+
+def is_low(shards: LocalTensors) -> bool:
+    """Return whether parameters or states are stored in 16 bits."""
+    return any(tensors and tensors[0].dtype in LOW_DTYPES for tensors in (shards.param, shards.exp_avg))
+
+
+def advance(shards: LocalTensors, hyper: Hyper, scalars: StepScalars, starts: list[int] | None = None) -> None:
+    """Run :func:`adai_dist.equations.advance` on shards in any dtype.
+
+    Args:
+        starts: index of the first element of each tensor in its shard, if the tensors are pieces of shards.
+
+    Temporary memory: beyond that of the equations, eleven tensors of the size of one shard, and float32 copies of what
+    is stored in 16 bits.
+    """
+    if not is_low(shards):
+        equations.advance(shards, hyper, scalars)
+        return
+    wide = LocalTensors(
+        wide_params(shards),
+        shards.grad,
+        *([x.float() for x in tensors] for tensors in (shards.exp_avg, shards.exp_avg_sq)),
+        [product_of(x) for x in shards.beta1_prod],
+    )
+    equations.advance(wide, hyper, scalars)
+    for i in range(len(shards.param)):
+        _store_(shards, wide, i, scalars.rounding, 0 if starts is None else starts[i])
+
+
+def wide_params(shards: LocalTensors) -> Tensors:
+    """Return the parameters in the compute dtype, with their remainders: themselves or new tensors."""
+    if not shards.remainder:
+        return [param.to(equations.compute_dtype(param.dtype)) for param in shards.param]
+    return [join(param, remainder) for param, remainder in zip(shards.param, shards.remainder, strict=True)]
+
+
+def product_of(stored: Tensor) -> Tensor:
+    """Return the product of inertias P of a stored one, which is ``1 - P`` in bfloat16; both are exact."""
+    return 1.0 - stored.float() if stored.dtype == torch.bfloat16 else stored
+
+
+def _store_(shards: LocalTensors, wide: LocalTensors, i: int, rounding: Rounding | None, start: int) -> None:
+    """Write the wide tensors of shard i back to those in 16 bits."""
+    param = shards.param[i]
+    has_low_states = shards.exp_avg[i].dtype in LOW_DTYPES
+    is_rounded = param.dtype in LOW_DTYPES and not shards.remainder
+    words: list[Tensor] = []
+    if has_low_states or is_rounded:
+        assert rounding is not None
+        indices = global_indices(rounding.origins[i], start, param)
+        words = [random_words(stream, indices) for stream in rounding.streams[i].unbind()]
+    if shards.remainder:
+        for tensor, part in zip((param, shards.remainder[i]), split(wide.param[i], param.dtype), strict=True):
+            tensor.copy_(part)
+    elif is_rounded:
+        param.copy_(stochastically_rounded(wide.param[i], param.dtype, words[1]))
+    if not has_low_states:
+        return
+    m, v, P = (tensors[i] if tensors else None for tensors in wide[2:5])
+    assert rounding is not None and m is not None and v is not None
+    shards.exp_avg[i].copy_(stochastically_rounded(m, torch.bfloat16, words[0]))
+    shards.exp_avg_sq[i].copy_(stochastically_rounded(v, torch.bfloat16, words[0] >> 16))
+    if P is not None:
+        q = torch.where(rounding.settled[i] < P, 1.0 - P, 1.0)
+        shards.beta1_prod[i].copy_(stochastically_rounded(q, torch.bfloat16, words[0] ^ (words[0] >> 16)))
