@@ -125,10 +125,10 @@ def stochastically_rounded(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tenso
 def _to_float16(x: Tensor, bits: Tensor) -> Tensor:
     magnitude = x.abs()
     normal = (((magnitude.view(torch.int32) - (112 << 23)) + (bits >> 3)) >> 13).clamp_(max=0x7BFF)
-    subnormal = (magnitude * 2.0**24 + bits * 2.0**-16).to(torch.int32)
+    subnormal = (magnitude * 2.0**24 + (bits >> 3) * 2.0**-13).to(torch.int32)
     rounded = torch.where(magnitude < 2.0**-14, subnormal, normal)
     rounded = torch.where(magnitude >= 65520.0, 0x7C00, rounded).to(torch.int16).view(torch.float16)
-    return rounded.copysign(x)
+    return torch.where(x.signbit(), -rounded, rounded)
 
 
 def settled_below(eps: float, t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Parameters and states stored in 16 bits: read as float32 for the equations, and rounded when they are written back."""
+"""Parameters and states stored in 16 bits: read as float32 for the equations, and rounded when written back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from adai_dist.equations import LocalTensors, StepScalars, Tensors
 from adai_dist.hyper import Hyper
 from adai_dist.rounding import (
     LOW_DTYPES,
-    Rounding,
     global_indices,
     join,
     random_words,
@@ -37,14 +36,15 @@ def advance(shards: LocalTensors, hyper: Hyper, scalars: StepScalars, starts: li
         equations.advance(shards, hyper, scalars)
         return
     wide = LocalTensors(
-        wide_params(shards),
-        shards.grad,
-        *([x.float() for x in tensors] for tensors in (shards.exp_avg, shards.exp_avg_sq)),
-        [product_of(x) for x in shards.beta1_prod],
+        param=wide_params(shards),
+        grad=shards.grad,
+        exp_avg=[x.float() for x in shards.exp_avg],
+        exp_avg_sq=[x.float() for x in shards.exp_avg_sq],
+        beta1_prod=[product_of(x) for x in shards.beta1_prod],
     )
     equations.advance(wide, hyper, scalars)
     for i in range(len(shards.param)):
-        _store_(shards, wide, i, scalars.rounding, 0 if starts is None else starts[i])
+        _store_(shards, wide, i, scalars, 0 if starts is None else starts[i])
 
 
 def wide_params(shards: LocalTensors) -> Tensors:
@@ -59,9 +59,9 @@ def product_of(stored: Tensor) -> Tensor:
     return 1.0 - stored.float() if stored.dtype == torch.bfloat16 else stored
 
 
-def _store_(shards: LocalTensors, wide: LocalTensors, i: int, rounding: Rounding | None, start: int) -> None:
+def _store_(shards: LocalTensors, wide: LocalTensors, i: int, scalars: StepScalars, start: int) -> None:
     """Write the wide tensors of shard i back to those in 16 bits."""
-    param = shards.param[i]
+    param, rounding = shards.param[i], scalars.rounding
     has_low_states = shards.exp_avg[i].dtype in LOW_DTYPES
     is_rounded = param.dtype in LOW_DTYPES and not shards.remainder
     words: list[Tensor] = []
@@ -76,10 +76,10 @@ def _store_(shards: LocalTensors, wide: LocalTensors, i: int, rounding: Rounding
         param.copy_(stochastically_rounded(wide.param[i], param.dtype, words[1]))
     if not has_low_states:
         return
-    m, v, P = (tensors[i] if tensors else None for tensors in wide[2:5])
-    assert rounding is not None and m is not None and v is not None
-    shards.exp_avg[i].copy_(stochastically_rounded(m, torch.bfloat16, words[0]))
-    shards.exp_avg_sq[i].copy_(stochastically_rounded(v, torch.bfloat16, words[0] >> 16))
-    if P is not None:
-        q = torch.where(rounding.settled[i] < P, 1.0 - P, 1.0)
+    assert rounding is not None
+    shards.exp_avg[i].copy_(stochastically_rounded(wide.exp_avg[i], torch.bfloat16, words[0]))
+    shards.exp_avg_sq[i].copy_(stochastically_rounded(wide.exp_avg_sq[i], torch.bfloat16, words[0] >> 16))
+    if shards.beta1_prod:
+        P = wide.beta1_prod[i]
+        q = torch.where(rounding.settled[i] * scalars.is_live < P, 1.0 - P, 1.0)
         shards.beta1_prod[i].copy_(stochastically_rounded(q, torch.bfloat16, words[0] ^ (words[0] >> 16)))

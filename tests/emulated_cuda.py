@@ -74,28 +74,33 @@ def operators(library: ctypes.CDLL) -> Operators:
     """Return the operators of torch.ops.adai_dist for CPU tensors."""
 
     def observe(
-        grads: list[Tensor], params: list[Tensor], exp_avg_sqs: list[Tensor], kept: Tensor, c: Tensor, decay: float
+        grads: list[Tensor],
+        params: list[Tensor],
+        remainders: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        kept: Tensor,
+        c: Tensor,
+        decay: float,
     ) -> Tensor:
         result = torch.full((len(grads), 5), float("nan"), dtype=torch.float64)
-        lists = [_pointers(tensors) for tensors in (grads, params, exp_avg_sqs)]
-        dtypes = _dtype(grads), _dtype(params or grads)
+        lists = [_pointers(tensors) for tensors in (grads, params, remainders, exp_avg_sqs)]
         scalars = _address(kept), _address(c), ctypes.c_float(decay)
-        _check(library.observe(*_sizes(grads), *lists, *dtypes, *scalars, _address(result)))
+        _check(library.observe(*_sizes(grads), *lists, _dtypes(grads, params, exp_avg_sqs), *scalars, _address(result)))
         return result
 
     def advance(*arguments: Any) -> Tensor:
-        *lists, inverse_means, coefficient, lr, is_finite, is_live, hyper = arguments
-        params, grads = lists[:2]
+        *lists, inverse_means, coefficient, lr, is_finite, is_live, rounding, hyper = arguments
+        params, grads, exp_avgs = lists[:3]
         result = torch.full((len(params), 2), float("nan"), dtype=torch.float64)
         pointers = [_pointers(tensors) for tensors in lists]
         error = library.advance(
             *_sizes(params),
-            (ctypes.c_void_p * 5)(*(ctypes.cast(x, ctypes.c_void_p) if x else None for x in pointers)),
-            _dtype(params),
-            _dtype(grads),
+            (ctypes.c_void_p * 6)(*(ctypes.cast(x, ctypes.c_void_p) if x else None for x in pointers)),
+            _dtypes(params, grads, exp_avgs),
             _address(inverse_means),
             (ctypes.c_float * 2)(coefficient, lr),
             (ctypes.c_bool * 2)(is_finite, is_live),
+            _pointers(rounding),
             (ctypes.c_double * len(hyper))(*hyper),
             _address(result),
         )
@@ -104,7 +109,8 @@ def operators(library: ctypes.CDLL) -> Operators:
 
     def sums(exp_avg_sqs: list[Tensor], kept: Tensor) -> Tensor:
         result = torch.full((len(exp_avg_sqs),), float("nan"), dtype=torch.float64)
-        _check(library.sum(*_sizes(exp_avg_sqs), _pointers(exp_avg_sqs), _address(kept), _address(result)))
+        lists = _pointers(exp_avg_sqs), *_dtypes(exp_avg_sqs)
+        _check(library.sum(*_sizes(exp_avg_sqs), *lists, _address(kept), _address(result)))
         return result
 
     return Operators(observe, advance, sums, torch.device("cpu"))
@@ -136,5 +142,6 @@ def _address(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def _dtype(tensors: list[Tensor]) -> ctypes.c_int32:
-    return ctypes.c_int32(DTYPES.index(tensors[0].dtype))
+def _dtypes(*lists: list[Tensor]) -> Any:
+    """Return the dtype of each list; that of an empty one does not matter."""
+    return (ctypes.c_int32 * len(lists))(*(DTYPES.index(x[0].dtype) if x else 0 for x in lists))

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from adai_dist import equations
+from adai_dist import equations, storage
 from adai_dist.equations import LocalTensors, StepScalars
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import nothing_kept
-from adai_dist.kernels.ops import kernel_scalars
+from adai_dist.kernels.ops import kernel_scalars, operator_order
+from adai_dist.rounding import (
+    LOW_DTYPES,
+    Origin,
+    Rounding,
+    global_indices,
+    key_of,
+    random_words,
+    split,
+    stochastically_rounded,
+    streams,
+)
 
 
 class Operators(NamedTuple):
@@ -57,6 +68,38 @@ OPTIONS: dict[str, dict[str, Any]] = {
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_PAIRS = list(itertools.product(DTYPES, DTYPES))
 
+
+class Mode(NamedTuple):
+    """How parameters, gradients and states are stored: keyword arguments of :func:`make_shards`."""
+
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)
+    """Of parameters and gradients."""
+    state: torch.dtype = torch.float32
+    has_remainder: bool = False
+
+    def __str__(self) -> str:
+        names = [str(dtype).removeprefix("torch.") for dtype in (*self.dtypes, self.state)]
+        return "-".join([*names, "remainder"] if self.has_remainder else names)
+
+
+MODES = [
+    Mode(dtypes, state, has_remainder)
+    for dtypes, state, has_remainder in itertools.product(DTYPE_PAIRS, (torch.float32, torch.bfloat16), (False, True))
+    if dtypes[0] in LOW_DTYPES or not has_remainder
+]
+LOW_MODES = [mode for mode in MODES if mode.dtypes[0] in LOW_DTYPES or mode.state in LOW_DTYPES]
+PLAIN_MODES = [mode for mode in MODES if mode not in LOW_MODES]
+
+ORIGINS = (
+    Origin(),
+    Origin(3, 2, 7),
+    Origin(2**32 - TILE_ELEMENTS - 2),
+    Origin(2**40 - 2**15, 1001, 4096),
+    Origin(12_345, 1, 3),
+    Origin(2**32 - 40_000, CHUNK_ELEMENTS + 5, 2**31),
+)
+"""Contiguous, in runs of few or of many elements, and with indices that cross a multiple of 2^32."""
+
 SENTINEL = 7.0
 COEFFICIENT, DECAY = 0.7, 0.1
 
@@ -77,37 +120,71 @@ def make_shards(
     sizes: list[int],
     device: torch.device,
     dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+    state: torch.dtype = torch.float32,
     *,
+    has_remainder: bool = False,
     retired: bool = False,
     offset: int = 0,
 ) -> LocalTensors:
     """Make parameters and heavy-tailed gradients, of the given dtypes, and states; equal on all devices."""
     random = torch.Generator().manual_seed(1)
-    lists: list[list[Tensor]] = [[], [], [], [], []]
+    shards: list[list[Tensor]] = []
     for size in sizes:
         normal, tails = (torch.randn(5, size, generator=random) for _ in range(2))
         scale = torch.exp(2 * tails)
         values = [
-            normal[0].to(dtypes[0]),
-            (1e-2 * normal[1] * scale[1]).to(dtypes[1]),
+            normal[0],
+            1e-2 * normal[1] * scale[1],
             1e-2 * normal[2] * scale[2],
             1e-4 * normal[3].square() * scale[3],
             torch.sigmoid(normal[4]),
         ]
-        for tensors, value in zip(lists, values, strict=True):
-            tensors.append(placed(value.to(device), offset))
-    return LocalTensors(*lists[:4], [] if retired else lists[4])
+        stored = stored_in(values, dtypes, state, has_remainder=has_remainder)
+        shards.append([placed(value.to(device), offset) for value in stored])
+    return listed(shards, retired=retired)
 
 
-def make_scalars(shards: LocalTensors, *, is_finite: bool = True, is_live: bool = True) -> StepScalars:
+def stored_in(
+    values: list[Tensor], dtypes: tuple[torch.dtype, torch.dtype], state: torch.dtype, *, has_remainder: bool
+) -> list[Tensor]:
+    """Store float32 numbers, one tensor of each kind, in the given dtypes, with a remainder behind them if wanted."""
+    param, grad, m, v, P = values
+    params = split(param, dtypes[0]) if has_remainder else (param.to(dtypes[0]),)
+    states = [x.to(state) for x in (m, v, 1.0 - P if state in LOW_DTYPES else P)]
+    return [params[0], grad.to(dtypes[1]), *states, *params[1:]]
+
+
+def listed(shards: list[list[Tensor]], *, retired: bool = False) -> LocalTensors:
+    """Turn the tensors of each shard into lists of tensors of each kind."""
+    lists = [list(tensors) for tensors in zip(*shards, strict=True)]
+    return LocalTensors(*lists[:4], [] if retired else lists[4], *lists[5:])
+
+
+def make_scalars(
+    shards: LocalTensors, *, is_finite: bool = True, is_live: bool = True, origins: Sequence[Origin] = ORIGINS
+) -> StepScalars:
+    """Make the scalars of a step; the shards have the given origins in turn."""
     device, num = shards.exp_avg[0].device, len(shards.param)
+    keys = torch.tensor([key_of(3, i) for i in range(num)], dtype=torch.int32)
+    rounding = Rounding(
+        streams=streams(keys, torch.arange(num)),
+        origins=torch.tensor([origins[i % len(origins)] for i in range(num)]),
+        settled=torch.tensor([(0.0, 0.25)[i // 2 % 2] for i in range(num)]),
+    )
     return StepScalars(
         coefficient=torch.tensor(0.7, device=device),
         lr=torch.tensor(0.3, device=device),
         is_finite=torch.tensor(is_finite, device=device),
         is_live=torch.tensor(is_live, device=device),
         inverse_means=(1e4 / torch.arange(1, num + 1, device=device)) * is_live,
+        rounding=Rounding(*(x.to(device) for x in rounding)),
     )
+
+
+def turned(index: int) -> tuple[Origin, ...]:
+    """Return all origins, beginning with another one for every index."""
+    start = index % len(ORIGINS)
+    return ORIGINS[start:] + ORIGINS[:start]
 
 
 def copied(shards: LocalTensors, offset: int | None = None, **to: Any) -> LocalTensors:
@@ -117,18 +194,53 @@ def copied(shards: LocalTensors, offset: int | None = None, **to: Any) -> LocalT
     return LocalTensors(*([copy(x) for x in tensors] for tensors in shards))
 
 
+def widened(shards: LocalTensors) -> LocalTensors:
+    """Return new float32 tensors, except gradients, with master weights joined and P in place of 1 - P."""
+    return LocalTensors(
+        param=[x.clone() for x in storage.wide_params(shards)],
+        grad=[x.clone() for x in shards.grad],
+        exp_avg=[x.float().clone() for x in shards.exp_avg],
+        exp_avg_sq=[x.float().clone() for x in shards.exp_avg_sq],
+        beta1_prod=[storage.product_of(x).clone() for x in shards.beta1_prod],
+    )
+
+
+def rounded_as(shards: LocalTensors, wide: LocalTensors, rounding: Rounding) -> LocalTensors:
+    """Store widened tensors as those of `shards` are stored, by the functions of :mod:`adai_dist.rounding`."""
+    stored = []
+    for i, param in enumerate(shards.param):
+        indices = global_indices(rounding.origins[i], 0, param)
+        for_states, for_param = (random_words(stream, indices) for stream in rounding.streams[i])
+        params: tuple[Tensor, ...] = (wide.param[i],)
+        if shards.remainder:
+            params = split(wide.param[i], param.dtype)
+        elif param.dtype in LOW_DTYPES:
+            params = (stochastically_rounded(wide.param[i], param.dtype, for_param),)
+        states = [wide.exp_avg[i], wide.exp_avg_sq[i], *(x[i] for x in [wide.beta1_prod] if x)]
+        if shards.exp_avg[i].dtype in LOW_DTYPES:
+            if wide.beta1_prod:
+                P = wide.beta1_prod[i]
+                states[2] = torch.where(rounding.settled[i] < P, 1.0 - P, 1.0)
+            words = for_states, for_states >> 16, for_states ^ (for_states >> 16)
+            states = [stochastically_rounded(x, torch.bfloat16, bits) for x, bits in zip(states, words, strict=False)]
+        placeholder = [] if wide.beta1_prod else [torch.empty(0)]
+        stored.append([params[0], shards.grad[i], *states, *placeholder, *params[1:]])
+    return listed(stored, retired=not wide.beta1_prod)
+
+
 def observe(
     operators: Operators,
     grads: list[Tensor],
     params: list[Tensor],
     exp_avg_sqs: list[Tensor] | None = None,
     kept: Tensor | None = None,
+    remainders: list[Tensor] | None = None,
 ) -> Tensor:
     """Run `observe` under coupled decay, at an expected coefficient below 1."""
     exp_avg_sqs = exp_avg_sqs or []
     kept = nothing_kept(exp_avg_sqs).to(operators.device) if kept is None else kept
     c = torch.tensor(COEFFICIENT, device=operators.device)
-    return operators.observe(grads, params, exp_avg_sqs, kept, c, DECAY)
+    return operators.observe(grads, params, remainders or [], exp_avg_sqs, kept, c, DECAY)
 
 
 def sums(operators: Operators, exp_avg_sqs: list[Tensor]) -> Tensor:
@@ -138,32 +250,58 @@ def sums(operators: Operators, exp_avg_sqs: list[Tensor]) -> Tensor:
 
 def step(operators: Operators, shards: LocalTensors, hyper: Hyper, scalars: StepScalars) -> Tensor:
     """Take one step in place; return the sum of each new exp_avg_sq and the sum of its samples."""
-    values = (scalars.inverse_means, scalars.coefficient, scalars.lr, scalars.is_finite, scalars.is_live)
-    return operators.advance(*shards, *values, kernel_scalars(hyper))
+    return operators.advance(*shards, *operator_order(scalars), kernel_scalars(hyper))
 
 
 def assert_same_bits(found: LocalTensors, expected: LocalTensors) -> None:
+    """Check that all elements have the same bits, or are NaN in both."""
     for name, a, b in zip(LocalTensors._fields, found, expected, strict=True):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert torch.equal(x.cpu(), y.cpu()), f"{name}[{i}] differs in {(x.cpu() != y.cpu()).sum()} elements"
+            differs = _differs(x.cpu(), y.cpu())
+            assert not differs.any(), f"{name}[{i}] differs in {differs.sum()} elements"
+
+
+def _differs(x: Tensor, y: Tensor) -> Tensor:
+    assert x.dtype == y.dtype
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return (x.contiguous().view(integer) != y.contiguous().view(integer)) & ~(x.isnan() & y.isnan())
 
 
 def check_advance(operators: Operators, shards: LocalTensors, hyper: Hyper) -> None:
-    """Check that rounding errors are at most twice those of the equations in float32, and gradients unchanged."""
-    scalars = StepScalars(*(x.cpu() for x in make_scalars(shards)))
-    wide = StepScalars(*(x.double() if x.dtype == torch.float32 else x for x in scalars))
-    exact, rounded = copied(shards, dtype=torch.float64, device="cpu"), copied(shards, device="cpu")
+    """Check that rounding errors are at most twice those of the equations in float32, and gradients unchanged.
+
+    Where numbers are rounded stochastically, the equations have the same random bits, and nearly all numbers are equal.
+    """
+    scalars = make_scalars(copied(shards, device="cpu"))
+    wide = StepScalars(*(x.double() if x.dtype == torch.float32 else x for x in scalars[:-1]))
+    exact = LocalTensors(*([x.double() for x in tensors] for tensors in widened(copied(shards, device="cpu"))))
+    rounded = copied(shards, device="cpu")
     equations.advance(exact, hyper, wide)
-    equations.advance(rounded, hyper, scalars)
+    storage.advance(rounded, hyper, scalars)
     found = copied(shards)
     kept = step(operators, found, hyper, make_scalars(shards))
     assert_same_bits(LocalTensors([], found.grad, [], [], []), LocalTensors([], shards.grad, [], [], []))
-    for name, a, b, c in zip(LocalTensors._fields, found, rounded, exact, strict=True):
+    for name, a, b, c, dtype in zip(
+        LocalTensors._fields, widened(found), widened(rounded), exact, _precisions(shards), strict=True
+    ):
         error, allowed = _error(a, c), _error(b, c)
-        ulp = torch.finfo(b[0].dtype).eps if b else 0.0
+        ulp = torch.finfo(dtype).eps if b else 0.0
         assert error <= max(2 * allowed, ulp), f"{name}: {error:.1e}, equations {allowed:.1e}"
+    for a, b in zip(itertools.chain(*found[:5]), itertools.chain(*rounded[:5]), strict=True):
+        if a.dtype in LOW_DTYPES and a.numel() > 1000:
+            assert _differs(a.cpu(), b).sum() <= 0.01 * a.numel()
     for v, total in zip(found.exp_avg_sq, kept[:, 0].tolist(), strict=True):
         assert math.isclose(total, math.fsum(v.tolist()), rel_tol=1e-13)
+
+
+def _precisions(shards: LocalTensors) -> list[torch.dtype]:
+    """Return the dtype that limits the precision of each list."""
+    state = shards.exp_avg[0].dtype
+    return [
+        torch.float32 if shards.remainder else shards.param[0].dtype,
+        shards.grad[0].dtype,
+        *(state, state, state, state),
+    ]
 
 
 def _error(found: list[Tensor], exact: list[Tensor]) -> float:
@@ -172,12 +310,14 @@ def _error(found: list[Tensor], exact: list[Tensor]) -> float:
     return max((((x - y).abs().max() / y.abs().max()).item() for x, y in pairs), default=0.0)
 
 
-def check_alignment(operators: Operators, hyper: Hyper, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+def check_alignment(operators: Operators, hyper: Hyper, mode: Mode) -> None:
     """Check that alignment changes no bit of results or sums, and that memory around the tensors is unchanged."""
-    aligned = make_shards([*MIXED, 2**16 + 1], operators.device, dtypes)
+    aligned = make_shards([*MIXED, 2**16 + 1], operators.device, **mode._asdict())
     for offset in (1, 2, 3, 5):
         shifted = copied(aligned, offset)
-        observed = [observe(operators, x.grad, x.param, x.exp_avg_sq) for x in (aligned, shifted)]
+        observed = [
+            observe(operators, x.grad, x.param, x.exp_avg_sq, remainders=x.remainder) for x in (aligned, shifted)
+        ]
         assert torch.equal(*observed)
         expected = copied(aligned)
         scalars = make_scalars(aligned)
@@ -223,25 +363,29 @@ def check_detection_of_writes(operators: Operators, shards: LocalTensors) -> Non
             v.copy_(before)
 
 
-def check_step_that_does_not_count(
-    operators: Operators, dtypes: tuple[torch.dtype, torch.dtype], *, is_finite: bool
-) -> None:
+def check_step_that_does_not_count(operators: Operators, mode: Mode, *, is_finite: bool) -> None:
     """Check that a step that is not live only decays parameters, and that a non-finite one is a no-op."""
     hyper = Hyper(lr=1.0, weight_decay=0.1, decoupled=True)
-    shards = make_shards(MIXED, operators.device, dtypes)
-    found, expected = copied(shards), copied(shards)
-    scalars = make_scalars(shards, is_finite=is_finite, is_live=False)
-    shards.grad[0].fill_(math.inf)
-    step(operators, found, hyper, scalars)
-    if is_finite:
-        equations.advance(expected, hyper, scalars)
-    assert_same_bits(found, expected)
+    for retired in (False, True):
+        shards = make_shards(MIXED, operators.device, **mode._asdict(), retired=retired)
+        found, wide = copied(shards), widened(shards)
+        scalars = make_scalars(shards, is_finite=is_finite, is_live=False)
+        found.grad[0].fill_(math.inf)
+        step(operators, found, hyper, scalars)
+        expected = copied(shards)
+        if is_finite:
+            assert scalars.rounding is not None
+            equations.decay_(wide.param, hyper, scalars)
+            decayed = rounded_as(shards, wide, scalars.rounding)
+            expected = expected._replace(param=decayed.param, remainder=decayed.remainder)
+        assert_same_bits(found._replace(grad=[]), expected._replace(grad=[]))
 
 
 def check_observe(operators: Operators, shards: LocalTensors) -> None:
     """Check that sums are exact to float64 rounding; without parameters, the columns that need them are 0."""
-    wide = [[x.cpu().double() for x in tensors] for tensors in (shards.grad, shards.param)]
-    pairs = zip(shards.grad, shards.param, strict=True)
+    params = storage.wide_params(shards)
+    wide = [[x.cpu().double() for x in tensors] for tensors in (shards.grad, params)]
+    pairs = zip(shards.grad, params, strict=True)
     effective = [g.cpu().float() * COEFFICIENT + p.cpu().float() * DECAY for g, p in pairs]  # rounded as in a step
     columns = [
         torch.stack([g @ g, v.cpu().double().sum(), g @ p, p @ p, e.double() @ e.double()])
@@ -249,7 +393,7 @@ def check_observe(operators: Operators, shards: LocalTensors) -> None:
     ]
     expected, bounds = torch.stack(columns), torch.stack(columns)
     bounds[:, 2] = torch.stack([g.abs() @ p.abs() for g, p in zip(*wide, strict=True)])
-    found = observe(operators, shards.grad, shards.param, shards.exp_avg_sq).cpu()
+    found = observe(operators, shards.grad, shards.param, shards.exp_avg_sq, remainders=shards.remainder).cpu()
     assert ((found - expected).abs() <= 1e-13 * bounds).all()
     alone = observe(operators, shards.grad, []).cpu()
     assert torch.equal(alone[:, 0], found[:, 0])
@@ -265,9 +409,55 @@ def check_non_finite(operators: Operators, value: float, dtype: torch.dtype) -> 
         assert finite == [True, True, False, True]
 
 
-def check_same_as_cpu(operators: Operators, shards: LocalTensors, hyper: Hyper) -> None:
+def check_same_as_cpu(operators: Operators, shards: LocalTensors, hyper: Hyper, origins: Sequence[Origin]) -> None:
     """Check that every element has the bits of the CPU kernels."""
     on_cpu, found = copied(shards, device="cpu"), copied(shards)
-    step(torch_operators("cpu"), on_cpu, hyper, make_scalars(on_cpu))
-    step(operators, found, hyper, make_scalars(found))
+    step(torch_operators("cpu"), on_cpu, hyper, make_scalars(on_cpu, origins=origins))
+    step(operators, found, hyper, make_scalars(found, origins=origins))
     assert_same_bits(found, on_cpu)
+
+
+SPECIAL = (0.0, -0.0, 1e-45, -1e-41, 3e-8, 5e-8, 4.9e-6, -6.1e-5, 65_503.9, 65_519.9, 65_520.0, -7e4, 3.4028e38)
+NON_FINITE = (math.inf, -math.inf, math.nan)
+
+
+def check_rounding(operators: Operators, mode: Mode, hyper: Hyper, origins: Sequence[Origin], **how: bool) -> None:
+    """Check that a step writes what a step in float32 computes, with the bits of :mod:`adai_dist.rounding`.
+
+    Numbers include subnormal ones of every dtype, those near the largest float16, and non-finite ones.
+    """
+    shards = make_shards([*MIXED, 999], operators.device, **mode._asdict(), **how)
+    special = torch.tensor([*SPECIAL, *NON_FINITE, *NON_FINITE], device=operators.device)
+    for tensors in (shards.param, shards.grad, shards.exp_avg):
+        for tensor in tensors:
+            if tensor.numel() > 900:
+                tensor[: len(special)] = special
+                tensor[100:700].mul_(torch.exp2(torch.arange(600, device=tensor.device) % 60 - 40.0))
+    for remainder in shards.remainder:
+        remainder[: len(special)].zero_()
+    found, wide = copied(shards), widened(shards)
+    scalars = make_scalars(shards, origins=origins)
+    assert scalars.rounding is not None
+    returned = step(operators, found, hyper, scalars)
+    step(operators, wide, hyper, scalars._replace(rounding=None))
+    expected = rounded_as(shards, wide, scalars.rounding)
+    assert_same_bits(found, expected)
+    torch.testing.assert_close(returned[:, 0], sums(operators, expected.exp_avg_sq), rtol=0, atol=0, equal_nan=True)
+
+
+def check_master_weights(operators: Operators, mode: Mode, hyper: Hyper) -> None:
+    """Check that three steps with master weights have the bits of steps with parameters in float32."""
+    found = make_shards(MIXED, operators.device, **mode._asdict())
+    for param in found.param:
+        param.copy_(param.sign() + param)  # float16 and its remainder are float32 down to 2^-16
+    expected = copied(found)._replace(param=storage.wide_params(found), remainder=[])
+    for number in range(3):
+        scalars = make_scalars(found, origins=turned(number))._replace(lr=torch.tensor(1e-3, device=operators.device))
+        observed = [
+            observe(operators, x.grad, x.param, x.exp_avg_sq, remainders=x.remainder) for x in (found, expected)
+        ]
+        assert torch.equal(*observed)
+        returned = [step(operators, x, hyper, scalars) for x in (found, expected)]
+        assert torch.equal(*returned)
+        joined = found._replace(param=storage.wide_params(found), remainder=[])
+        assert_same_bits(joined, expected)

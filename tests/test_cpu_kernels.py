@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -18,9 +19,22 @@ from torch import Tensor
 from adai_dist.equations import LocalTensors
 from adai_dist.hyper import KERNEL_SCALARS, Hyper
 from adai_dist.kernels import build
-from adai_dist.kernels.ops import kernel_scalars
+from adai_dist.kernels.ops import kernel_scalars, operator_order
+from adai_dist.rounding import LOW_DTYPES, Origin, join
 from tests import kernel_cases
-from tests.kernel_cases import DTYPE_PAIRS, DTYPES, MIXED, OPTIONS, SIZES, Operators, make_scalars, make_shards
+from tests.kernel_cases import (
+    DTYPES,
+    LOW_MODES,
+    MIXED,
+    MODES,
+    OPTIONS,
+    SIZES,
+    Mode,
+    Operators,
+    make_scalars,
+    make_shards,
+    turned,
+)
 
 CPU = torch.device("cpu")
 
@@ -44,33 +58,37 @@ def test_every_size_is_stepped_and_observed(operators: Operators, name: str) -> 
     kernel_cases.check_sums(operators, make_shards(SIZES[name], CPU))
 
 
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", [MIXED, [2048, 2049, 5000], [3] * 260, [2**16 + 1]], ids=str)
-def test_a_write_to_a_state_is_detected(operators: Operators, sizes: list[int]) -> None:
-    kernel_cases.check_detection_of_writes(operators, make_shards(sizes, operators.device))
+def test_a_write_to_a_state_is_detected(operators: Operators, sizes: list[int], state: torch.dtype) -> None:
+    kernel_cases.check_detection_of_writes(operators, make_shards(sizes, operators.device, state=state))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sums_of_states_in_low_precision_agree(operators: Operators, name: str) -> None:
+    kernel_cases.check_sums(operators, make_shards(SIZES[name], CPU, state=torch.bfloat16))
 
 
 @pytest.mark.parametrize("retired", [False, True], ids=["with products", "retired"])
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
+@pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_variant_in_every_dtype_follows_the_equations(
-    operators: Operators, name: str, dtypes: tuple[torch.dtype, torch.dtype], retired: bool
+def test_every_variant_in_every_mode_follows_the_equations(
+    operators: Operators, name: str, mode: Mode, retired: bool
 ) -> None:
-    shards = make_shards(MIXED, CPU, dtypes, retired=retired)
+    shards = make_shards(MIXED, CPU, **mode._asdict(), retired=retired)
     kernel_cases.check_advance(operators, shards, Hyper(lr=1.0, **OPTIONS[name]))
     kernel_cases.check_observe(operators, shards)
 
 
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
-def test_alignment_changes_no_bit(operators: Operators, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    kernel_cases.check_alignment(operators, Hyper(lr=1.0, **OPTIONS["dampening 0.4, l2"]), dtypes)
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_alignment_changes_no_bit(operators: Operators, mode: Mode) -> None:
+    kernel_cases.check_alignment(operators, Hyper(lr=1.0, **OPTIONS["dampening 0.4, l2"]), mode)
 
 
 @pytest.mark.parametrize("is_finite", [True, False], ids=["finite", "non-finite"])
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS[::4], ids=str)
-def test_a_step_that_does_not_count_leaves_the_states(
-    operators: Operators, dtypes: tuple[torch.dtype, torch.dtype], is_finite: bool
-) -> None:
-    kernel_cases.check_step_that_does_not_count(operators, dtypes, is_finite=is_finite)
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_step_that_does_not_count_leaves_the_states(operators: Operators, mode: Mode, is_finite: bool) -> None:
+    kernel_cases.check_step_that_does_not_count(operators, mode, is_finite=is_finite)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,33 +100,39 @@ def test_a_non_finite_gradient_shows_in_its_sum(operators: Operators, value: flo
 # -- the same bits -----------------------------------------------------------------------------------------------------
 
 
-def made_by_numpy(sizes: list[int], dtypes: tuple[torch.dtype, torch.dtype]) -> LocalTensors:
+def made_by_numpy(sizes: list[int], mode: Mode) -> LocalTensors:
     """Make parameters, gradients and states with NumPy: random numbers of torch depend on its instruction set."""
     random = np.random.default_rng(0)
-    lists: list[list[Tensor]] = [[], [], [], [], []]
+    shards: list[list[Tensor]] = []
     for size in sizes:
         normal = torch.from_numpy(
             random.standard_normal((3, size), dtype=np.float32) * 2.0 ** random.integers(-9, 9, size)
-        )
+        ).float()
         uniform = torch.from_numpy(random.random((2, size), dtype=np.float32))
-        values = [normal[0].to(dtypes[0]), normal[1].to(dtypes[1]), normal[2], uniform[0], uniform[1]]
-        for tensors, value in zip(lists, values, strict=True):
-            tensors.append(value.clone() if value.dtype != torch.float64 else value.float())
-    return LocalTensors(*lists)
+        stored = kernel_cases.stored_in([*normal, *uniform], **mode._asdict())
+        shards.append([x.clone() for x in stored])
+    return kernel_cases.listed(shards)
 
 
 def all_bits(operators: Operators) -> str:
-    """Return a digest of everything that the operators write and return, over all options and dtypes."""
+    """Return a digest of everything that the operators write and return, over all options, modes and origins."""
     digest = hashlib.sha256()
-    for options in OPTIONS.values():
-        for dtypes in DTYPE_PAIRS[::2]:
-            shards = made_by_numpy([7, 0, 3 * 2**16 + 11, 2**15, 1], dtypes)
-            hyper, scalars = Hyper(lr=1.0, **options), make_scalars(shards)
-            results = [kernel_cases.observe(operators, shards.grad, shards.param)]
-            results += [kernel_cases.step(operators, shards, hyper, scalars) for _ in range(2)]
-            for tensor in (*results, *(x for tensors in shards for x in tensors)):
-                digest.update(tensor.flatten().contiguous().view(torch.uint8).numpy() if tensor.numel() else b"")
+    all_options = list(OPTIONS.values())
+    for index, mode in enumerate(MODES):
+        shards = made_by_numpy([7, 0, 2**17 + 11, 1], mode)
+        digest.update(bytes_of(kernel_cases.observe(operators, shards.grad, shards.param, remainders=shards.remainder)))
+        for number in range(2):
+            options = all_options[(index + index // 6 + 3 * number) % 6]
+            scalars = make_scalars(shards, origins=turned(index + number))
+            digest.update(bytes_of(kernel_cases.step(operators, shards, Hyper(lr=1.0, **options), scalars)))
+        for tensors in shards:
+            for tensor in tensors:
+                digest.update(bytes_of(tensor))
     return digest.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    return tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 def test_the_number_of_threads_and_a_repetition_change_no_bit(operators: Operators, threads: None) -> None:
@@ -140,6 +164,40 @@ def test_every_instruction_set_gives_the_same_bits(operators: Operators) -> None
     assert len(found) == num_usable
 
 
+@pytest.mark.parametrize("mode", LOW_MODES, ids=str)
+def test_the_bits_of_an_element_depend_on_its_global_index_only(operators: Operators, mode: Mode) -> None:
+    """A parameter that is divided among shards is stepped as a whole one; blocks and chunks begin elsewhere."""
+    whole = make_shards([50_000], CPU, **mode._asdict())
+    cuts = [0, 1, 300, 17_000, 50_000]
+    parts = LocalTensors(*([x[0][i:j].clone() for i, j in itertools.pairwise(cuts) if x] for x in whole))
+    start = 2**32 - 20_000
+    scalars = make_scalars(whole, origins=[Origin(start)])
+    of_parts = scalars.of_shards([0] * 4)
+    assert of_parts.rounding is not None
+    origins = torch.tensor([Origin(start + cut) for cut in cuts[:-1]])
+    of_parts = of_parts._replace(rounding=of_parts.rounding._replace(origins=origins))
+    hyper = Hyper(lr=1.0, **OPTIONS["adaiw"])
+    kernel_cases.step(operators, whole, hyper, scalars)
+    kernel_cases.step(operators, parts, hyper, of_parts)
+    kernel_cases.assert_same_bits(LocalTensors(*([torch.cat(x)] if x else [] for x in parts)), whole)
+
+
+# -- rounding ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("retired", [False, True], ids=["with products", "retired"])
+@pytest.mark.parametrize("mode", LOW_MODES, ids=str)
+def test_numbers_are_rounded_as_specified(operators: Operators, mode: Mode, retired: bool) -> None:
+    for number, options in enumerate(OPTIONS.values()):
+        kernel_cases.check_rounding(operators, mode, Hyper(lr=1.0, **options), turned(number), retired=retired)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.has_remainder], ids=str)
+def test_master_weights_are_stepped_as_parameters_in_float32(operators: Operators, mode: Mode) -> None:
+    for options in OPTIONS.values():
+        kernel_cases.check_master_weights(operators, mode, Hyper(lr=1.0, **options))
+
+
 # -- arithmetic --------------------------------------------------------------------------------------------------------
 
 
@@ -151,12 +209,14 @@ def first_step(
     param: Tensor | None = None,
     m: Tensor | None = None,
 ) -> LocalTensors:
-    """Take a step of one tensor from P = 1, with all device scalars and lr equal to 1."""
+    """Take a step of one tensor from P = 1, with all device scalars and lr equal to 1; 16 bits have a remainder."""
     zeros = torch.zeros_like(v)
     param = zeros.clone() if param is None else param
     shards = LocalTensors([param], [gradient], [zeros.clone() if m is None else m], [v.clone()], [torch.ones_like(v)])
+    if param.dtype in LOW_DTYPES:
+        shards = shards._replace(remainder=[torch.zeros_like(param, dtype=torch.int16)])
     one, true = torch.ones(()), torch.tensor(True)
-    operators.advance(*shards, torch.ones(1), one, one, true, true, kernel_scalars(hyper))
+    operators.advance(*shards, torch.ones(1), one, one, true, true, [], kernel_scalars(hyper))
     return shards
 
 
@@ -193,8 +253,9 @@ def test_every_number_of_low_precision_is_widened_exactly(operators: Operators, 
     assert torch.equal(shards.exp_avg[0].nan_to_num(nan=7.0), gradient.float().nan_to_num(nan=7.0))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_numbers_are_rounded_to_low_precision_as_torch_does(operators: Operators, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", LOW_DTYPES, ids=str)
+def test_master_weights_are_rounded_to_the_nearest_number(operators: Operators, dtype: torch.dtype) -> None:
+    """Ties of bfloat16 are rounded away from 0, those of float16 to even, as torch does."""
     bits = torch.from_numpy(np.random.default_rng(0).integers(0, 2**32, 2**18, dtype=np.uint32).view(np.float32))
     exact = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype).float()
     finite = exact[exact.isfinite()].numpy()
@@ -208,25 +269,37 @@ def test_numbers_are_rounded_to_low_precision_as_torch_does(operators: Operators
         first_step(operators, torch.zeros_like(m), torch.zeros_like(m), hyper, torch.zeros_like(m, dtype=x), m.clone())
         for x in (torch.float32, dtype)
     )
-    assert torch.equal(in_dtype.param[0], in_float32.param[0].to(dtype))
-    assert torch.equal(in_float32.param[0][m.abs() > 1e-37], -m[m.abs() > 1e-37])
+    exact, rounded, remainder = in_float32.param[0], in_dtype.param[0], in_dtype.remainder[0]
+    assert torch.equal(exact[m.abs() > 1e-37], -m[m.abs() > 1e-37])
+    nearest = exact.to(dtype)
+    is_tie = (exact.view(torch.int32) & 0xFFFF == 0x8000) & (dtype == torch.bfloat16)
+    assert is_tie.any() == (dtype == torch.bfloat16)
+    assert torch.equal(rounded[~is_tie], nearest[~is_tie])
+    away = (exact[is_tie].view(torch.int32) + 0x8000).view(torch.float32)
+    assert torch.equal(rounded[is_tie].float(), away)
+    is_exact = torch.ones_like(is_tie)
+    if dtype == torch.float16:
+        is_exact = (exact.abs() >= 2.0**-16) & (exact.abs() < 65_520)
+    assert torch.equal(join(rounded, remainder)[is_exact], exact[is_exact])
 
 
 # -- torch integration -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("retired", [False, True], ids=["with products", "retired"])
-def test_schemas_and_fake_implementations_pass_the_checks_of_torch(operators: Operators, retired: bool) -> None:
+@pytest.mark.parametrize("mode", [Mode(), MODES[-1]], ids=str)
+def test_schemas_and_fake_implementations_pass_the_checks_of_torch(
+    operators: Operators, mode: Mode, retired: bool
+) -> None:
     del operators
-    shards = make_shards([5, 7], CPU, retired=retired)
+    shards = make_shards([5, 7], CPU, **mode._asdict(), retired=retired)
     scalars = make_scalars(shards)
-    values = (scalars.inverse_means, scalars.coefficient, scalars.lr, scalars.is_finite, scalars.is_live)
     ops = torch.ops.adai_dist
     kept = torch.zeros(2, 2, dtype=torch.float64)
-    observed = (shards.grad, shards.param, shards.exp_avg_sq, kept, scalars.coefficient, 0.1)
+    observed = (shards.grad, shards.param, shards.remainder, shards.exp_avg_sq, kept, scalars.coefficient, 0.1)
     torch.library.opcheck(ops.observe.default, observed)
     torch.library.opcheck(ops.sums.default, (shards.exp_avg_sq, kept))
-    torch.library.opcheck(ops.advance.default, (*shards, *values, kernel_scalars(Hyper(lr=1.0))))
+    torch.library.opcheck(ops.advance.default, (*shards, *operator_order(scalars), kernel_scalars(Hyper(lr=1.0))))
 
 
 def test_a_compiled_function_may_contain_the_operators(operators: Operators) -> None:
@@ -243,10 +316,10 @@ def test_a_compiled_function_may_contain_the_operators(operators: Operators) -> 
 
 
 def test_written_tensors_have_a_new_version(operators: Operators) -> None:
-    shards = make_shards([5], CPU)
+    shards = make_shards([5], CPU, **MODES[-1]._asdict())
     before = [x[0]._version for x in shards]
     kernel_cases.step(operators, shards, Hyper(lr=1.0), make_scalars(shards))
-    assert [x[0]._version - then for x, then in zip(shards, before, strict=True)] == [1, 0, 1, 1, 1]
+    assert [x[0]._version - then for x, then in zip(shards, before, strict=True)] == [1, 0, 1, 1, 1, 1]
 
 
 def test_the_kernels_declare_their_scalars_in_the_order_in_which_they_are_passed() -> None:
@@ -254,23 +327,95 @@ def test_the_kernels_declare_their_scalars_in_the_order_in_which_they_are_passed
     assert tuple(re.findall(r"^  X\(\w+, (\w+)\)", text, re.MULTILINE)) == KERNEL_SCALARS
 
 
-BAD_ARGUMENTS = {
-    "float64": (lambda s: s._replace(param=[s.param[0].double()]), "params must be float32, bfloat16 or float16"),
-    "shape": (lambda s: s._replace(exp_avg=[s.exp_avg[0][:3]]), r"exp_avgs must have sizes and strides of params"),
-    "number": (lambda s: s._replace(grad=s.grad * 2), "grads must have as many tensors as params, 1, got 2"),
-    "state": (lambda s: s._replace(exp_avg_sq=[s.exp_avg_sq[0].bfloat16()]), "exp_avg_sqs must be float32"),
-    "overlap": (lambda s: s._replace(param=[torch.zeros(1).expand(5)]), "params must be dense without overlaps"),
+FLOAT32, LOW, WITH_REMAINDER = Mode(), Mode(state=torch.bfloat16), MODES[-1]
+
+BAD_TENSORS = {
+    "float64": (FLOAT32, lambda s: {"param": [s.param[0].double()]}, "params must be float32, bfloat16 or float16"),
+    "shape": (FLOAT32, lambda s: {"exp_avg": [s.exp_avg[0][:3]]}, "exp_avgs must have sizes and strides of params"),
+    "number": (FLOAT32, lambda s: {"grad": s.grad * 2}, "grads must have as many tensors as params, 1, got 2"),
+    "float16 state": (
+        FLOAT32,
+        lambda s: {"exp_avg_sq": [s.exp_avg_sq[0].half()]},
+        "exp_avg_sqs must be float32 or bfloat16, got Half",
+    ),
+    "overlap": (FLOAT32, lambda s: {"param": [torch.zeros(1).expand(5)]}, "params must be dense without overlaps"),
+    "mixed moments": (
+        FLOAT32,
+        lambda s: {"exp_avg_sq": [s.exp_avg_sq[0].bfloat16()]},
+        "exp_avgs, exp_avg_sqs and beta1_prods must have one dtype, got Float and BFloat16",
+    ),
+    "mixed products": (
+        LOW,
+        lambda s: {"beta1_prod": [s.beta1_prod[0].float()]},
+        "exp_avgs, exp_avg_sqs and beta1_prods must have one dtype, got BFloat16 and Float",
+    ),
+    "remainder of float32": (
+        FLOAT32,
+        lambda s: {"remainder": [torch.zeros(5, dtype=torch.int16)]},
+        "remainders must be int16, of bfloat16 or float16 params, got Short of Float",
+    ),
+    "dtype of a remainder": (
+        WITH_REMAINDER,
+        lambda s: {"remainder": [s.remainder[0].int()]},
+        "remainders must be int16, of bfloat16 or float16 params, got Int of Half",
+    ),
+    "shape of a remainder": (
+        WITH_REMAINDER,
+        lambda s: {"remainder": [s.remainder[0][:3]]},
+        "remainders must have sizes and strides of params",
+    ),
+    "number of remainders": (
+        WITH_REMAINDER,
+        lambda s: {"remainder": s.remainder * 2},
+        "remainders must have as many tensors as params, 1, or none, got 2",
+    ),
 }
 
 
-@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+@pytest.mark.parametrize("name", BAD_TENSORS)
 def test_invalid_tensors_are_refused_before_anything_is_written(operators: Operators, name: str) -> None:
-    change, message = BAD_ARGUMENTS[name]
-    shards = make_shards([5], CPU)
+    mode, change, message = BAD_TENSORS[name]
+    shards = make_shards([5], CPU, **mode._asdict())
     before = kernel_cases.copied(shards)
     with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
-        kernel_cases.step(operators, change(shards), Hyper(lr=1.0), make_scalars(shards))
+        kernel_cases.step(operators, shards._replace(**change(shards)), Hyper(lr=1.0), make_scalars(shards))
     kernel_cases.assert_same_bits(shards, before)
+
+
+def test_remainders_of_float32_parameters_are_refused_by_observe(operators: Operators) -> None:
+    shards = make_shards([5], CPU)
+    with pytest.raises(TypeError, match="remainders must be int16, of bfloat16 or float16 params"):
+        kernel_cases.observe(operators, shards.grad, shards.param, remainders=[torch.zeros(5, dtype=torch.int16)])
+    with pytest.raises(ValueError, match="remainders must have as many tensors as params, 0, or none, got 1"):
+        kernel_cases.observe(operators, shards.grad, [], remainders=[torch.zeros(5, dtype=torch.int16)])
+
+
+BAD_ROUNDINGS = {
+    "missing": (lambda r: None, "rounding must have 3 tensors for bfloat16 states, and for params in low precision"),
+    "streams": (lambda r: r._replace(streams=r.streams.long()), "streams must be Int, got Long"),
+    "origins": (lambda r: r._replace(origins=r.origins[:, :2]), "origins must be contiguous with 3 elements"),
+    "settled": (lambda r: r._replace(settled=r.settled.double()), "settled must be Float, got Double"),
+}
+
+
+@pytest.mark.parametrize("mode", [LOW, Mode((torch.bfloat16, torch.float32))], ids=str)
+@pytest.mark.parametrize("name", BAD_ROUNDINGS)
+def test_invalid_inputs_of_the_rounding_are_refused(operators: Operators, name: str, mode: Mode) -> None:
+    change, message = BAD_ROUNDINGS[name]
+    shards = make_shards([5], CPU, **mode._asdict())
+    before, scalars = kernel_cases.copied(shards), make_scalars(shards)
+    with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
+        kernel_cases.step(operators, shards, Hyper(lr=1.0), scalars._replace(rounding=change(scalars.rounding)))
+    kernel_cases.assert_same_bits(shards, before)
+
+
+@pytest.mark.parametrize("mode", [FLOAT32, Mode((torch.float16, torch.float32), has_remainder=True)], ids=str)
+def test_a_step_that_rounds_nothing_stochastically_needs_no_inputs_for_it(operators: Operators, mode: Mode) -> None:
+    shards = make_shards(MIXED, CPU, **mode._asdict())
+    found, scalars = kernel_cases.copied(shards), make_scalars(shards)
+    kernel_cases.step(operators, shards, Hyper(lr=1.0), scalars)
+    kernel_cases.step(operators, found, Hyper(lr=1.0), scalars._replace(rounding=None))
+    kernel_cases.assert_same_bits(found, shards)
 
 
 # -- beyond 2^31 elements ----------------------------------------------------------------------------------------------

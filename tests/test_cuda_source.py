@@ -19,7 +19,7 @@ from adai_dist.equations import LocalTensors
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import build
 from tests import emulated_cuda, kernel_cases
-from tests.kernel_cases import DTYPE_PAIRS, DTYPES, MIXED, OPTIONS, SIZES, Operators, make_shards
+from tests.kernel_cases import DTYPES, LOW_MODES, MIXED, MODES, OPTIONS, SIZES, Mode, Operators, make_shards, turned
 
 pytestmark = pytest.mark.exhaustive
 
@@ -88,9 +88,15 @@ def test_every_size_is_stepped_and_observed(operators: Operators, name: str) -> 
     kernel_cases.check_sums(operators, make_shards(SIZES[name], operators.device))
 
 
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", [MIXED, [2048, 2049, 5000], [3] * 260, [2**16 + 1]], ids=str)
-def test_a_write_to_a_state_is_detected(operators: Operators, sizes: list[int]) -> None:
-    kernel_cases.check_detection_of_writes(operators, make_shards(sizes, operators.device))
+def test_a_write_to_a_state_is_detected(operators: Operators, sizes: list[int], state: torch.dtype) -> None:
+    kernel_cases.check_detection_of_writes(operators, make_shards(sizes, operators.device, state=state))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sums_of_states_in_low_precision_agree(operators: Operators, name: str) -> None:
+    kernel_cases.check_sums(operators, make_shards(SIZES[name], operators.device, state=torch.bfloat16))
 
 
 @pytest.mark.parametrize("retired", [False, True], ids=["with products", "retired"])
@@ -100,26 +106,22 @@ def test_every_variant_follows_the_equations(operators: Operators, name: str, re
     kernel_cases.check_advance(operators, shards, Hyper(lr=1.0, **OPTIONS[name]))
 
 
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
-def test_every_pair_of_dtypes_follows_the_equations(
-    operators: Operators, dtypes: tuple[torch.dtype, torch.dtype]
-) -> None:
-    shards = make_shards(MIXED, operators.device, dtypes)
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_every_mode_follows_the_equations(operators: Operators, mode: Mode) -> None:
+    shards = make_shards(MIXED, operators.device, **mode._asdict())
     kernel_cases.check_advance(operators, shards, Hyper(lr=1.0, **OPTIONS["l2"]))
     kernel_cases.check_observe(operators, shards)
 
 
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS[::2], ids=str)
-def test_alignment_changes_no_bit(operators: Operators, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    kernel_cases.check_alignment(operators, Hyper(lr=1.0, **OPTIONS["dampening 0.4, l2"]), dtypes)
+@pytest.mark.parametrize("mode", MODES[::2], ids=str)
+def test_alignment_changes_no_bit(operators: Operators, mode: Mode) -> None:
+    kernel_cases.check_alignment(operators, Hyper(lr=1.0, **OPTIONS["dampening 0.4, l2"]), mode)
 
 
 @pytest.mark.parametrize("is_finite", [True, False], ids=["finite", "non-finite"])
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS[::4], ids=str)
-def test_a_step_that_does_not_count_leaves_the_states(
-    operators: Operators, dtypes: tuple[torch.dtype, torch.dtype], is_finite: bool
-) -> None:
-    kernel_cases.check_step_that_does_not_count(operators, dtypes, is_finite=is_finite)
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_step_that_does_not_count_leaves_the_states(operators: Operators, mode: Mode, is_finite: bool) -> None:
+    kernel_cases.check_step_that_does_not_count(operators, mode, is_finite=is_finite)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -129,15 +131,25 @@ def test_a_non_finite_gradient_shows_in_its_sum(operators: Operators, value: flo
 
 
 @pytest.mark.parametrize("retired", [False, True], ids=["with products", "retired"])
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
-def test_elements_have_the_bits_of_the_cpu_kernels(
-    library: ctypes.CDLL, dtypes: tuple[torch.dtype, torch.dtype], retired: bool
-) -> None:
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_elements_have_the_bits_of_the_cpu_kernels(library: ctypes.CDLL, mode: Mode, retired: bool) -> None:
     build.load(build.CPU)
-    for options in OPTIONS.values():
+    for number, options in enumerate(OPTIONS.values()):
         hyper = Hyper(lr=1.0, **options)
-        shards = make_shards(MIXED, torch.device("cpu"), dtypes, retired=retired)
-        kernel_cases.check_same_as_cpu(emulated_cuda.operators(library), shards, hyper)
+        shards = make_shards(MIXED, torch.device("cpu"), **mode._asdict(), retired=retired)
+        kernel_cases.check_same_as_cpu(emulated_cuda.operators(library), shards, hyper, turned(number))
+
+
+@pytest.mark.parametrize("mode", LOW_MODES, ids=str)
+def test_numbers_are_rounded_as_specified(operators: Operators, mode: Mode) -> None:
+    for number, options in enumerate(OPTIONS.values()):
+        kernel_cases.check_rounding(operators, mode, Hyper(lr=1.0, **options), turned(number))
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.has_remainder], ids=str)
+def test_master_weights_are_stepped_as_parameters_in_float32(operators: Operators, mode: Mode) -> None:
+    for options in OPTIONS.values():
+        kernel_cases.check_master_weights(operators, mode, Hyper(lr=1.0, **options))
 
 
 # -- the torch binding on the CPU --------------------------------------------------------------------------------------
@@ -146,13 +158,14 @@ def test_elements_have_the_bits_of_the_cpu_kernels(
 def run_binding(folder: Path) -> None:
     emulated_cuda.build_binding(folder)
     operators = kernel_cases.torch_operators("cpu")
-    for dtypes in DTYPE_PAIRS:
-        shards = make_shards(MIXED, operators.device, dtypes)
+    for mode in MODES:
+        shards = make_shards(MIXED, operators.device, **mode._asdict())
         kernel_cases.check_observe(operators, shards)
         kernel_cases.check_advance(operators, shards, Hyper(lr=1.0, **OPTIONS["l2"]))
-        kernel_cases.check_step_that_does_not_count(operators, dtypes, is_finite=True)
+        kernel_cases.check_step_that_does_not_count(operators, mode, is_finite=True)
     for retired in (False, True):
-        shards = make_shards(SIZES["with nothing between"], operators.device, retired=retired)
+        sizes = SIZES["with nothing between"]
+        shards = make_shards(sizes, operators.device, **MODES[-1]._asdict(), retired=retired)
         kernel_cases.check_sums(operators, shards)
         before = versions(shards)
         kernel_cases.step(operators, shards, Hyper(lr=1.0), kernel_cases.make_scalars(shards))

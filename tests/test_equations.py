@@ -80,9 +80,9 @@ def test_first_moment_product_and_update_are_the_papers_formulas() -> None:
 def test_a_step_that_is_not_live_changes_no_bit_of_the_states(decoupled: bool) -> None:
     hyper = Hyper(lr=0.3, weight_decay=0.2, decoupled=decoupled)
     shards = LocalTensors(*([x.abs()] for x in tensors(1, 2, 3, 4, 5)))
-    before = [x[0].clone() for x in shards]
+    before = [x[0].clone() for x in shards[:5]]
     equations.advance(shards, hyper, scalars(1, live=False, finite=False))
-    assert all(torch.equal(x[0], y) for x, y in zip(shards, before, strict=True))
+    assert all(torch.equal(x[0], y) for x, y in zip(shards[:5], before, strict=True))
 
 
 @pytest.mark.parametrize("foresight", ["none", "of last step", "perfect"])

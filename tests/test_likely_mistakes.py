@@ -174,15 +174,26 @@ def test_parameter_groups_of_other_optimizers_are_not_warned_about(caplog: pytes
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kernels", ["auto", "off"])
-def test_low_precision_parameters_are_warned_about_once(
+def test_low_precision_parameters_without_master_weights_are_warned_about_once(
     kernels: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ADAI_DIST_KERNELS", kernels)
-    optimizer = AdaiW([Parameter(torch.ones(2, dtype=dtype)), Parameter(torch.ones(2))], lr=0.1)
+    params = [Parameter(torch.ones(2, dtype=dtype)), Parameter(torch.ones(2))]
+    steps(AdaiW(params, lr=0.1), 3)
+    optimizer = AdaiW(params, lr=0.1, master_weights=False)
     assert not messages(caplog)
     steps(optimizer, 3)
     (message,) = messages(caplog)
-    assert f"parameters are stepped in {str(dtype).removeprefix('torch.')}, 1 of 2 on this rank" in message
+    name = str(dtype).removeprefix("torch.")
+    assert f"parameters are stepped in {name} without master weights, 1 of 2 on this rank" in message
+
+
+def test_master_weights_that_no_parameter_needs_are_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
+    steps(AdaiW([Parameter(torch.ones(2, dtype=torch.bfloat16))], lr=0.1, master_weights=True))
+    assert not messages(caplog)
+    steps(AdaiW([Parameter(torch.ones(2))], lr=0.1, master_weights=True), 3)
+    (message,) = messages(caplog)
+    assert "master_weights=True has no effect" in message
 
 
 def test_autocast_and_frozen_low_precision_parameters_are_not_warned_about(caplog: pytest.LogCaptureFixture) -> None:
@@ -228,7 +239,7 @@ def warned_with_process_group() -> list[str]:
     listener.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("adai_dist").addHandler(listener)
     os.environ["WORLD_SIZE"] = "2"
-    steps(AdaiW([Parameter(torch.ones(2, dtype=torch.bfloat16))], lr=0.1))
+    steps(AdaiW([Parameter(torch.ones(2, dtype=torch.bfloat16))], lr=0.1, master_weights=False))
     AdaiW([{"params": [Parameter(torch.ones(2))], "weight_decy": 0.1}], lr=0.1, betas=(0.9, 0.99))
     logging.getLogger("adai_dist").removeHandler(listener)
     return logged

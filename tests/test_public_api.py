@@ -33,6 +33,9 @@ KEYWORD_ONLY = {
     "max_consecutive_skips": None,
     "missing_as_zeros": False,
     "independent": False,
+    "state_dtype": "float32",
+    "master_weights": "auto",
+    "seed": 0,
 }
 
 DECOUPLED_BY_DEFAULT = {Adai: False, AdaiW: True, AdaiV2: True}
@@ -97,7 +100,7 @@ FIELDS: dict[str, list[str]] = {
         *("grad_squared", "carried", "quadratic", "linear", "constant", "expected", "num_elements", "signals"),
     ],
     "sharding.plan.Assumptions": ["copied", "stages", "of_one_stage"],
-    "sharding.plan.ShardingPlan": ["params", "process_groups", "weights", "refusal", "assumptions"],
+    "sharding.plan.ShardingPlan": ["params", "process_groups", "weights", "refusal", "assumptions", "starts"],
     "sharding.plan.GroupPlacement": ["process_group", "is_sharded"],
 }
 # Methods of MeanSource, which an engine may implement.

@@ -17,15 +17,17 @@ from torch import Tensor
 
 from adai_dist.cli import main
 from adai_dist.tools.bench import SHAPES, Settings, bench_table, measure
-from adai_dist.tools.bench.cases import COPY_BYTES, REFERENCE, STEP, Case, Model, adai_cases, adamw_cases
+from adai_dist.tools.bench.cases import COPY_BYTES, LOW_STEP, REFERENCE, STEP, Case, Model, adai_cases, adamw_cases
 from adai_dist.tools.bench.memory import extra_bytes
 from adai_dist.tools.bench.other_packages import other_cases
 from adai_dist.tools.bench.shapes import shapes_of_numel
 from adai_dist.tools.bench.timing import _times
 
 CPU = torch.device("cpu")
-OURS = ["observe", "advance", "Adai", STEP, "Adai, clipped, retired", "Adai, clipped, coupled decay"]
-OURS += ["AdaiV2 d=0, clipped", "Adai by equations, clipped"]
+NO_MASTER = f"{LOW_STEP}, no master"
+OURS = ["observe", "advance", "Adai", STEP, f"{STEP}, retired", LOW_STEP, f"{LOW_STEP}, retired"]
+OURS += [f"{STEP}, coupled decay", "AdaiV2 d=0, clipped", "Adai by equations, clipped"]
+OURS_IN_16_BITS = [*OURS[:7], NO_MASTER, *OURS[7:]]
 OTHERS = ("deepspeed", "deepspeed.ops", "deepspeed.ops.adam", "pytorch_optimizer")
 ADAMW = ["AdamW fused", REFERENCE, "AdamW foreach, clipped"]
 
@@ -79,31 +81,52 @@ def test_a_number_of_parameters_is_split_into_tensors(numel: int, sizes: list[in
     assert shapes_of_numel(numel) == [(size,) for size in sizes]
 
 
-# Bytes per parameter: observe reads g; advance reads theta, g, m, v, P and writes theta, m, v, P, without P if retired;
-# coupled decay also reads theta in observe. AdamW reads theta, g, m, v and writes theta, m, v; clipping reads g, then
-# reads and writes it. States of Adai are float32 for all dtypes of parameters.
+# Bytes moved per parameter: observe reads g; advance reads theta, g, m, v, P and writes theta, m, v, P, without P if
+# retired; coupled decay also reads theta in observe. With master weights, theta has a remainder of 2 bytes. AdamW reads
+# theta, g, m, v and writes theta, m, v, all in the dtype of theta; clipping reads g, then reads and writes it.
+IN_32_BITS = {
+    **{"observe": 4, "advance": 36, "Adai": 40, STEP: 40, f"{STEP}, retired": 32},
+    **{LOW_STEP: 28, f"{LOW_STEP}, retired": 24},
+    **{f"{STEP}, coupled decay": 44, "AdaiV2 d=0, clipped": 40, "Adai by equations, clipped": 40},
+    **{"AdamW fused": 28, REFERENCE: 40, "AdamW foreach, clipped": 40},
+}
+IN_16_BITS = {
+    **{"observe": 2, "advance": 34, "Adai": 36, STEP: 36, f"{STEP}, retired": 28},
+    **{LOW_STEP: 24, f"{LOW_STEP}, retired": 20, NO_MASTER: 20},
+    **{f"{STEP}, coupled decay": 40, "AdaiV2 d=0, clipped": 36, "Adai by equations, clipped": 36},
+    **{"AdamW fused": 14, REFERENCE: 20, "AdamW foreach, clipped": 20},
+}
+
+
 @pytest.mark.parametrize(
-    ("dtype", "observe", "advance", "step", "retired", "coupled", "adamw", "clipped"),
-    [
-        (torch.float32, 4, 36, 40, 32, 44, 28, 40),
-        (torch.bfloat16, 2, 30, 32, 24, 34, 14, 20),
-        (torch.float16, 2, 30, 32, 24, 34, 14, 20),
-    ],
+    ("dtype", "expected"),
+    [(torch.float32, IN_32_BITS), (torch.bfloat16, IN_16_BITS), (torch.float16, IN_16_BITS)],
 )
-def test_counted_bytes_equal_those_counted_by_hand(
-    dtype: torch.dtype, observe: int, advance: int, step: int, retired: int, coupled: int, adamw: int, clipped: int
-) -> None:
+def test_counted_bytes_equal_those_counted_by_hand(dtype: torch.dtype, expected: dict[str, int]) -> None:
     model = small_model(dtype)
-    counted = {name: case.num_bytes / model.numel for name, case in every_case(model).items()}
     assert model.numel == 17 * 5 + 3 + 40
-    assert [counted[name] for name in OURS] == [observe, advance, step, step, retired, coupled, step, step]
-    assert [counted[name] for name in ADAMW] == [adamw, clipped, clipped]
+    assert {name: case.num_bytes / model.numel for name, case in every_case(model).items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "states", "low", "adamw"),
+    [(torch.float32, 12, 6, 8), (torch.bfloat16, 14, 8, 4), (torch.float16, 14, 8, 4)],
+)
+def test_bytes_of_states_include_remainders(dtype: torch.dtype, states: int, low: int, adamw: int) -> None:
+    model = small_model(dtype)
+    counted = {name: case.state_bytes / model.numel for name, case in every_case(model).items()}
+    expected = dict.fromkeys(counted, float(states)) | {f"{STEP}, retired": states - 4}
+    expected |= {LOW_STEP: low, f"{LOW_STEP}, retired": low - 2} | dict.fromkeys(ADAMW, adamw)
+    if dtype != torch.float32:
+        expected[NO_MASTER] = low - 2
+    assert counted == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_counted_bytes_equal_those_of_the_tensors(dtype: torch.dtype) -> None:
     model = small_model(dtype)
-    ours, optimizer = adai_cases(model)
+    ours, (kernels, low) = adai_cases(model)
+    cases = {case.name: case for case in ours}
     adamw = adamw_cases(model)[0]
     fused = torch.optim.AdamW(model.params, fused=True)
     fused.step()
@@ -112,9 +135,11 @@ def test_counted_bytes_equal_those_of_the_tensors(dtype: torch.dtype) -> None:
         return sum(tensor.nbytes for tensor in tensors)
 
     gradients = size([param.grad for param in model.params if param.grad is not None])
-    for case, states in ((ours[1], optimizer.state), (adamw, fused.state)):
-        written = size([*model.params, *(x for state in states.values() for x in state.values() if x.ndim > 0)])
-        assert case.num_bytes == gradients + 2 * written
+    observed = {"advance": 0, LOW_STEP: gradients, "AdamW fused": 0}
+    for case, optimizer in ((cases["advance"], kernels), (cases[LOW_STEP], low), (adamw, fused)):
+        states = size([x for state in optimizer.state.values() for x in state.values() if x.ndim > 0])
+        assert case.state_bytes == states
+        assert case.num_bytes == observed[case.name] + gradients + 2 * (size(model.params) + states)
 
 
 # -- cases ------------------------------------------------------------------------------------------------------------
@@ -130,13 +155,14 @@ def contents(model: Model, states: dict[Tensor, dict[str, Tensor]], name: str) -
         ("observe", ""),
         ("advance", "param exp_avg exp_avg_sq beta1_prod step"),
         (STEP, "param exp_avg exp_avg_sq beta1_prod step"),
-        ("Adai, clipped, retired", "param exp_avg exp_avg_sq step"),
+        (f"{STEP}, retired", "param exp_avg exp_avg_sq step"),
+        (LOW_STEP, "param"),
         ("AdamW fused", "param"),
     ],
 )
 def test_a_case_writes_what_its_name_says(case: str, changed: str) -> None:
     model = small_model()
-    ours, optimizer = adai_cases(model)
+    ours, (optimizer, _) = adai_cases(model)
     cases = {item.name: item for item in (*ours, *adamw_cases(model))}
     cases[case].prepare()
     names = ("", "exp_avg", "exp_avg_sq", "beta1_prod", "step")
@@ -147,14 +173,53 @@ def test_a_case_writes_what_its_name_says(case: str, changed: str) -> None:
     assert " ".join(different) == changed
 
 
+@pytest.mark.parametrize(
+    ("case", "changed"),
+    [
+        (STEP, "param master_remainder"),
+        (LOW_STEP, "param exp_avg exp_avg_sq one_minus_beta1_prod master_remainder"),
+        (f"{LOW_STEP}, retired", "param exp_avg exp_avg_sq master_remainder"),
+        (NO_MASTER, "param exp_avg exp_avg_sq one_minus_beta1_prod"),
+    ],
+)
+def test_a_case_with_16_bit_parameters_writes_what_its_name_says(
+    case: str, changed: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = small_model(torch.bfloat16)
+    ours, (kernels, low) = adai_cases(model)
+    cases = {item.name: item for item in ours}
+    cases[case].prepare()
+    names = ("", "exp_avg", "exp_avg_sq", "one_minus_beta1_prod", "master_remainder")
+    before = {name: contents(model, low.state, name) for name in names}
+    cases[case].run()
+    after = {name: contents(model, low.state, name) for name in names}
+    different = [name or "param" for name in names if not all(map(torch.equal, before[name], after[name]))]
+    assert " ".join(different) == changed
+    for param in model.params:
+        assert low.state[param]["master_remainder"] is kernels.state[param]["master_remainder"]
+    assert not caplog.records, "no case without master weights warns of it"
+
+
+def test_no_case_writes_to_the_moments_of_another() -> None:
+    model = small_model()
+    ours, (kernels, low) = adai_cases(model)
+    cases = {case.name: case for case in ours}
+    moments = [
+        state[name] for each in (kernels, low) for state in each.state.values() for name in ("exp_avg", "exp_avg_sq")
+    ]
+    before = [moment._version for moment in moments]
+    run(cases["Adai by equations, clipped"])
+    assert [moment._version for moment in moments] == before
+
+
 def test_only_clipped_steps_clip() -> None:
     model = small_model()
-    ours, optimizer = adai_cases(model)
+    ours, (optimizer, low) = adai_cases(model)
     cases = {case.name: case for case in ours}
     bounds: dict[str, float | None] = {}
     for case in cases.values():
         case.prepare()
-        bounds[case.name] = optimizer.max_grad_norm
+        bounds[case.name] = (low if "bfloat16" in case.name else optimizer).max_grad_norm
     del bounds["Adai by equations, clipped"]
     assert bounds == {name: None if name == "Adai" else model.max_norm for name in bounds}
     assert float(torch.stack([param.grad.norm() for param in model.params if param.grad is not None]).norm()) > 0
@@ -202,6 +267,8 @@ def test_extra_memory_is_the_peak_of_memory_held_at_one_time() -> None:
 def test_every_case_is_measured_and_the_columns_are_consistent() -> None:
     report = measure(Settings(numel=2**20 + 3, repetitions=3, threads=1, others=False))
     rows = {row["case"]: row for row in report["rows"]}
+    stored = {name: rows[name]["state_bytes_per_parameter"] for name in ("copy", STEP, LOW_STEP, REFERENCE)}
+    assert stored == {"copy": None, STEP: 12, LOW_STEP: 6, REFERENCE: 8}
     assert list(rows) == ["copy", *OURS, *ADAMW]
     assert (report["numel"], report["num_tensors"], report["threads"]) == (2**20 + 3, 2, 1)
     assert report["command"].endswith("--numel 1048579 --dtype float32 --repetitions 3 --threads 1 --no-others")
@@ -234,9 +301,12 @@ def test_the_table_has_a_line_for_every_case_and_every_missing_package(
     assert lines[1].startswith("2,368 parameters in 148 tensors, bfloat16; median of 1 ")
     assert "2 CPU threads" in lines[2] or f"{torch.get_num_threads()} CPU threads" in lines[2]
     assert lines[3] == f"kernels: {report['kernels']}"
-    assert lines[5].split() == ["case", "ms", "spread", "bytes/param", "GB/s", "of", "copy", "ratio", "extra", "MiB"]
-    assert [line[:30].strip() for line in lines[6:18]] == ["copy", *OURS, *ADAMW]
-    assert len({len(line) for line in lines[5:18]}) == 1, "columns are aligned"
+    assert re.split(r"\s{2,}", lines[5]) == [
+        *("case", "ms", "spread", "bytes/param", "state/param", "GB/s", "of copy", "ratio", "extra MiB"),
+    ]
+    assert [line[:41].strip() for line in lines[6:21]] == ["copy", *OURS_IN_16_BITS, *ADAMW]
+    assert len({len(line) for line in lines[5:21]}) == 1, "columns are aligned"
+    assert lines[-1].startswith("AdamW keeps bfloat16 states. Adai keeps master weights, except ")
     assert [line for line in lines if line.startswith("not installed: DeepSpeed CPUAdam (package deepspeed")]
     assert "not installed: pytorch_optimizer Adai (package pytorch_optimizer)" in lines
 

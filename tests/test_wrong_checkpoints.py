@@ -131,7 +131,7 @@ WRONG: dict[str, tuple[Change, type[Exception], str]] = {
         "state_dict must have the keys 'state' and 'param_groups', got 'weight'",
     ),
     "empty": (lambda _: {}, ValueError, "must have the keys 'state' and 'param_groups', got no keys"),
-    "no groups": (drop(GROUPS), ValueError, "must have the keys 'state' and 'param_groups', got 'state'"),
+    "no groups": (drop(GROUPS), ValueError, "must have the keys 'state' and 'param_groups', got 'precision', 'state'"),
     "state is a list": (put([], "state"), TypeError, r"state_dict\['state'\] must be a dict, got \[\]"),
     "groups are a dict": (put({}, GROUPS), TypeError, r"state_dict\['param_groups'\] must be a list, got \{\}"),
     "a group is a number": (
@@ -350,7 +350,7 @@ def test_the_host_waits_twice_for_each_device(monkeypatch: pytest.MonkeyPatch) -
 
         monkeypatch.setattr(Tensor, name, counted)
     check_state_dict(saved, optimizer.param_groups)
-    assert reads == [3, 18], "all three steps in one go, and the ends of nine states in another one"
+    assert reads == [3, 20], "all three steps in one go, and the ends of nine states and a master weight in another one"
 
 
 # -- DTensors ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adai_dist.sharding.local_tensor import local_tensor
-from adai_dist.sharding.param_shard import LOW_PRODUCT, STATE_NAMES
+from adai_dist.sharding.param_shard import STATE_NAMES
 
 
 @torch.no_grad()
@@ -19,13 +19,12 @@ def describe_nonfinite(param_groups: list[dict[str, Any]], states: Mapping[Tenso
     Collective: none.
     """
     names = _names(param_groups)
-    state_names = (*STATE_NAMES, LOW_PRODUCT)
-    kinds: dict[str, list[tuple[str, Any]]] = {"grad": [], "value": [], **{name: [] for name in state_names}}
+    kinds: dict[str, list[tuple[str, Any]]] = {"grad": [], "value": [], **{name: [] for name in STATE_NAMES}}
     for index, param in enumerate(dict.fromkeys([*names, *states])):  # between steps, ZeRO 3 empties the groups
         name = names.get(param, f"parameter {index}")
         kinds["grad"].append((name, param.grad))
         kinds["value"].append((name, param))
-        for state_name in state_names:
+        for state_name in STATE_NAMES:
             kinds[state_name].append((name, states.get(param, {}).get(state_name)))
     found: list[str] = []
     for kind, named in kinds.items():

@@ -6,7 +6,7 @@ of P reaches this after at most ln(2^-25) / ln(1 - eps) steps: 17,321 at eps=1e-
 element, and 8 bytes of memory traffic per element and step.
 
 In bfloat16, ``Q = 1 - P`` is stored, and set to 1 as soon as it may be (:func:`adai_dist.rounding.settled_below`): at
-eps=1e-3 after 6,235 steps. It retires once all of its elements are 1.
+eps=1e-3 after 6,236 steps. It retires once all of its elements are 1.
 
 The state of a retired parameter has no product; checkpoints store zeros as ``beta1_prod`` in its place (``1 - 0`` is
 the same 1), which retire again after the first step.
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from adai_dist.optimizer.host_copy import HostCopy
 from adai_dist.sharding.local_tensor import local_tensor
-from adai_dist.sharding.param_shard import product_name
 
 STEPS_BETWEEN_CHECKS = 500
 
@@ -51,9 +50,8 @@ class _Check:
             return
         small = largest <= torch.finfo(largest.dtype).eps / 4
         for (state, product), is_small in zip(self._products, small.tolist(), strict=True):
-            name = product_name(state)
-            if is_small and name is not None and state[name] is product:  # it may have been replaced since the check
-                del state[name]
+            if is_small and state.get("beta1_prod") is product:  # it may have been replaced since the check
+                del state["beta1_prod"]
         self._products = []
 
 
@@ -92,14 +90,13 @@ class Retirement:
 
 def is_retired(state: Mapping[str, Any]) -> bool:
     """Return whether the product has been retired from the state."""
-    return "exp_avg" in state and product_name(state) is None
+    return "exp_avg" in state and "beta1_prod" not in state
 
 
 def _by_kind(states: Iterable[dict[str, Any]]) -> dict[tuple[torch.device, torch.dtype], Products]:
     found: dict[tuple[torch.device, torch.dtype], Products] = {}
     for state in states:
-        name = product_name(state)
-        product: Tensor | None = None if name is None else state[name]
+        product = state.get("beta1_prod")
         if product is not None and not product.is_meta and local_tensor(product).numel():
             found.setdefault((product.device, product.dtype), []).append((state, product))
     return found

@@ -1,7 +1,7 @@
 """The optimizer state of a parameter: initialisation, and its form in checkpoints, which every mode loads.
 
-In checkpoints, the product of inertias is ``beta1_prod`` in float32 at least, and master weights are ``master_param``,
-whatever the optimizer keeps instead of them.
+In checkpoints, ``beta1_prod`` is the product of inertias in float32 at least, and ``master_param`` the float32 master
+weight, whatever the optimizer keeps under these keys.
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ from adai_dist.optimizer.retirement import is_retired
 from adai_dist.precision import Precision
 from adai_dist.rounding import join, split
 from adai_dist.sharding.local_tensor import local_tensor, sharded_like
-from adai_dist.sharding.param_shard import LOW_PRODUCT, REMAINDER
-
-MASTER = "master_param"
-"""Key of the float32 master weights in checkpoints."""
+from adai_dist.sharding.param_shard import MASTER
 
 
 def new_state(param: Tensor, precision: Precision) -> dict[str, Tensor]:
@@ -33,18 +30,16 @@ def new_state(param: Tensor, precision: Precision) -> dict[str, Tensor]:
     for name in ("exp_avg", "exp_avg_sq"):
         state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
     product = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-    if dtype == torch.bfloat16:
-        state[LOW_PRODUCT] = product
-    else:
+    if dtype != torch.bfloat16:  # which holds 1 - 1
         local_tensor(product).fill_(1.0)  # real and imaginary parts
-        state["beta1_prod"] = product
+    state["beta1_prod"] = product
     return add_remainder(state, param, precision)
 
 
 def add_remainder(state: dict[str, Any], param: Tensor, precision: Precision) -> dict[str, Any]:
     """Add the remainder of a parameter whose master weight is the parameter itself, unless the state has one."""
-    if precision.has_remainder(param.dtype) and REMAINDER not in state:
-        state[REMAINDER] = torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)
+    if precision.has_remainder(param.dtype) and MASTER not in state:
+        state[MASTER] = torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)
     return state
 
 
@@ -63,11 +58,14 @@ def saved_state(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
     saved = dict(state)
     if is_retired(state):
         saved["beta1_prod"] = torch.zeros_like(state["exp_avg"], dtype=Precision().state_dtype_of(param.dtype))
-    elif LOW_PRODUCT in state:
-        saved["beta1_prod"] = 1.0 - saved.pop(LOW_PRODUCT).float()
-    if REMAINDER in state:
-        remainder = saved.pop(REMAINDER)
-        saved[MASTER] = sharded_like(remainder, join(local_tensor(param), local_tensor(remainder)))
+    is_low = "exp_avg" in state and state["exp_avg"].dtype == torch.bfloat16
+    if is_low and not is_retired(state):
+        saved["beta1_prod"] = 1.0 - state["beta1_prod"].float()
+    if is_low and getattr(param, "_fsdp_flattened", False):
+        # FSDP1 refuses to save states of several dtypes; float32 has the same numbers as bfloat16.
+        saved |= {name: saved[name].float() for name in ("exp_avg", "exp_avg_sq")}
+    if MASTER in state:
+        saved[MASTER] = sharded_like(state[MASTER], join(local_tensor(param), local_tensor(state[MASTER])))
     return saved
 
 
@@ -78,7 +76,7 @@ def restore_states(
     state_dict: Mapping[str, Any],
     precision: Precision,
 ) -> None:
-    """Convert loaded states from the form of checkpoints, undoing the cast of ``torch.optim.Optimizer.load_state_dict``.
+    """Convert loaded states from the form of checkpoints, without the cast by ``Optimizer.load_state_dict``.
 
     torch casts every floating-point state except ``step`` to the parameter's dtype
     (https://github.com/pytorch/pytorch/issues/75224), so the values are copied from ``state_dict`` once more.
@@ -99,9 +97,8 @@ def _restore(state: dict[str, Any], saved: Mapping[str, Any], param: Tensor, pre
         if name in saved and state[name].dtype != dtype:
             state[name] = saved[name].detach().to(device=param.device, dtype=dtype, copy=True)
     if "beta1_prod" in saved and dtype == torch.bfloat16:
-        del state["beta1_prod"]
         product = saved["beta1_prod"].detach().to(device=param.device, dtype=torch.float32)
-        state[LOW_PRODUCT] = (1.0 - product).to(dtype)
+        state["beta1_prod"] = (1.0 - product).to(dtype)
     if "step" in saved:
         state["step"] = step_tensor(saved["step"], param)
     state.pop(MASTER, None)
@@ -109,5 +106,5 @@ def _restore(state: dict[str, Any], saved: Mapping[str, Any], param: Tensor, pre
         # The parameter may be loaded later: the remainder is that of the saved value, whatever the parameter is now.
         master = local_tensor(saved[MASTER]).to(device=param.device, dtype=torch.float32)
         remainder = torch.empty_like(local_tensor(param), dtype=torch.int16)
-        state[REMAINDER] = sharded_like(param, remainder.copy_(split(master, param.dtype)[1]))
+        state[MASTER] = sharded_like(param, remainder.copy_(split(master, param.dtype)[1]))
     add_remainder(state, param, precision)

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from adai_dist.hyper import Hyper
-from adai_dist.optimizer.state import MASTER
 from adai_dist.precision import Precision
 from adai_dist.sharding.local_tensor import is_dtensor, local_tensor
-from adai_dist.sharding.param_shard import STATE_NAMES
+from adai_dist.sharding.param_shard import MASTER, STATE_NAMES
 
 _OWN = "load the state_dict() of an Adai, AdaiW or AdaiV2"
 _LAYOUTS = "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict converts between layouts"
@@ -76,7 +75,8 @@ def check_state_dict(state_dict: object, param_groups: list[dict[str, Any]]) -> 
         raise TypeError(f"state_dict['state'] must be a dict, got {_brief(states)}; {_OWN}")
     _check_groups(saved_groups, param_groups)
     saved_states = list(_saved_states(cast("Mapping[Any, Any]", states), saved_groups, param_groups))
-    _check_precision(whole.get("precision", {}))
+    if "precision" in whole:  # the authors' code, and torch's tools for distributed checkpoints, have none
+        _check_precision(whole["precision"])
     for saved in saved_states:
         _check_state(saved)
     _check_steps(saved_states)
@@ -175,8 +175,12 @@ def _tensors_of(saved: _SavedState) -> tuple[str, ...]:
 def _check_precision(saved: object) -> None:
     if not isinstance(saved, Mapping):
         raise TypeError(f"state_dict['precision'] must be a dict, got {_brief(saved)}; {_OWN}")
+    values = cast("Mapping[str, Any]", saved)
+    names = Precision().as_saved()
+    if values.keys() != names.keys():
+        raise ValueError(f"state_dict['precision'] must have the keys {', '.join(names)}, got {_keys(values)}; {_OWN}")
     try:
-        Precision().differences(cast("Mapping[str, Any]", saved))
+        Precision(**values)
     except (TypeError, ValueError) as error:
         raise type(error)(f"state_dict['precision']: {error}; {_OWN}") from None
 

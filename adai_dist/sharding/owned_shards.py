@@ -142,7 +142,7 @@ class OwnedShards:
     def advance(self, mean: GlobalMean) -> None:
         """Take one step, in place. Collective: none."""
         scalars = mean.step_scalars(self.hyper, self.correction, equations.compute_dtype(self.tensors.param[0].dtype))
-        scalars = scalars._replace(rounding=self._rounding(mean.is_live))
+        scalars = scalars._replace(rounding=self._rounding())
         if self.constants.halves:
             rows = self._advance_halves(scalars)
         else:
@@ -155,12 +155,12 @@ class OwnedShards:
         # With alpha torch takes the tensor as a tensor; without, it reads it on the host as a number.
         torch._foreach_add_(self.steps, mean.is_live.to(self.steps[0].dtype), alpha=1.0)
 
-    def _rounding(self, is_live: Tensor) -> Rounding | None:
+    def _rounding(self) -> Rounding | None:
         """Return the inputs of the stochastic rounding in this step, None if nothing is rounded."""
         if self.constants.keys is None or self.constants.origins is None:
             return None
         next_steps = torch.stack(self.steps) + 1.0
-        settled = settled_below(self.hyper.eps, next_steps) * is_live
+        settled = settled_below(self.hyper.eps, next_steps)
         return Rounding(streams(self.constants.keys, next_steps), self.constants.origins, settled)
 
     def _advance_halves(self, scalars: StepScalars) -> Tensor | None:

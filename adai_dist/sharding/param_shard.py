@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,21 +11,12 @@ from adai_dist.precision import Precision
 from adai_dist.sharding.local_tensor import PLAIN_TYPES, is_dtensor, local_tensor
 
 STATE_NAMES = ("exp_avg", "exp_avg_sq", "beta1_prod")
-"""States shaped like the parameter; beta1_prod is absent once retired (:mod:`adai_dist.optimizer.retirement`)."""
+"""States shaped like the parameter; beta1_prod is absent once retired (:mod:`adai_dist.optimizer.retirement`), and
+holds 1 minus the product if states are bfloat16, in which 0.999 is 1."""
 
-LOW_PRODUCT = "one_minus_beta1_prod"
-"""The state in place of beta1_prod if states are bfloat16, in which 0.999 is 1."""
-
-REMAINDER = "master_remainder"
-"""The state with the remainder of master weights (:func:`adai_dist.rounding.split`); int16."""
-
-
-_NAMES = (*STATE_NAMES, LOW_PRODUCT, REMAINDER)
-
-
-def product_name(state: Mapping[str, Any]) -> str | None:
-    """Return the key of the product of inertias in a state, None once it is retired."""
-    return next((name for name in ("beta1_prod", LOW_PRODUCT) if name in state), None)
+MASTER = "master_param"
+"""Key of the master weights of a 16-bit parameter, of which the state holds the remainder, as int16
+(:func:`adai_dist.rounding.split`), and a checkpoint the float32 value. torch's tools require the same keys in both."""
 
 
 class ParamShard:
@@ -56,24 +45,23 @@ class ParamShard:
         self._is_complex = param.is_complex()
         check_state_is_complete(state)
         check_not_made_in_inference_mode(param, state)
-        self._states = tuple(state.get(name) for name in _NAMES)
+        self._states = tuple(state.get(name) for name in (*STATE_NAMES, MASTER))
         # The parameter itself if possible, so that assignments to param.data are followed.
         self.local_param: Tensor = local_tensor(param) if self._is_complex else self._source
         self.exp_avg: Tensor = local_tensor(state["exp_avg"])
         self.exp_avg_sq: Tensor = local_tensor(state["exp_avg_sq"])
-        product = product_name(state)
-        self.beta1_prod: Tensor | None = None if product is None else local_tensor(state[product])
-        """The product of inertias; in bfloat16 1 minus the product."""
-        self.remainder: Tensor | None = local_tensor(state[REMAINDER]) if REMAINDER in state else None
+        self.beta1_prod: Tensor | None = local_tensor(state["beta1_prod"]) if "beta1_prod" in state else None
+        self.remainder: Tensor | None = local_tensor(state[MASTER]) if MASTER in state else None
         dtype = precision.state_dtype_of(param.dtype).to_real()
-        for name, tensor in zip(("exp_avg", "exp_avg_sq", product), self.states, strict=False):
-            self.check_shape(str(name), tensor)
+        for name, tensor in zip(STATE_NAMES, self.states, strict=False):
+            self.check_shape(name, tensor)
             if tensor.dtype != dtype:
                 raise TypeError(
-                    f"{name} must be {dtype}, as its parameter is {param.dtype}, got {tensor.dtype}; convert it"
+                    f"{name} must be {dtype}, as its parameter is {param.dtype} and state_dtype is "
+                    f"{precision.state_dtype!r}, got {tensor.dtype}; convert it"
                 )
         if self.remainder is not None:
-            self.check_shape(REMAINDER, self.remainder)
+            self.check_shape(MASTER, self.remainder)
         self.whole_exp_avg: Tensor | None = state["exp_avg"] if is_dtensor(state["exp_avg"]) else None
         """``exp_avg`` as a DTensor; None for a plain tensor."""
         self.row: tuple[Tensor, int] | None = None
@@ -92,14 +80,15 @@ class ParamShard:
 
     def is_of(self, param: Tensor, state: dict[str, Any]) -> bool:
         """Return whether the shard was made from these objects and from the tensors that are in them now."""
-        exp_avg, exp_avg_sq, *others = self._states
+        exp_avg, exp_avg_sq, beta1_prod, master = self._states
         try:
             return (
                 self.param is param
                 and self.state is state
                 and state["exp_avg_sq"] is exp_avg_sq
                 and state["exp_avg"] is exp_avg
-                and all(map(operator.is_, map(state.get, _NAMES[2:]), others))
+                and state.get("beta1_prod") is beta1_prod
+                and state.get(MASTER) is master
                 and self._source is (param if type(param) in PLAIN_TYPES else _source(param))
                 and not self._is_complex
             )

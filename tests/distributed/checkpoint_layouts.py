@@ -123,7 +123,7 @@ class Training:
             walk = Walk({}, {})
             for name, parameter in self.model.by_name().items():
                 walk.parameters[name] = to_numpy(full(parameter))
-                walk.states[name] = {key: to_numpy(full(states[parameter][key])) for key in STATE_NAMES}
+                walk.states[name] = {key: to_numpy(full(value)) for key, value in states[parameter].items()}
             return walk
         parameters = fsdp1_layouts.whole_parameters(self.model, self.wrapped)
         return Walk(parameters, fsdp1_layouts.whole_states(self.wrapped, self.optimizer))

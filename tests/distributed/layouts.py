@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adai_dist import AdaiV2
-from adai_dist.optimizer.retirement import with_zeros
+from adai_dist.optimizer.state import saved_state
 from tests.problems import Problem, Spec, to_numpy
 
 # Uneven over 2 and 4 ranks, with empty shards on some: `one`, `three` and `five` do not reach the last of four.
@@ -284,6 +284,6 @@ def gather(model: Prescribed, optimizer: AdaiV2, seen: Walk | None = None) -> Wa
     for name, parameter in model.by_name().items():
         seen.parameters[name] = to_numpy(full(parameter))
         # Ranks retire their shards of beta1_prod independently, so only some may have the key.
-        state = with_zeros(optimizer.state[parameter])
+        state = saved_state(optimizer.state[parameter], parameter)
         seen.states[name] = {key: to_numpy(full(state[key])) for key in sorted(state)}
     return seen

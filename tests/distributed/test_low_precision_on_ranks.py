@@ -1,4 +1,4 @@
-"""bfloat16 parameters are warned about unless a layout keeps float32 master parameters."""
+"""bfloat16 parameters without master weights are warned about, unless a layout keeps float32 parameters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def train(kind: str) -> list[str]:
     listener = logging.Handler()
     listener.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("adai_dist").addHandler(listener)
-    optimizer = AdaiW(model.parameters(), lr=0.1)
+    optimizer = AdaiW(model.parameters(), lr=0.1, master_weights=False)
     if kind == "mixed, fsdp1":
         optimizer.configure_sharding(model=model)
     for _ in range(2):
@@ -45,8 +45,8 @@ def train_all() -> dict[str, list[str]]:
     return {kind: train(kind) for kind in ("bf16", "mixed", "mixed, fsdp1")}
 
 
-def test_the_main_rank_warns_about_pure_bfloat16_and_not_about_mixed_precision() -> None:
+def test_the_main_rank_warns_about_bfloat16_without_master_weights_and_not_about_mixed_precision() -> None:
     main, other = run_ranks(train_all, 2)
     assert other == {"bf16": [], "mixed": [], "mixed, fsdp1": []}
     assert {kind: len(logged) for kind, logged in main.items()} == {"bf16": 1, "mixed": 0, "mixed, fsdp1": 0}
-    assert "parameters are stepped in bfloat16, 4 of 4 on this rank" in main["bf16"][0]
+    assert "parameters are stepped in bfloat16 without master weights, 4 of 4 on this rank" in main["bf16"][0]

@@ -61,17 +61,18 @@ def attacks(engine: str) -> list[Attack]:
     return made
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2, bfloat16 states"])
 def test_a_run_killed_ten_times_ends_with_the_bits_of_the_uninterrupted_one(
     starter: Starter, recipe: Path, engine: str
 ) -> None:
-    uninterrupted = run_to_the_end(starter, recipe, engine, f"{engine}-uninterrupted")
+    prefix = engine.replace(", ", "-").replace(" ", "-")
+    uninterrupted = run_to_the_end(starter, recipe, engine, f"{prefix}-uninterrupted")
     killed_while_writing = 0
     planned = attacks(engine)
-    started = recipe.parent / "runs" / f"{engine}-once"  # as left by a kill before its folder was complete
+    started = recipe.parent / "runs" / f"{prefix}-once"  # as left by a kill before its folder was complete
     started.mkdir()
     (started / "config.yaml.writing").write_text("run:")
-    for name, some in ((f"{engine}-once", planned[:5]), (f"{engine}-again", planned[5:])):
+    for name, some in ((f"{prefix}-once", planned[:5]), (f"{prefix}-again", planned[5:])):
         for attack in some:
             killed_while_writing += start_and_kill(starter, recipe, engine, name, attack)
         run = run_to_the_end(starter, recipe, engine, name)
@@ -81,7 +82,10 @@ def test_a_run_killed_ten_times_ends_with_the_bits_of_the_uninterrupted_one(
 
 
 def arguments(recipe: Path, engine: str, name: str) -> tuple[str | Path, ...]:
-    return ("train", "--config", recipe, "--resume", f"engine={engine}", f"run.name={name}")
+    overrides = [f"engine={engine.split(',')[0]}", f"run.name={name}"]
+    if engine.endswith("bfloat16 states"):
+        overrides.append("optimizers.adaiv2.state_dtype=bfloat16")
+    return ("train", "--config", recipe, "--resume", *overrides)
 
 
 def run_to_the_end(starter: Starter, recipe: Path, engine: str, name: str) -> Path:

@@ -33,7 +33,7 @@ def main(folder: Path, what: str) -> None:
     if what == "resume":
         accelerator.load_state(str(folder / "checkpoint"))
         dtypes = {x.dtype for state in adai.state.values() for x in state.values()}
-        assert dtypes == {torch.float32}, dtypes
+        assert dtypes == {torch.float32, torch.int16}, dtypes  # int16: the remainders of master weights
     losses: list[float] = []
     for step in range(SAVED_AFTER if what == "resume" else 0, NUM_STEPS):
         if step == SAVED_AFTER and what == "save":

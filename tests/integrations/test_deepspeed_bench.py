@@ -31,5 +31,6 @@ def test_the_benchmark_measures_deepspeeds_adam_with_and_without_clipping(tmp_pa
     # Parameter and gradient have 2 bytes; exp_avg and exp_avg_sq, read and written, have 4.
     counted = {name: row["bytes_per_parameter"] for name, row in rows.items()}
     assert counted == {"DeepSpeed CPUAdam": 3 * 2 + 4 * 4, "DeepSpeed CPUAdam, clipped": 6 * 2 + 4 * 4}
+    assert {row["state_bytes_per_parameter"] for row in rows.values()} == {8}
     assert not [line for line in report["missing"] if "DeepSpeed" in line]
     assert report["versions"]["deepspeed"]

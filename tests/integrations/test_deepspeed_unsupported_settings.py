@@ -179,6 +179,21 @@ def test_max_grad_norm_is_refused(stage: int) -> None:
         assert "gradient_clipping" in message
 
 
+def with_bfloat16_states(stage: int) -> list[tuple[str, str]]:
+    return [
+        error_of(initialize, zero(stage), params={"state_dtype": "bfloat16"}),
+        error_of(initialize, zero(stage), lambda params: Adai(params, lr=0.1, state_dtype="bfloat16")),
+    ]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bfloat16_states_are_refused(stage: int) -> None:
+    for errors in run_ranks(with_bfloat16_states, 2, stage):
+        for kind, message in errors:
+            assert kind == "UnsupportedSetting"
+            assert "got state_dtype = 'bfloat16', which is not supported under DeepSpeed yet" in message
+
+
 def with_another_optimizer_in_its_place() -> list[tuple[str, str]]:
     """Replace the optimizer as accelerate does under offload."""
 

@@ -109,6 +109,7 @@ def bind(engine: Any) -> None:
     check_names(engine, release, "DeepSpeedEngine after configuration")
     optimizer: AdaptiveInertia = engine.basic_optimizer
     unsupported_settings.check_no_max_grad_norm(optimizer)
+    unsupported_settings.check_state_dtype(optimizer)
     zero_wrapper = zero_wrapper_of(engine, release)
     if zero_wrapper is None:
         optimizer.mean_source = ShardedMean(sharding_without_zero(engine))

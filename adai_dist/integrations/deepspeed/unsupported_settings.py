@@ -215,6 +215,20 @@ def check_no_max_grad_norm(optimizer: AdaptiveInertia) -> None:
         )
 
 
+def check_state_dtype(optimizer: AdaptiveInertia) -> None:
+    """Refuse states below float32, whose checkpoints DeepSpeed's loaders do not convert.
+
+    Raises:
+        UnsupportedSetting: ``state_dtype`` is not float32.
+    """
+    if optimizer.precision.state_dtype != "float32":
+        _refuse(
+            f"state_dtype = {optimizer.precision.state_dtype!r}",
+            "is not supported under DeepSpeed yet",
+            'leave it out; FSDP2, FSDP1 and DDP support it, and "offload_optimizer" moves the states off the device',
+        )
+
+
 def check_no_coupled_decay(optimizer: AdaptiveInertia) -> None:
     """Refuse coupled decay under NVMe offload, which has one sub-group at a time in memory.
 

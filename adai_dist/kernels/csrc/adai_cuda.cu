@@ -13,15 +13,17 @@ constexpr int64_t MAX_BLOCKS = int64_t{1} << 23;  // per launch: HIP allows 2^32
 // registers, 3 or more blocks are resident per multiprocessor, with 60 to 120 KiB in flight; an H200 needs about 26 KiB
 // to saturate its memory (4.8 TB/s, 700 ns, 132 multiprocessors), a B200 about 43 KiB.
 constexpr int STEP_VECTORS = 2;
+constexpr int LOW_STEP_VECTORS = 1;  // with rounding, which needs more registers per element
 constexpr int OBSERVE_BYTES = 64;
 
 // -- observe ----------------------------------------------------------------------------------------------------------
 
 // Sums the samples of a whole tensor with all threads of a block; thread 0 has the sum.
-__device__ double sample_sum(const float* v, int64_t num_elements) {
+template <class STATE>
+__device__ double sample_sum(const STATE* v, int64_t num_elements) {
   const int64_t distance = sample_distance(num_elements);
   double sum = 0.0;
-  for (int64_t i = threadIdx.x * distance; i < num_elements; i += THREADS * distance) sum += v[i];
+  for (int64_t i = threadIdx.x * distance; i < num_elements; i += THREADS * distance) sum += widen(v[i]);
   return block_sum(sum);
 }
 
@@ -31,12 +33,14 @@ struct DetectArguments {
 
   const double* kept;
   double* is_stale;
-  const float* exp_avg_sqs[CAPACITY];
+  const void* exp_avg_sqs[CAPACITY];
   int64_t num_elements[CAPACITY];
 };
 
+template <class STATE>
 __global__ void __launch_bounds__(THREADS) detect_writes(const DetectArguments arguments) {
-  const double sum = sample_sum(arguments.exp_avg_sqs[blockIdx.x], arguments.num_elements[blockIdx.x]);
+  const STATE* v = static_cast<const STATE*>(arguments.exp_avg_sqs[blockIdx.x]);
+  const double sum = sample_sum(v, arguments.num_elements[blockIdx.x]);
   if (threadIdx.x == 0) {
     const bool is_kept = arguments.kept[blockIdx.x * NUM_KEPT + SAMPLE_SUM] == sum;  // false for NaN
     arguments.is_stale[blockIdx.x] = is_kept ? 0.0 : 1.0;
@@ -44,13 +48,14 @@ __global__ void __launch_bounds__(THREADS) detect_writes(const DetectArguments a
 }
 
 // Sums in the order of advance_chunk, so that equal exp_avg_sqs have equal sums.
-__device__ double sum_chunk(const float* exp_avg_sqs, int count) {
+template <class STATE>
+__device__ double sum_chunk(const STATE* exp_avg_sqs, int count) {
   double sum = 0.0;
   for_each_tile<STEP_VECTORS>(count, is_aligned(exp_avg_sqs), [&](auto tile) {
-    float v[tile.NUM];
+    STATE v[tile.NUM];
     tile.load(exp_avg_sqs, v);
 #pragma unroll
-    for (int i = 0; i < tile.NUM; ++i) sum += v[i];
+    for (int i = 0; i < tile.NUM; ++i) sum += widen(v[i]);
   });
   return sum;
 }
@@ -61,39 +66,45 @@ struct ObserveArguments {
   const double* is_stale;  // null without exp_avg_sqs
   const float* coefficient;
   float coupled_decay;
-  Table<3> table;  // gradients, parameters, exp_avg_sqs
+  bool has_remainders;
+  Table<4> table;  // gradients, parameters, exp_avg_sqs, remainders
 };
 
-template <bool COUPLED, class GRAD, class PARAM>
+template <bool COUPLED, class GRAD, class PARAM, class STATE>
 __global__ void __launch_bounds__(THREADS) observe_chunks(const ObserveArguments arguments) {
   const auto& table = arguments.table;
   const Chunk chunk(table, blockIdx.x);
   const GRAD* grads = chunk.of<GRAD>(table.lists[0]);
   const PARAM* params = COUPLED ? chunk.of<PARAM>(table.lists[1]) : nullptr;
   const float coefficient = COUPLED ? *arguments.coefficient : 1.0f;
-  const bool are_aligned = is_aligned(grads) && is_aligned(params);
+  const bool has_remainders = COUPLED && IS_LOW<PARAM> && arguments.has_remainders;
+  const int16_t* remainders = has_remainders ? chunk.of<int16_t>(table.lists[3]) : nullptr;
+  const bool are_aligned = is_aligned(grads) && is_aligned(params) && is_aligned(remainders);
   double grad_grad = 0.0, v_sum = 0.0, grad_param = 0.0, param_param = 0.0, expected = 0.0;
   for_each_tile<OBSERVE_BYTES / sizeof(Vector<GRAD>) / (COUPLED ? 2 : 1)>(chunk.count, are_aligned, [&](auto tile) {
     GRAD g[tile.NUM];
     PARAM theta[tile.NUM];
+    int16_t remainder[tile.NUM] = {};
     tile.load(grads, g);
     if (COUPLED) tile.load(params, theta);
+    if (has_remainders) tile.load(remainders, remainder);
 #pragma unroll
     for (int i = 0; i < tile.NUM; ++i) {
       // These products are exact in float64, so that fma has the bits of a product and a sum.
       const double gradient = widen(g[i]);
       grad_grad = fma(gradient, gradient, grad_grad);
       if (COUPLED) {
-        const double param = widen(theta[i]);
+        const float theta_i = param_of(theta[i], remainder[i], has_remainders);
+        const double param = theta_i;
         grad_param = fma(gradient, param, grad_param);
         param_param = fma(param, param, param_param);
-        const double e = effective<true>(widen(g[i]), widen(theta[i]), coefficient, arguments.coupled_decay);
+        const double e = effective<true>(widen(g[i]), theta_i, coefficient, arguments.coupled_decay);
         expected = fma(e, e, expected);
       }
     }
   });
   if (arguments.is_stale && arguments.is_stale[chunk.slot] != 0.0) {
-    v_sum = sum_chunk(chunk.of<float>(table.lists[2]), chunk.count);
+    v_sum = sum_chunk(chunk.of<STATE>(table.lists[2]), chunk.count);
   }
 
   double* partials = arguments.partials + blockIdx.x;
@@ -111,71 +122,99 @@ struct AdvanceArguments {
   double* partials;
   const float *inverse_means, *coefficient, *lr;
   const bool *is_finite, *is_live;
+  RoundingInputs rounding;
   Hyper hyper;
-  Table<5> table;  // parameters, gradients, exp_avgs, exp_avg_sqs, beta1_prods
+  bool has_remainders;
+  Table<6> table;  // parameters, gradients, exp_avgs, exp_avg_sqs, beta1_prods, remainders
 };
 
-template <class VARIANT, class PARAM, class GRAD>
-__device__ double advance_chunk(const AdvanceArguments& arguments, const Chunk& chunk, const Step& step) {
+template <class VARIANT, class PARAM, class GRAD, class STATE>
+__device__ double advance_chunk(const AdvanceArguments& arguments, const Chunk& chunk, const Step& step,
+                                int16_t* remainders, const Randomness* randomness) {
   PARAM* params = chunk.of<PARAM>(arguments.table.lists[0]);
   const GRAD* grads = chunk.of<GRAD>(arguments.table.lists[1]);
-  float* exp_avgs = chunk.of<float>(arguments.table.lists[2]);
-  float* exp_avg_sqs = chunk.of<float>(arguments.table.lists[3]);
-  float* beta1_prods = VARIANT::HAS_PRODUCT ? chunk.of<float>(arguments.table.lists[4]) : nullptr;
+  STATE* exp_avgs = chunk.of<STATE>(arguments.table.lists[2]);
+  STATE* exp_avg_sqs = chunk.of<STATE>(arguments.table.lists[3]);
+  STATE* beta1_prods = VARIANT::HAS_PRODUCT ? chunk.of<STATE>(arguments.table.lists[4]) : nullptr;
   const bool are_aligned = is_aligned(params) && is_aligned(grads) && is_aligned(exp_avgs) &&
-                           is_aligned(exp_avg_sqs) && is_aligned(beta1_prods);
+                           is_aligned(exp_avg_sqs) && is_aligned(beta1_prods) && is_aligned(remainders);
+  constexpr bool ROUNDS = IS_LOW<PARAM> || IS_LOW<STATE>;
+  const bool may_be_whole = !ROUNDS || randomness->is_consecutive(chunk.count);
   double sum = 0.0;
-  for_each_tile<STEP_VECTORS>(chunk.count, are_aligned, [&](auto tile) {
-    PARAM theta[tile.NUM];
+  for_each_tile<ROUNDS ? LOW_STEP_VECTORS : STEP_VECTORS>(chunk.count, are_aligned, [&](auto tile) {
+    PARAM param[tile.NUM];
     GRAD g[tile.NUM];
-    float m[tile.NUM], v[tile.NUM], P[tile.NUM];
-    tile.load(params, theta);
+    STATE m[tile.NUM], v[tile.NUM], P[tile.NUM];
+    int16_t remainder[tile.NUM] = {};
+    tile.load(params, param);
+    if (remainders) tile.load(remainders, remainder);
     tile.load(grads, g);
     tile.load(exp_avgs, m);
     tile.load(exp_avg_sqs, v);
     if (VARIANT::HAS_PRODUCT) tile.load(beta1_prods, P);
+    uint32_t words[tile.NUM];
+    if (IS_LOW<STATE>) randomness->fill(tile, 0, words);
+    float theta[tile.NUM];
 #pragma unroll
     for (int i = 0; i < tile.NUM; ++i) {
-      float theta_i = widen(theta[i]);
-      adai::advance<VARIANT>(theta_i, widen(g[i]), m[i], v[i], P[i], arguments.hyper, step);
-      narrow(theta_i, theta[i]);
-      sum += v[i];  // 0 beyond the end
+      theta[i] = param_of(param[i], remainder[i], remainders != nullptr);
+      float m_i = widen(m[i]), v_i = widen(v[i]), P_i = VARIANT::HAS_PRODUCT ? product_of(P[i]) : 0.0f;
+      adai::advance<VARIANT>(theta[i], widen(g[i]), m_i, v_i, P_i, arguments.hyper, step);
+      if constexpr (IS_LOW<STATE>) {
+        P_i = P_i > randomness->settled ? 1.0f - P_i : 1.0f;
+        round_randomly(m_i, words[i], m[i]);
+        round_randomly(v_i, words[i] >> 16, v[i]);
+        round_randomly(P_i, words[i] ^ (words[i] >> 16), P[i]);
+      } else {
+        m[i] = m_i;
+        v[i] = v_i;
+        P[i] = P_i;
+      }
+      sum += widen(v[i]);  // 0 beyond the end
     }
-    tile.store(theta, params);
+    store_params(tile, theta, params, remainders, randomness);
     tile.store(m, exp_avgs);
     tile.store(v, exp_avg_sqs);
     if (VARIANT::HAS_PRODUCT) tile.store(P, beta1_prods);
-  });
+  }, may_be_whole);
   return sum;
 }
 
+// Rare, and therefore in partial tiles alone, which compile faster.
 template <class PARAM>
-__device__ void decay_chunk(PARAM* params, int count, const Step& step) {
-  for_each_tile<STEP_VECTORS>(count, is_aligned(params), [&](auto tile) {
-    PARAM theta[tile.NUM];
-    tile.load(params, theta);
+__device__ void decay_chunk(PARAM* params, int count, const Step& step, int16_t* remainders,
+                            const Randomness* randomness) {
+  for_each_part(count, is_aligned(params) && is_aligned(remainders), [&](auto tile) {
+    PARAM param[tile.NUM];
+    int16_t remainder[tile.NUM] = {};
+    tile.load(params, param);
+    if (remainders) tile.load(remainders, remainder);
+    float theta[tile.NUM];
 #pragma unroll
     for (int i = 0; i < tile.NUM; ++i) {
-      float theta_i = widen(theta[i]);
-      adai::decay(theta_i, step);
-      narrow(theta_i, theta[i]);
+      theta[i] = param_of(param[i], remainder[i], remainders != nullptr);
+      adai::decay(theta[i], step);
     }
-    tile.store(theta, params);
+    store_params(tile, theta, params, remainders, randomness);
   });
 }
 
-template <class VARIANT, class PARAM, class GRAD>
-__global__ void __launch_bounds__(THREADS) advance_chunks(const AdvanceArguments arguments) {
-  const Chunk chunk(arguments.table, blockIdx.x);
+template <class VARIANT, class PARAM, class GRAD, class STATE>
+__global__ void __launch_bounds__(THREADS, 2) advance_chunks(const AdvanceArguments arguments) {
+  const auto& table = arguments.table;
+  const Chunk chunk(table, blockIdx.x);
   const Hyper& hyper = arguments.hyper;
   const Step step = step_of(hyper, *arguments.coefficient, *arguments.lr, arguments.inverse_means[chunk.slot]);
+  const bool has_remainders = IS_LOW<PARAM> && arguments.has_remainders;
+  int16_t* remainders = has_remainders ? chunk.of<int16_t>(table.lists[5]) : nullptr;
+  const Randomness randomness(arguments.rounding, table.num_elements[chunk.slot], chunk);
   double sum;
   if (*arguments.is_live) {
-    sum = advance_chunk<VARIANT, PARAM, GRAD>(arguments, chunk, step);
+    sum = advance_chunk<VARIANT, PARAM, GRAD, STATE>(arguments, chunk, step, remainders, &randomness);
   } else {
-    sum = sum_chunk(chunk.of<float>(arguments.table.lists[3]), chunk.count);
-    if (*arguments.is_finite && hyper.decoupled_decay != 0.0f) {
-      decay_chunk(chunk.of<PARAM>(arguments.table.lists[0]), chunk.count, step);
+    sum = sum_chunk(chunk.of<STATE>(table.lists[3]), chunk.count);
+    if (*arguments.is_finite && step.decay_factor != 1.0f) {
+      decay_chunk(chunk.of<PARAM>(table.lists[0]), chunk.count, step, remainders, &randomness);
     }
   }
   sum = block_sum(sum);
@@ -188,10 +227,11 @@ struct SumArguments {
   Table<1> table;  // exp_avg_sqs
 };
 
+template <class STATE>
 __global__ void __launch_bounds__(THREADS) sum_chunks(const SumArguments arguments) {
   const Chunk chunk(arguments.table, blockIdx.x);
   if (arguments.is_stale[chunk.slot] == 0.0) return;  // the partial is not used
-  const double sum = block_sum(sum_chunk(chunk.of<float>(arguments.table.lists[0]), chunk.count));
+  const double sum = block_sum(sum_chunk(chunk.of<STATE>(arguments.table.lists[0]), chunk.count));
   if (threadIdx.x == 0) arguments.partials[blockIdx.x] = sum;
 }
 
@@ -208,10 +248,11 @@ struct AddArguments {
   int v_sum_column;
   const double *kept, *is_stale;  // the kept sum of v is used unless stale; null to use none
   int64_t first_partials[CAPACITY + 1];
-  const float* sampled[CAPACITY];  // in advance the new exp_avg_sqs, else null
+  const void* sampled[CAPACITY];  // in advance the new exp_avg_sqs, else null
   int64_t num_elements[CAPACITY];
 };
 
+template <class STATE>
 __global__ void __launch_bounds__(THREADS) add_partials(const AddArguments arguments) {
   const int tensor = blockIdx.x, column = blockIdx.y;
   double sum = 0.0;
@@ -222,7 +263,7 @@ __global__ void __launch_bounds__(THREADS) add_partials(const AddArguments argum
     for (int64_t i = arguments.first_partials[tensor] + threadIdx.x; i < end; i += THREADS) sum += partials[i];
     sum = block_sum(sum);
   } else if (arguments.sampled[tensor]) {
-    sum = sample_sum(arguments.sampled[tensor], arguments.num_elements[tensor]);
+    sum = sample_sum(static_cast<const STATE*>(arguments.sampled[tensor]), arguments.num_elements[tensor]);
   }
   if (threadIdx.x != 0) return;
   const bool may_be_kept = arguments.kept && column == arguments.v_sum_column;
@@ -232,12 +273,32 @@ __global__ void __launch_bounds__(THREADS) add_partials(const AddArguments argum
 
 // -- launches ---------------------------------------------------------------------------------------------------------
 
+template <class CALL>
+const char* with_dtype(Dtype dtype, const CALL& call) {
+  switch (dtype) {
+    case Dtype::bfloat16: return call(BFloat16{});
+    case Dtype::float16: return call(Float16{});
+    default: return call(float{});
+  }
+}
+
+template <class CALL>
+const char* with_state(Dtype dtype, const CALL& call) {
+  return dtype == Dtype::bfloat16 ? call(BFloat16{}) : call(float{});
+}
+
 template <class ARGUMENTS>
 const char* launch_kernel(void (*kernel)(ARGUMENTS), dim3 blocks, const ARGUMENTS& arguments, void* stream) {
   static_assert(sizeof(ARGUMENTS) <= MAX_ARGUMENT_BYTES, "the arguments exceed the limit of a kernel");
   kernel<<<blocks, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+RoundingInputs inputs_from(const RoundingInputs& inputs, int64_t first_tensor) {
+  if (inputs.streams == nullptr) return inputs;
+  return {inputs.streams + first_tensor * STREAM_WORDS, inputs.origins + first_tensor * ORIGIN_WORDS,
+          inputs.settled + first_tensor};
 }
 
 // The partials, num_columns rows of one number per chunk, and the sums made from them.
@@ -249,6 +310,7 @@ struct Totals {
   int v_sum_column = 0;
   const double *kept = nullptr, *is_stale = nullptr;
   const std::vector<void*>* sampled = nullptr;
+  Dtype sampled_dtype = Dtype::float32;
 };
 
 const char* add_all_partials(const std::vector<int64_t>& num_elements, const Totals& totals, void* stream) {
@@ -263,7 +325,7 @@ const char* add_all_partials(const std::vector<int64_t>& num_elements, const Tot
     const int num_blocks = static_cast<int>(std::min<int64_t>(arguments.CAPACITY, num_tensors - start));
     for (int i = 0; i < num_blocks; ++i) {
       arguments.first_partials[i] = first_partial;
-      arguments.sampled[i] = totals.sampled ? static_cast<const float*>((*totals.sampled)[start + i]) : nullptr;
+      arguments.sampled[i] = totals.sampled ? (*totals.sampled)[start + i] : nullptr;
       arguments.num_elements[i] = num_elements[start + i];
       first_partial += num_chunks(num_elements[start + i]);
     }
@@ -272,7 +334,10 @@ const char* add_all_partials(const std::vector<int64_t>& num_elements, const Tot
     arguments.kept = totals.kept ? totals.kept + start * NUM_KEPT : nullptr;
     arguments.is_stale = totals.is_stale ? totals.is_stale + start : nullptr;
     const dim3 blocks(num_blocks, totals.out_columns);
-    if (const char* error = launch_kernel(add_partials, blocks, arguments, stream)) return error;
+    const char* error = with_state(totals.sampled_dtype, [&](auto state) {
+      return launch_kernel(add_partials<decltype(state)>, blocks, arguments, stream);
+    });
+    if (error) return error;
   }
   return nullptr;
 }
@@ -284,23 +349,17 @@ const char* detect_all_writes(const States& x, const std::vector<int64_t>& num_e
   for (int64_t start = 0; start < num_tensors; start += arguments.CAPACITY) {
     const int num_blocks = static_cast<int>(std::min<int64_t>(arguments.CAPACITY, num_tensors - start));
     for (int i = 0; i < num_blocks; ++i) {
-      arguments.exp_avg_sqs[i] = static_cast<const float*>(x.exp_avg_sqs[start + i]);
+      arguments.exp_avg_sqs[i] = x.exp_avg_sqs[start + i];
       arguments.num_elements[i] = num_elements[start + i];
     }
     arguments.kept = x.kept + start * NUM_KEPT;
     arguments.is_stale = is_stale + start;
-    if (const char* error = launch_kernel(detect_writes, dim3(num_blocks), arguments, stream)) return error;
+    const char* error = with_state(x.dtype, [&](auto state) {
+      return launch_kernel(detect_writes<decltype(state)>, dim3(num_blocks), arguments, stream);
+    });
+    if (error) return error;
   }
   return nullptr;
-}
-
-template <class CALL>
-const char* with_dtype(Dtype dtype, const CALL& call) {
-  switch (dtype) {
-    case Dtype::bfloat16: return call(BFloat16{});
-    case Dtype::float16: return call(Float16{});
-    default: return call(float{});
-  }
 }
 
 }  // namespace
@@ -310,6 +369,7 @@ const char* observe(const Observed& x, double* partials, double* sums, void* str
   arguments.column_stride = num_chunks(x.num_elements);
   arguments.coefficient = x.coefficient;
   arguments.coupled_decay = x.coupled_decay;
+  arguments.has_remainders = !x.remainders.empty();
   double* is_stale = x.states.exp_avg_sqs.empty() ? nullptr : partials + arguments.column_stride * NUM_OBSERVED;
   if (const char* error = detect_all_writes(x.states, x.num_elements, is_stale, stream)) return error;
   for (const Launch& launch : plan_launches(x.num_elements, arguments.table.CAPACITY, MAX_BLOCKS)) {
@@ -318,13 +378,19 @@ const char* observe(const Observed& x, double* partials, double* sums, void* str
     arguments.table.set_list(0, x.grads, launch);
     arguments.table.set_list(1, x.params, launch);
     arguments.table.set_list(2, x.states.exp_avg_sqs, launch);
+    arguments.table.set_list(3, x.remainders, launch);
     arguments.is_stale = is_stale ? is_stale + launch.first_tensor : nullptr;
-    const char* error = with_dtype(x.grad_dtype, [&](auto grad) {
-      using GRAD = decltype(grad);
-      const dim3 blocks(static_cast<unsigned>(launch.num_chunks));
-      if (x.params.empty()) return launch_kernel(observe_chunks<false, GRAD, float>, blocks, arguments, stream);
-      return with_dtype(x.param_dtype, [&](auto param) {
-        return launch_kernel(observe_chunks<true, GRAD, decltype(param)>, blocks, arguments, stream);
+    const char* error = with_state(x.states.dtype, [&](auto state) {
+      return with_dtype(x.grad_dtype, [&](auto grad) {
+        using GRAD = decltype(grad);
+        using STATE = decltype(state);
+        const dim3 blocks(static_cast<unsigned>(launch.num_chunks));
+        if (x.params.empty()) {
+          return launch_kernel(observe_chunks<false, GRAD, float, STATE>, blocks, arguments, stream);
+        }
+        return with_dtype(x.param_dtype, [&](auto param) {
+          return launch_kernel(observe_chunks<true, GRAD, decltype(param), STATE>, blocks, arguments, stream);
+        });
       });
     });
     if (error) return error;
@@ -341,26 +407,32 @@ const char* advance(const Advanced& x, double* partials, double* kept, void* str
   arguments.is_finite = x.is_finite;
   arguments.is_live = x.is_live;
   arguments.hyper = x.hyper;
+  arguments.has_remainders = !x.remainders.empty();
   for (const Launch& launch : plan_launches(x.num_elements, arguments.table.CAPACITY, MAX_BLOCKS)) {
     arguments.partials = partials + launch.first_chunk;
     arguments.inverse_means = x.inverse_means + launch.first_tensor;
+    arguments.rounding = inputs_from(x.rounding, launch.first_tensor);
     arguments.table.set_sizes(x.num_elements, launch);
     arguments.table.set_list(0, x.params, launch);
     arguments.table.set_list(1, x.grads, launch);
     arguments.table.set_list(2, x.exp_avgs, launch);
     arguments.table.set_list(3, x.exp_avg_sqs, launch);
     arguments.table.set_list(4, x.beta1_prods, launch);
+    arguments.table.set_list(5, x.remainders, launch);
     const char* error = with_variant(x.hyper, !x.beta1_prods.empty(), [&](auto variant) {
       return with_dtype(x.param_dtype, [&](auto param) {
         return with_dtype(x.grad_dtype, [&](auto grad) {
-          const auto kernel = advance_chunks<decltype(variant), decltype(param), decltype(grad)>;
-          return launch_kernel(kernel, dim3(static_cast<unsigned>(launch.num_chunks)), arguments, stream);
+          return with_state(x.state_dtype, [&](auto state) {
+            const auto kernel = advance_chunks<decltype(variant), decltype(param), decltype(grad), decltype(state)>;
+            return launch_kernel(kernel, dim3(static_cast<unsigned>(launch.num_chunks)), arguments, stream);
+          });
         });
       });
     });
     if (error) return error;
   }
-  return add_all_partials(x.num_elements, {partials, 1, NUM_KEPT, kept, 0, nullptr, nullptr, &x.exp_avg_sqs}, stream);
+  const Totals totals{partials, 1, NUM_KEPT, kept, 0, nullptr, nullptr, &x.exp_avg_sqs, x.state_dtype};
+  return add_all_partials(x.num_elements, totals, stream);
 }
 
 const char* sum(const Summed& x, double* partials, double* sums, void* stream) {
@@ -373,7 +445,10 @@ const char* sum(const Summed& x, double* partials, double* sums, void* stream) {
     arguments.table.set_sizes(x.num_elements, launch);
     arguments.table.set_list(0, x.states.exp_avg_sqs, launch);
     const dim3 blocks(static_cast<unsigned>(launch.num_chunks));
-    if (const char* error = launch_kernel(sum_chunks, blocks, arguments, stream)) return error;
+    const char* error = with_state(x.states.dtype, [&](auto state) {
+      return launch_kernel(sum_chunks<decltype(state)>, blocks, arguments, stream);
+    });
+    if (error) return error;
   }
   return add_all_partials(x.num_elements, {partials, 1, 1, sums, 0, x.states.kept, is_stale}, stream);
 }

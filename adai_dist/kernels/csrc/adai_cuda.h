@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "adai_dtypes.h"
+#include "adai_rounding.h"
 
 namespace adai::cuda {
 
@@ -63,14 +63,16 @@ inline std::vector<Launch> plan_launches(const std::vector<int64_t>& num_element
 // The exp_avg_sqs; one is read only if the sum of its samples differs from the kept one.
 struct States {
   std::vector<const void*> exp_avg_sqs;
+  Dtype dtype;         // float32 or bfloat16
   const double* kept;  // the result of advance, shape (number of tensors, NUM_KEPT)
 };
 
 struct Observed {
   std::vector<int64_t> num_elements;
   std::vector<const void*> grads;
-  std::vector<const void*> params;  // empty: no coupled decay, and their columns are 0
-  States states;                    // empty: no sums of v
+  std::vector<const void*> params;      // empty: no coupled decay, and their columns are 0
+  std::vector<const void*> remainders;  // of master weights; empty without
+  States states;                        // empty: no sums of v
   Dtype grad_dtype, param_dtype;
   const float* coefficient;
   float coupled_decay;
@@ -81,8 +83,10 @@ struct Advanced {
   std::vector<void*> params;
   std::vector<const void*> grads;
   std::vector<void*> exp_avgs, exp_avg_sqs;
-  std::vector<void*> beta1_prods;  // empty if retired: 1 - P is 1
-  Dtype param_dtype, grad_dtype;
+  std::vector<void*> beta1_prods;  // empty if retired: 1 - P is 1; 1 - P if bfloat16
+  std::vector<void*> remainders;   // of master weights; empty without
+  Dtype param_dtype, grad_dtype, state_dtype;
+  RoundingInputs rounding;  // null if neither states nor parameters are rounded stochastically
   const float *inverse_means, *coefficient, *lr;  // inverse_means has one entry per tensor
   const bool *is_finite, *is_live;
   Hyper hyper;

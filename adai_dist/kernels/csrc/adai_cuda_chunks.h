@@ -1,5 +1,5 @@
 // Device code shared by the kernels in adai_cuda.cu: float16 conversions, lists of tensors as kernel arguments, and the
-// reading, writing and summation of a chunk by the threads of a block.
+// reading, writing, rounding and summation of a chunk by the threads of a block.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -26,11 +26,23 @@ constexpr int64_t MAX_ARGUMENT_BYTES = 4096;
 #endif
 constexpr int64_t MAX_SCALAR_BYTES = 192;  // arguments other than lists
 
+using adai::joined;
 using adai::narrow;
+using adai::product_of;
+using adai::split;
 using adai::widen;
 
 DEVICE_FUNCTION float widen(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
 DEVICE_FUNCTION void narrow(float x, Float16& to) { to.bits = __half_as_ushort(__float2half_rn(x)); }
+
+DEVICE_FUNCTION void split(float master, Float16& rounded, int16_t& remainder) {
+  narrow(master, rounded);
+  remainder = remainder_of(master, widen(rounded), rounded);
+}
+
+DEVICE_FUNCTION float joined(Float16 rounded, int16_t remainder) { return joined(widen(rounded), rounded, remainder); }
+
+DEVICE_FUNCTION float product_of(float P) { return P; }
 
 // -- lists of tensors -------------------------------------------------------------------------------------------------
 
@@ -108,13 +120,16 @@ DEVICE_FUNCTION bool is_aligned(const T* pointer) {
 
 // The elements that the threads take at once: NUM per thread, in vectors of consecutive elements; vector i of a thread
 // follows its vector i - 1 at a distance of THREADS vectors. A thread thus has the same elements in the same order for
-// every tile size. A whole tile is accessed in vectors, a partial one element by element up to `count`.
-template <int NUM_VECTORS, bool IS_WHOLE>
+// every tile size. A whole tile is accessed in vectors, a partial one element by element up to `count`, unless it is
+// known at run time to be whole.
+template <int NUM_VECTORS, bool IS_WHOLE_>
 struct Tile {
+  static constexpr bool IS_WHOLE = IS_WHOLE_;
   static constexpr int NUM = NUM_VECTORS * VECTOR_ELEMENTS;
   static constexpr int ELEMENTS = NUM * THREADS;
 
   int first, count;  // in the chunk
+  bool in_vectors;   // whether a partial tile is whole and aligned
 
   // Index in the chunk of element i of this thread.
   __device__ int index(int i) const {
@@ -128,12 +143,16 @@ struct Tile {
 #pragma unroll
     for (int i = 0; i < NUM; i += VECTOR_ELEMENTS) {
       Vector<T> vector{};
-      if (IS_WHOLE) vector = *reinterpret_cast<const Vector<T>*>(chunk + index(i));
+      if (IS_WHOLE || in_vectors) {
+        vector = *reinterpret_cast<const Vector<T>*>(chunk + index(i));
+      } else {
 #pragma unroll
-      for (int k = 0; k < VECTOR_ELEMENTS; ++k) {
-        if (!IS_WHOLE && index(i + k) < count) vector.elements[k] = chunk[index(i + k)];
-        x[i + k] = vector.elements[k];
+        for (int k = 0; k < VECTOR_ELEMENTS; ++k) {
+          if (index(i + k) < count) vector.elements[k] = chunk[index(i + k)];
+        }
       }
+#pragma unroll
+      for (int k = 0; k < VECTOR_ELEMENTS; ++k) x[i + k] = vector.elements[k];
     }
   }
 
@@ -143,26 +162,139 @@ struct Tile {
     for (int i = 0; i < NUM; i += VECTOR_ELEMENTS) {
       Vector<T> vector;
 #pragma unroll
-      for (int k = 0; k < VECTOR_ELEMENTS; ++k) {
-        vector.elements[k] = x[i + k];
-        if (!IS_WHOLE && index(i + k) < count) chunk[index(i + k)] = x[i + k];
+      for (int k = 0; k < VECTOR_ELEMENTS; ++k) vector.elements[k] = x[i + k];
+      if (IS_WHOLE || in_vectors) {
+        *reinterpret_cast<Vector<T>*>(chunk + index(i)) = vector;
+      } else {
+#pragma unroll
+        for (int k = 0; k < VECTOR_ELEMENTS; ++k) {
+          if (index(i + k) < count) chunk[index(i + k)] = x[i + k];
+        }
       }
-      if (IS_WHOLE) *reinterpret_cast<Vector<T>*>(chunk + index(i)) = vector;
     }
   }
 };
 
-// Calls body(tile) for tiles that cover a chunk.
-template <int NUM_VECTORS, class BODY>
-DEVICE_FUNCTION void for_each_tile(int count, bool are_aligned, const BODY& body) {
-  using Whole = Tile<NUM_VECTORS, true>;
+// Calls body(tile) for partial tiles that cover the elements of a chunk from `first` on.
+template <class BODY>
+DEVICE_FUNCTION void for_each_part(int count, bool are_aligned, const BODY& body, int first = 0) {
   using Part = Tile<1, false>;
-  int first = 0;
-  if (are_aligned) {
-    for (; first + Whole::ELEMENTS <= count; first += Whole::ELEMENTS) body(Whole{first, count});
+  for (; first < count; first += Part::ELEMENTS) {
+    body(Part{first, count, are_aligned && first + Part::ELEMENTS <= count});
   }
-  for (; first < count; first += Part::ELEMENTS) body(Part{first, count});
 }
+
+// Calls body(tile) for tiles that cover a chunk. All are partial unless `may_be_whole`.
+template <int NUM_VECTORS, class BODY>
+DEVICE_FUNCTION void for_each_tile(int count, bool are_aligned, const BODY& body, bool may_be_whole = true) {
+  using Whole = Tile<NUM_VECTORS, true>;
+  int first = 0;
+  if (are_aligned && may_be_whole) {
+    for (; first + Whole::ELEMENTS <= count; first += Whole::ELEMENTS) body(Whole{first, count, true});
+  }
+  for_each_part(count, are_aligned && !may_be_whole, body, first);
+}
+
+// -- rounding ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+constexpr bool IS_LOW = !std::is_same<T, float>::value;
+
+// Random words of the elements of a chunk; see Origin.
+class Randomness {
+ public:
+  float settled;
+
+  // Without inputs, the words must not be used.
+  __device__ Randomness(const RoundingInputs& inputs, int64_t num_elements, const Chunk& chunk) {
+    const bool has_inputs = inputs.streams != nullptr;
+    const Rounding contiguous{{}, {0, int64_t{1} << 62, 0}, 0.0f};
+    const Rounding rounding = has_inputs ? rounding_of(inputs, chunk.slot) : contiguous;
+    const Origin& origin = rounding.origin;
+    settled = rounding.settled;
+    streams_[0] = rounding.streams[0];
+    streams_[1] = rounding.streams[1];
+    const bool is_divided = has_inputs && origin.run < num_elements;  // 64-bit divisions are slow
+    const int64_t num_runs = is_divided ? chunk.offset / origin.run : 0;
+    const int64_t position = chunk.offset - num_runs * origin.run, left = origin.run - position;
+    first_ = static_cast<uint64_t>(origin.start + num_runs * origin.stride + position);
+    next_ = static_cast<uint64_t>(origin.start + (num_runs + 1) * origin.stride);
+    stride_ = static_cast<uint64_t>(origin.stride);
+    num_before_next_ = static_cast<int>(left < CHUNK_ELEMENTS ? left : CHUNK_ELEMENTS);
+    run_ = static_cast<int>(origin.run < CHUNK_ELEMENTS ? origin.run : CHUNK_ELEMENTS);
+    inverse_run_ = is_divided ? 1.0f / static_cast<float>(run_) : 0.0f;
+  }
+
+  // Whether the indices of a chunk are consecutive; otherwise, its tiles must be partial.
+  __device__ bool is_consecutive(int count) const { return count <= num_before_next_; }
+
+  template <class TILE>
+  __device__ void fill(const TILE& tile, int stream, uint32_t (&words)[TILE::NUM]) const {
+    if (TILE::IS_WHOLE) {
+      const uint32_t first = static_cast<uint32_t>(first_), seed = seed_of(streams_[stream], first_);
+      const uint32_t carried_seed = seed_of(streams_[stream], first_ + (uint64_t{1} << 32));
+#pragma unroll
+      for (int i = 0; i < TILE::NUM; ++i) {
+        const uint32_t low = first + static_cast<uint32_t>(tile.index(i));
+        words[i] = mixed(low ^ (low < first ? carried_seed : seed));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < TILE::NUM; ++i) {
+        const uint64_t index = index_of(tile.index(i));
+        words[i] = mixed(static_cast<uint32_t>(index) ^ seed_of(streams_[stream], index));
+      }
+    }
+  }
+
+ private:
+  uint32_t streams_[STREAM_WORDS];
+  uint64_t first_, next_, stride_;  // indices of the first element of the chunk, and of the next run
+  int num_before_next_, run_;       // elements before the next run, and in a run; at most CHUNK_ELEMENTS
+  float inverse_run_;
+
+  __device__ uint64_t index_of(int i) const {
+    const int beyond = i - num_before_next_;
+    if (beyond < 0) return first_ + static_cast<uint64_t>(i);
+    // The exact quotient is at least 1 / (2 * run) from an integer, and less than 2^-7 / run from the computed one.
+    const int num_runs = static_cast<int>((static_cast<float>(beyond) + 0.5f) * inverse_run_);
+    return next_ + static_cast<uint64_t>(num_runs) * stride_ + static_cast<uint64_t>(beyond - num_runs * run_);
+  }
+};
+
+// The parameters of a tile as float32; `remainder` is used if there are remainders.
+template <class PARAM>
+DEVICE_FUNCTION float param_of(PARAM param, int16_t remainder, bool has_remainders) {
+  if constexpr (IS_LOW<PARAM>) {
+    if (has_remainders) return joined(param, remainder);
+  }
+  return widen(param);
+}
+
+// Writes the parameters of a tile, split if there are remainders.
+template <class TILE, class PARAM>
+DEVICE_FUNCTION void store_params(const TILE& tile, const float (&theta)[TILE::NUM], PARAM* params,
+                                  int16_t* remainders, const Randomness* randomness) {
+  if constexpr (IS_LOW<PARAM>) {
+    PARAM rounded[TILE::NUM];
+    if (remainders) {
+      int16_t remainder[TILE::NUM];
+#pragma unroll
+      for (int i = 0; i < TILE::NUM; ++i) split(theta[i], rounded[i], remainder[i]);
+      tile.store(remainder, remainders);
+    } else {
+      uint32_t words[TILE::NUM];
+      randomness->fill(tile, 1, words);
+#pragma unroll
+      for (int i = 0; i < TILE::NUM; ++i) round_randomly(theta[i], words[i], rounded[i]);
+    }
+    tile.store(rounded, params);
+  } else {
+    tile.store(theta, params);
+  }
+}
+
+// -- sums -------------------------------------------------------------------------------------------------------------
 
 // Adds up one number per thread in a fixed order; thread 0 has the sum.
 DEVICE_FUNCTION double block_sum(double x) {

@@ -19,9 +19,11 @@ from torch.optim import AdamW, Optimizer
 from adai_dist.kernels.backends import ENVIRONMENT_VARIABLE
 from adai_dist.kernels.toolchain import environment
 from adai_dist.optimizer import Adai
+from adai_dist.rounding import LOW_DTYPES
 from adai_dist.sharding import global_mean
 from adai_dist.sharding.mean import GlobalMean
 from adai_dist.sharding.owned_shards import OwnedShards
+from adai_dist.sharding.param_shard import MASTER
 from adai_dist.tools.bench.shapes import Shape
 from adai_dist.tools.bench.traffic import ADAM, ADVANCE, ADVANCE_RETIRED, CLIP, OBSERVE, OBSERVE_COUPLED, Traffic
 
@@ -29,6 +31,8 @@ COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
 """Size of the copied tensor: far larger than any cache, and on a GPU far longer to copy than to launch a kernel."""
 
 COPY, REFERENCE, STEP = "copy", "AdamW fused, clipped", "Adai, clipped"
+LOW_STEP = f"{STEP}, bfloat16 states"
+REMAINDER_BYTES = torch.int16.itemsize
 LR, WEIGHT_DECAY = 1e-3, 1e-4
 
 
@@ -47,6 +51,8 @@ class Case:
     """Function to time."""
     num_bytes: int
     """Bytes that the algorithm has to move."""
+    state_bytes: int = 0
+    """Bytes of the states, including the remainders of master weights."""
     prepare: Callable[[], object] = _no_preparation
     """Function to call, untimed, before every run."""
 
@@ -76,8 +82,10 @@ class Model:
             param.grad = other.grad
         return replace(self, params=params)
 
-    def num_bytes(self, traffic: Traffic, state_dtype: torch.dtype) -> int:
-        return self.numel * traffic.bytes_per_parameter(self.dtype.itemsize, state_dtype.itemsize)
+    def num_bytes(self, traffic: Traffic, state_dtype: torch.dtype, *, has_remainder: bool = False) -> int:
+        gradient_bytes = self.dtype.itemsize
+        param_bytes = gradient_bytes + has_remainder * REMAINDER_BYTES
+        return self.numel * traffic.bytes_per_parameter(param_bytes, gradient_bytes, state_dtype.itemsize)
 
     def clip(self) -> None:
         nn.utils.clip_grad_norm_(self.params, self.max_norm)
@@ -117,11 +125,9 @@ class AdaiCases:
         assert self.mean is not None
         self.optimizer.advance(self.shards, self.mean)
 
-    def step_retired(self) -> None:
-        """Step as after beta1_prod has fallen below 2^-25, where its bias correction stays 1."""
-        self.shards = [
-            replace(owned, tensors=owned.tensors._replace(beta1_prod=[])) for owned in self.optimizer.owned_shards()
-        ]
+    def step_without(self, *names: str) -> None:
+        """Step without some tensors: ``beta1_prod`` as after its retirement, ``remainder`` without master weights."""
+        self.shards = self._shards_without(*names)
         self.mean = self._mean()
         self.advance_parameters()
 
@@ -129,30 +135,67 @@ class AdaiCases:
         sums = self.optimizer.observe(self.shards)
         return global_mean(sums, self.optimizer.mean_group, max_norm=self.optimizer.max_grad_norm)
 
-    def case(self, name: str, run: Callable[[], object], traffic: Traffic, prepare: Callable[[], object]) -> Case:
-        return Case(name, "adai_dist", run, self.model.num_bytes(traffic, torch.float32), prepare)
+    def _shards_without(self, *names: str) -> list[OwnedShards]:
+        nothing = dict[str, list[Tensor]].fromkeys(names, [])
+        return [replace(owned, tensors=owned.tensors._replace(**nothing)) for owned in self.optimizer.owned_shards()]
+
+    def case(
+        self,
+        name: str,
+        run: Callable[[], object],
+        traffic: Traffic,
+        prepare: Callable[[], object],
+        without: tuple[str, ...] = (),
+    ) -> Case:
+        """Return a case of the optimizer.
+
+        Args:
+            without: tensors that ``run`` leaves out, as in :meth:`step_without`.
+        """
+        states = [owned.tensors for owned in self._shards_without("param", "grad", *without)]
+        num_bytes = self.model.num_bytes(
+            traffic, states[0].exp_avg[0].dtype, has_remainder=any(each.remainder for each in states)
+        )
+        state_bytes = sum(tensor.nbytes for each in states for tensors in each for tensor in tensors)
+        return Case(name, "adai_dist", run, num_bytes, state_bytes, prepare)
+
+    def case_without(self, name: str, traffic: Traffic, *names: str) -> Case:
+        """Return the case of a clipped step without some tensors."""
+        return self.case(name, partial(self.step_without, *names), traffic, self.configure, without=names)
 
 
-def adai_cases(model: Model) -> tuple[list[Case], Adai]:
-    """Return the cases of this package, and the optimizer that runs on the kernels."""
+def adai_cases(model: Model) -> tuple[list[Case], list[Adai]]:
+    """Return the cases of this package, and the optimizers that run on the kernels."""
     kernels = AdaiCases(model, Adai(model.params, lr=LR))
+    low = AdaiCases(model, Adai(model.params, lr=LR, state_dtype="bfloat16"))
     with environment({ENVIRONMENT_VARIABLE: "off"}):
         equations = AdaiCases(model, Adai(model.params, lr=LR))
     kernels.optimizer.step()
-    _share_states(equations.optimizer, kernels.optimizer, copied=("step", "exp_avg_sq"))
-    step, case, both_phases = kernels.optimizer.step, kernels.case, OBSERVE + ADVANCE
+    low.optimizer.step()
+    _share_remainders(low.optimizer, kernels.optimizer)
+    # The kernels would read exp_avg and exp_avg_sq once more after writes by another optimizer.
+    _share_states(equations.optimizer, kernels.optimizer, copied=("step", "exp_avg", "exp_avg_sq"))
+    step, case = kernels.optimizer.step, kernels.case
+    both_phases, both_retired = OBSERVE + ADVANCE, OBSERVE + ADVANCE_RETIRED
     configure_coupled = partial(kernels.configure, weight_decay=WEIGHT_DECAY)
+    low_cases = [
+        low.case(LOW_STEP, low.optimizer.step, both_phases, low.configure),
+        low.case_without(f"{LOW_STEP}, retired", both_retired, "beta1_prod"),
+    ]
+    if model.dtype in LOW_DTYPES:
+        low_cases.append(low.case_without(f"{LOW_STEP}, no master", both_phases, "remainder"))
     cases = [
         case("observe", kernels.observe_gradients, OBSERVE, kernels.find_shards),
         case("advance", kernels.advance_parameters, ADVANCE, kernels.find_mean),
         case("Adai", step, both_phases, partial(kernels.configure, is_clipped=False)),
         case(STEP, step, both_phases, kernels.configure),
-        case("Adai, clipped, retired", kernels.step_retired, OBSERVE + ADVANCE_RETIRED, kernels.configure),
-        case("Adai, clipped, coupled decay", step, OBSERVE_COUPLED + ADVANCE, configure_coupled),
+        kernels.case_without(f"{STEP}, retired", both_retired, "beta1_prod"),
+        *low_cases,
+        case(f"{STEP}, coupled decay", step, OBSERVE_COUPLED + ADVANCE, configure_coupled),
         case("AdaiV2 d=0, clipped", step, both_phases, partial(kernels.configure, dampening=0.0)),
         equations.case("Adai by equations, clipped", equations.optimizer.step, both_phases, equations.configure),
     ]
-    return cases, kernels.optimizer
+    return cases, [kernels.optimizer, low.optimizer]
 
 
 def adamw_cases(model: Model) -> list[Case]:
@@ -190,7 +233,21 @@ def adam_case(
 
     traffic = ADAM + CLIP if is_clipped else ADAM
     run: Callable[[], Any] = clipped if is_clipped else optimizer.step
-    return Case(name, package, run, model.num_bytes(traffic, state_dtype or model.dtype))
+    return Case(name, package, run, model.num_bytes(traffic, state_dtype or model.dtype), bytes_of_states(optimizer))
+
+
+def bytes_of_states(optimizer: Optimizer) -> int:
+    """Return the bytes of all states, without scalars such as step counts."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.nbytes for value in values if isinstance(value, Tensor) and value.ndim > 0)
+
+
+def _share_remainders(optimizer: Optimizer, owner: Optimizer) -> None:
+    """Give ``optimizer`` the master weights of ``owner``, which steps the same parameters."""
+    states: dict[Tensor, dict[str, Tensor]] = owner.state
+    for param, state in states.items():
+        if MASTER in state:
+            optimizer.state[param][MASTER] = state[MASTER]
 
 
 def _share_states(optimizer: Optimizer, owner: Optimizer, copied: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ from importlib import import_module
 
 import torch
 
-from adai_dist.tools.bench.cases import LR, Case, Model, adam_case
+from adai_dist.tools.bench.cases import LR, Case, Model, adam_case, bytes_of_states
 from adai_dist.tools.bench.traffic import TWO_PASSES
 
 
@@ -47,6 +47,5 @@ def _deepspeed(model: Model) -> list[Case]:
 def _pytorch_optimizer(model: Model) -> list[Case]:
     optimizer = import_module("pytorch_optimizer").Adai(model.params, lr=LR)
     optimizer.step()
-    return [
-        Case("pytorch_optimizer Adai", "pytorch_optimizer", optimizer.step, model.num_bytes(TWO_PASSES, model.dtype))
-    ]
+    num_bytes, state_bytes = model.num_bytes(TWO_PASSES, model.dtype), bytes_of_states(optimizer)
+    return [Case("pytorch_optimizer Adai", "pytorch_optimizer", optimizer.step, num_bytes, state_bytes)]

@@ -5,8 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-_WIDTH = 30
-_COLUMNS = {"ms": 9, "spread": 8, "bytes/param": 13, "GB/s": 8, "of copy": 9, "ratio": 8, "extra MiB": 11}
+_WIDTH = 41
+_COLUMNS = {
+    "ms": 9,
+    "spread": 8,
+    "bytes/param": 13,
+    "state/param": 13,
+    "GB/s": 8,
+    "of copy": 9,
+    "ratio": 8,
+    "extra MiB": 11,
+}
 _HEADER = f"{'case':<{_WIDTH}}" + "".join(f"{name:>{width}}" for name, width in _COLUMNS.items())
 
 
@@ -27,6 +36,8 @@ class Row:
     """Third quartile of the time, milliseconds."""
     bytes_per_parameter: int | None
     """Bytes that the algorithm has to move (:mod:`adai_dist.tools.bench.traffic`); None for the copy."""
+    state_bytes_per_parameter: int | None
+    """Bytes of the states, including the remainders of master weights; None for the copy."""
     gigabytes_per_second: float
     """Bytes moved divided by the median time."""
     copy_share: float
@@ -51,10 +62,18 @@ def bench_table(report: dict[str, Any]) -> str:
         "",
         *report["missing"],
         "spread: interquartile range / median. bytes/param: bytes that the algorithm has to move.",
+        "state/param: bytes of the states, including the remainders of master weights.",
         f"of copy: rate / rate of a copy of {report['copy_bytes'] // 2**20} MiB (read and written).",
         f"ratio: time / time of {report['reference']}. extra MiB: peak memory of a step in addition to its tensors.",
+        f"AdamW keeps {report['dtype']} states. {_note_on_modes(report['dtype'])}",
     ]
     return "\n".join(lines)
+
+
+def _note_on_modes(dtype: str) -> str:
+    if dtype == "float32":
+        return "torch has no AdamW with bfloat16 states of float32 parameters."
+    return "Adai keeps master weights, except in the case without (no master: master_weights=False)."
 
 
 def _environment_line(report: dict[str, Any]) -> str:
@@ -69,7 +88,10 @@ def _row_line(row: dict[str, Any]) -> str:
     cells = (
         f"{row['milliseconds']:.2f}",
         f"{spread:.0%}",
-        "-" if row["bytes_per_parameter"] is None else str(row["bytes_per_parameter"]),
+        *(
+            "-" if row[name] is None else str(row[name])
+            for name in ("bytes_per_parameter", "state_bytes_per_parameter")
+        ),
         f"{row['gigabytes_per_second']:.1f}",
         f"{row['copy_share']:.0%}",
         "-" if row["ratio"] is None else f"{row['ratio']:.2f}",

@@ -80,11 +80,11 @@ def measure(settings: Settings) -> dict[str, Any]:
         device = torch.device(settings.device)
         shapes = SHAPES[settings.shapes]() if settings.shapes else shapes_of_numel(settings.numel)
         model = Model.of(shapes, device, getattr(torch, settings.dtype))
-        adai, optimizer = adai_cases(model)
+        adai, optimizers = adai_cases(model)
         others, missing = other_cases(model) if settings.others else ([], [])
         cases = [copy_case(device), *adai, *adamw_cases(model.copy()), *others]
         times = _times(cases, settings)
-        if num_skipped := int(optimizer.num_skipped_steps):
+        if num_skipped := sum(int(optimizer.num_skipped_steps) for optimizer in optimizers):
             raise RuntimeError(
                 f"no timed step may be skipped; got {num_skipped} steps with inf or NaN; report this as a bug"
             )
@@ -93,7 +93,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             "hardware": environment.hardware(settings.device),
             "threads": torch.get_num_threads(),
             "versions": environment.versions("deepspeed", "pytorch_optimizer"),
-            "kernels": str(optimizer.backends),
+            "kernels": str(optimizers[0].backends),
             "shapes": settings.shapes,
             "num_tensors": len(shapes),
             "numel": model.numel,
@@ -152,6 +152,7 @@ def _rows(cases: list[Case], times: dict[str, list[float]], model: Model) -> Ite
             lower_quartile=quartiles[0],
             upper_quartile=quartiles[2],
             bytes_per_parameter=None if is_copy else case.num_bytes // model.numel,
+            state_bytes_per_parameter=None if is_copy else case.state_bytes // model.numel,
             gigabytes_per_second=speeds[case.name],
             copy_share=speeds[case.name] / speeds[COPY],
             ratio=None if is_copy else medians[case.name] / medians[REFERENCE],

@@ -12,33 +12,39 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Traffic:
-    """Number of tensors read plus number of tensors written, each as large as the model."""
+    """Number of tensors read plus number of tensors written, each with as many elements as the model."""
 
-    num_model: int
-    """Parameters and gradients, in the dtype of the parameters."""
+    num_params: int
+    """Parameters; a parameter with master weights includes their remainder."""
+    num_gradients: int
+    """Gradients, in the dtype of the parameters."""
     num_states: int
-    """States, in the dtype of the optimizer's states."""
+    """States other than the remainder, in the dtype of the optimizer's states."""
 
     def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.num_model + other.num_model, self.num_states + other.num_states)
+        return Traffic(
+            self.num_params + other.num_params,
+            self.num_gradients + other.num_gradients,
+            self.num_states + other.num_states,
+        )
 
-    def bytes_per_parameter(self, model_bytes: int, state_bytes: int) -> int:
-        """Return the bytes per parameter, given the bytes of one element of the model and of a state."""
-        return self.num_model * model_bytes + self.num_states * state_bytes
+    def bytes_per_parameter(self, param_bytes: int, gradient_bytes: int, state_bytes: int) -> int:
+        """Return the bytes moved per parameter, given the bytes of one element of each kind of tensor."""
+        return self.num_params * param_bytes + self.num_gradients * gradient_bytes + self.num_states * state_bytes
 
 
-OBSERVE = Traffic(1, 0)
+OBSERVE = Traffic(0, 1, 0)
 """Reads the gradient."""
-OBSERVE_COUPLED = Traffic(2, 0)
+OBSERVE_COUPLED = Traffic(1, 1, 0)
 """Reads gradient and parameter."""
-ADVANCE = Traffic(3, 6)
+ADVANCE = Traffic(2, 1, 6)
 """Reads parameter, gradient, exp_avg, exp_avg_sq, beta1_prod; writes all but the gradient."""
-ADVANCE_RETIRED = Traffic(3, 4)
+ADVANCE_RETIRED = Traffic(2, 1, 4)
 """Reads and writes the same tensors except beta1_prod."""
-TWO_PASSES = Traffic(4, 7)
+TWO_PASSES = Traffic(2, 2, 7)
 """Adai without the recursion: reads gradient and exp_avg_sq and writes exp_avg_sq; computes the mean; reads all five
 tensors and writes parameter, exp_avg and beta1_prod."""
-ADAM = Traffic(3, 4)
+ADAM = Traffic(2, 1, 4)
 """Reads parameter, gradient, exp_avg, exp_avg_sq; writes all but the gradient."""
-CLIP = Traffic(3, 0)
+CLIP = Traffic(0, 3, 0)
 """Reads the gradient for its norm, then reads and writes it to scale it (``clip_grad_norm_``)."""

@@ -88,7 +88,7 @@ def _wrap_universal_loading(zero_wrapper: ZeroWrapper, optimizer: AdaptiveInerti
         _relink_master_weights(zero_wrapper)
         for param_group in optimizer.param_groups:
             flat_param = param_group["params"][0]
-            optimizer.state[flat_param] = {**new_state(flat_param), **optimizer.state[flat_param]}
+            optimizer.state[flat_param] = {**new_state(flat_param, optimizer.precision), **optimizer.state[flat_param]}
 
     wrapper._load_universal_checkpoint = _load_universal_checkpoint
 

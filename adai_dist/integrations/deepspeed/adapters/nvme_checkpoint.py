@@ -98,7 +98,7 @@ def _read_states(wrapper: Any, optimizer: AdaptiveInertia, flat: Any, saved: dic
     if not saved:  # the checkpoint is from before the first step
         return
     if not optimizer.state.get(flat):
-        optimizer.state[flat] = new_state(flat)
+        optimizer.state[flat] = new_state(flat, optimizer.precision)
         for name in STATE_NAMES:
             path = Path(wrapper.optimizer_swapper.swap_folder) / f"{name}-{flat.ds_id}.tensor.swp"
             if not path.is_file():
