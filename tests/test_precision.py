@@ -17,6 +17,7 @@ from adai_dist import Adai, AdaiV2, AdaiW, storage
 from adai_dist.precision import Precision
 from adai_dist.rounding import join
 
+STATE_NAMES = ("step", "exp_avg", "exp_avg_sq", "beta1_prod")
 KERNELS = pytest.mark.parametrize("kernels", ["require", "off"])
 SHAPES = ((3, 5), (), (2000,), (0,), (17, 9))
 MODES: dict[str, dict[str, Any]] = {
@@ -250,6 +251,16 @@ def test_the_product_of_bfloat16_states_settles_by_its_step_count_and_retires(
     saved = optimizer.state_dict()["state"][0]["beta1_prod"]
     assert saved.dtype == torch.float32
     assert not saved.any()
+
+
+def test_a_retired_product_does_not_change_the_order_of_the_saved_states() -> None:
+    """Ranks retire their shards separately, and gather their states in order."""
+    param = Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = make([param])
+    train(optimizer, [param], 0, 1)
+    before = list(optimizer.state_dict()["state"][0])
+    del optimizer.state[param]["beta1_prod"]
+    assert list(optimizer.state_dict()["state"][0]) == before == [*STATE_NAMES, "master_param"]
 
 
 def test_a_product_that_is_still_large_does_not_settle_when_eps_is_raised() -> None:

@@ -17,7 +17,7 @@ from adai_dist.optimizer.retirement import is_retired
 from adai_dist.precision import Precision
 from adai_dist.rounding import join, split
 from adai_dist.sharding.local_tensor import local_tensor, sharded_like
-from adai_dist.sharding.param_shard import MASTER
+from adai_dist.sharding.param_shard import MASTER, STATE_NAMES
 
 
 def new_state(param: Tensor, precision: Precision) -> dict[str, Tensor]:
@@ -66,7 +66,8 @@ def saved_state(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
         saved |= {name: saved[name].float() for name in ("exp_avg", "exp_avg_sq")}
     if MASTER in state:
         saved[MASTER] = sharded_like(state[MASTER], join(local_tensor(param), local_tensor(state[MASTER])))
-    return saved
+    # One order of keys on all ranks, of which some may have retired a product: gathering takes the states in order.
+    return {name: saved[name] for name in ("step", *STATE_NAMES, MASTER) if name in saved} | saved
 
 
 @torch.no_grad()

@@ -137,4 +137,4 @@ def assert_same_bits(a: Walk, b: Walk) -> None:
     for name, parameter in a.parameters.items():
         np.testing.assert_array_equal(b.parameters[name], parameter)
         for key, value in a.states[name].items():
-            np.testing.assert_array_equal(b.states[name][key], value)
+            np.testing.assert_array_equal(b.states[name][key], value, err_msg=f"{name}: {key}")
