@@ -65,7 +65,7 @@ CUDA = Extension(
     sources=(CSRC / "adai_cuda.cpp", CSRC / "adai_cuda.cu"),
     cxx_flags=_CXX_FLAGS,
     nvcc_flags=_NVCC_FLAGS,
-    takes="about a minute per type of GPU",
+    takes="about two minutes per type of GPU",
 )
 
 EXTENSIONS = {extension.device_type: extension for extension in (CPU, CUDA)}
