@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from adai_dist import equations, storage
 from adai_dist.equations import LocalTensors, SquaredNorms, StepScalars, Tensors
 from adai_dist.hyper import Hyper
+from adai_dist.rounding import LOW_DTYPES
 
 PIECE_ELEMENTS = {"cpu": 2**18}
 """Largest piece of a shard by device type; on a CPU, a piece and its temporaries stay near the cache."""
@@ -46,6 +47,12 @@ def sums_in_pieces(exp_avg_sqs: list[Tensor], kept: Tensor) -> Tensor:
     return cut.per_shard(equations.sums(cut.pieces.param))
 
 
+def piece_elements(shard: Sequence[Tensor]) -> int:
+    """Return the largest piece of a shard, given as some of its tensors; half in 16 bits, whose indices are int64."""
+    is_low = any(tensor.dtype in LOW_DTYPES for tensor in shard)
+    return PIECE_ELEMENTS.get(shard[0].device.type, DEFAULT_PIECE_ELEMENTS) // (2 if is_low else 1)
+
+
 class Cut(NamedTuple):
     """LocalTensors cut into pieces of bounded size."""
 
@@ -62,7 +69,7 @@ class Cut(NamedTuple):
         num_pieces: list[int] = []
         starts: list[int] = []
         for shard in zip(*present, strict=True):
-            limit = PIECE_ELEMENTS.get(shard[0].device.type, DEFAULT_PIECE_ELEMENTS)
+            limit = piece_elements(shard)
             is_cut = shard[0].numel() > limit and all(x.is_contiguous() for x in shard)
             pieces = [x.view(-1).split(limit) if is_cut else (x,) for x in shard]
             num_pieces.append(len(pieces[0]))

@@ -90,6 +90,9 @@ class AdaptiveInertia(StatefulOptimizer, StepReport):
         backends: implementations of the local phases.
         precision: the last three arguments.
 
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or is out of range.
+
     Numerics: arithmetic is float32, or float64 for float64 parameters; sums are float64, of the second moments as they
     are stored. In a step the host does not wait for a device, except when the set of parameters with a gradient changes
     or a state retires.

@@ -186,8 +186,8 @@ ADAI_FUNCTION float wide(uint16_t x) { return float_of(static_cast<int32_t>(uint
 
 // The states are rounded, but still float32: 1 - P in place of P.
 template <class VARIANT, class WORDS>
-ADAI_FUNCTION void advance_lanes(const LowBlock<WORDS>& block, int64_t start, int64_t n, const Hyper& hyper, const Step& step,
-                                 double (&lanes)[LANES]) {
+ADAI_FUNCTION void advance_lanes(const LowBlock<WORDS>& block, int64_t start, int64_t n, const Hyper& hyper,
+                                 const Step& step, double (&lanes)[LANES]) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
     const int64_t i = start + j;
@@ -199,7 +199,10 @@ ADAI_FUNCTION void advance_lanes(const LowBlock<WORDS>& block, int64_t start, in
     block.m[i] = rounded_to_bfloat16(m, bits);
     v = rounded_to_bfloat16(v, bits >> 16);
     block.v[i] = v;
-    if (VARIANT::HAS_PRODUCT) block.P[i] = rounded_to_bfloat16(P > block.settled ? 1.0f - P : 1.0f, bits ^ (bits >> 16));
+    if (VARIANT::HAS_PRODUCT) {
+      const float q = P > block.settled ? 1.0f - P : 1.0f;
+      block.P[i] = rounded_to_bfloat16(q, bits ^ (bits >> 16));
+    }
     lanes[j] += static_cast<double>(v);
   }
 }
@@ -410,8 +413,9 @@ double advance_low(const Chunk& chunk, const Dtypes& dtypes, const Hyper& hyper,
 double advance(const Chunk& chunk, const Dtypes& dtypes, const Hyper& hyper, const Step& step,
                const Rounding& rounding) {
   if (dtypes.state != Dtype::float32) return advance_low(chunk, dtypes, hyper, step, rounding);
-  const auto block_function = [](auto variant) -> AdvanceBlock<Block> { return advance_block<decltype(variant), Block>; };
-  const AdvanceBlock<Block> advance_next = with_variant(hyper, chunk.beta1_prod != nullptr, block_function);
+  using Advance = AdvanceBlock<Block>;
+  const auto block_function = [](auto variant) -> Advance { return advance_block<decltype(variant), Block>; };
+  const Advance advance_next = with_variant(hyper, chunk.beta1_prod != nullptr, block_function);
   float *m = static_cast<float*>(chunk.exp_avg), *v = static_cast<float*>(chunk.exp_avg_sq);
   float grad_buffer[BLOCK_ELEMENTS], param_buffer[BLOCK_ELEMENTS];
   double lanes[LANES] = {};

@@ -9,11 +9,13 @@ namespace {
 
 constexpr int64_t MAX_BLOCKS = int64_t{1} << 23;  // per launch: HIP allows 2^32 threads
 
-// Data that a thread requests before it computes: vectors per tensor in advance, bytes in all in observe. With 32 to 76
-// registers, 3 or more blocks are resident per multiprocessor, with 60 to 120 KiB in flight; an H200 needs about 26 KiB
-// to saturate its memory (4.8 TB/s, 700 ns, 132 multiprocessors), a B200 about 43 KiB.
+// Data that a thread requests before it computes: vectors per tensor in advance, bytes in all in observe. In advance, 2
+// or more blocks are resident per multiprocessor, which the launch bounds ensure, with 64 KiB or more in flight in
+// float32; an H200 needs about 26 KiB to saturate its memory (4.8 TB/s, 700 ns, 132 multiprocessors), a B200 about
+// 43 KiB. Rounding needs more registers per element: with 16-bit parameters or states, 16 to 28 KiB are in flight.
 constexpr int STEP_VECTORS = 2;
-constexpr int LOW_STEP_VECTORS = 1;  // with rounding, which needs more registers per element
+constexpr int LOW_STEP_VECTORS = 1;
+constexpr int MIN_BLOCKS = 2;
 constexpr int OBSERVE_BYTES = 64;
 
 // -- observe ----------------------------------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ __device__ void decay_chunk(PARAM* params, int count, const Step& step, int16_t*
 }
 
 template <class VARIANT, class PARAM, class GRAD, class STATE>
-__global__ void __launch_bounds__(THREADS, 2) advance_chunks(const AdvanceArguments arguments) {
+__global__ void __launch_bounds__(THREADS, MIN_BLOCKS) advance_chunks(const AdvanceArguments arguments) {
   const auto& table = arguments.table;
   const Chunk chunk(table, blockIdx.x);
   const Hyper& hyper = arguments.hyper;

@@ -67,7 +67,8 @@ ADAI_FUNCTION void round_randomly(float x, uint32_t bits, Float16& to) {
   const uint32_t largest = 0x7bff, carried = (magnitude - (112u << 23) + ((bits & 0xffff) >> 3)) >> 13;
   const uint32_t normal = carried < largest ? carried : largest;
   const bool is_subnormal = magnitude < 0x38800000;  // 2^-14
-  const float scaled = (is_subnormal ? size : 0.0f) * 16777216.0f + static_cast<float>((bits & 0xffff) >> 3) * 1.220703125e-4f;
+  const float noise = static_cast<float>((bits & 0xffff) >> 3) * 1.220703125e-4f;  // 2^-13
+  const float scaled = (is_subnormal ? size : 0.0f) * 16777216.0f + noise;         // 2^24
   const uint32_t subnormal = static_cast<uint32_t>(static_cast<int32_t>(scaled));
   const uint32_t finite = is_subnormal ? subnormal : normal;
   const uint32_t beyond = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
@@ -77,7 +78,8 @@ ADAI_FUNCTION void round_randomly(float x, uint32_t bits, Float16& to) {
 
 ADAI_FUNCTION void round_randomly(float x, uint32_t, float& to) { to = x; }
 
-// Master weights: a rounded number and a remainder. Those of Float16 need conversions that are defined with the kernels.
+// Master weights: a rounded number and a remainder. Those of Float16 need conversions, which are defined with the
+// kernels.
 ADAI_FUNCTION void split(float master, BFloat16& rounded, int16_t& remainder) {
   const uint32_t pattern = static_cast<uint32_t>(bits_of(master));
   const bool is_nan = (pattern & 0x7fffffff) > 0x7f800000;
