@@ -176,10 +176,10 @@ def test_a_case_writes_what_its_name_says(case: str, changed: str) -> None:
 @pytest.mark.parametrize(
     ("case", "changed"),
     [
-        (STEP, "param master_remainder"),
-        (LOW_STEP, "param exp_avg exp_avg_sq one_minus_beta1_prod master_remainder"),
-        (f"{LOW_STEP}, retired", "param exp_avg exp_avg_sq master_remainder"),
-        (NO_MASTER, "param exp_avg exp_avg_sq one_minus_beta1_prod"),
+        (STEP, "param master_param"),
+        (LOW_STEP, "param exp_avg exp_avg_sq beta1_prod master_param"),
+        (f"{LOW_STEP}, retired", "param exp_avg exp_avg_sq master_param"),
+        (NO_MASTER, "param exp_avg exp_avg_sq beta1_prod"),
     ],
 )
 def test_a_case_with_16_bit_parameters_writes_what_its_name_says(
@@ -189,14 +189,14 @@ def test_a_case_with_16_bit_parameters_writes_what_its_name_says(
     ours, (kernels, low) = adai_cases(model)
     cases = {item.name: item for item in ours}
     cases[case].prepare()
-    names = ("", "exp_avg", "exp_avg_sq", "one_minus_beta1_prod", "master_remainder")
+    names = ("", "exp_avg", "exp_avg_sq", "beta1_prod", "master_param")
     before = {name: contents(model, low.state, name) for name in names}
     cases[case].run()
     after = {name: contents(model, low.state, name) for name in names}
     different = [name or "param" for name in names if not all(map(torch.equal, before[name], after[name]))]
     assert " ".join(different) == changed
     for param in model.params:
-        assert low.state[param]["master_remainder"] is kernels.state[param]["master_remainder"]
+        assert low.state[param]["master_param"] is kernels.state[param]["master_param"]
     assert not caplog.records, "no case without master weights warns of it"
 
 
