@@ -64,22 +64,22 @@ def _store_(shards: LocalTensors, wide: LocalTensors, i: int, scalars: StepScala
     param, rounding = shards.param[i], scalars.rounding
     has_low_states = shards.exp_avg[i].dtype in LOW_DTYPES
     is_rounded = param.dtype in LOW_DTYPES and not shards.remainder
-    words: list[Tensor] = []
-    if has_low_states or is_rounded:
-        assert rounding is not None
-        indices = global_indices(rounding.origins[i], start, param)
-        words = [random_words(stream, indices) for stream in rounding.streams[i].unbind()]
     if shards.remainder:
         for tensor, part in zip((param, shards.remainder[i]), split(wide.param[i], param.dtype), strict=True):
             tensor.copy_(part)
-    elif is_rounded:
-        param.copy_(stochastically_rounded(wide.param[i], param.dtype, words[1]))
-    if not has_low_states:
+    if not (has_low_states or is_rounded):
         return
     assert rounding is not None
-    shards.exp_avg[i].copy_(stochastically_rounded(wide.exp_avg[i], torch.bfloat16, words[0]))
-    shards.exp_avg_sq[i].copy_(stochastically_rounded(wide.exp_avg_sq[i], torch.bfloat16, words[0] >> 16))
+    of_states, of_param = rounding.streams[i].unbind()
+    indices = global_indices(rounding.origins[i], start, param)
+    if is_rounded:
+        param.copy_(stochastically_rounded(wide.param[i], param.dtype, random_words(of_param, indices)))
+    if not has_low_states:
+        return
+    words = random_words(of_states, indices)
+    shards.exp_avg[i].copy_(stochastically_rounded(wide.exp_avg[i], torch.bfloat16, words))
+    shards.exp_avg_sq[i].copy_(stochastically_rounded(wide.exp_avg_sq[i], torch.bfloat16, words >> 16))
     if shards.beta1_prod:
         P = wide.beta1_prod[i]
         q = torch.where(rounding.settled[i] * scalars.is_live < P, 1.0 - P, 1.0)
-        shards.beta1_prod[i].copy_(stochastically_rounded(q, torch.bfloat16, words[0] ^ (words[0] >> 16)))
+        shards.beta1_prod[i].copy_(stochastically_rounded(q, torch.bfloat16, words ^ (words >> 16)))

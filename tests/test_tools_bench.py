@@ -149,6 +149,16 @@ def contents(model: Model, states: dict[Tensor, dict[str, Tensor]], name: str) -
     return [(states[param][name] if name else param.detach()).clone() for param in model.params]
 
 
+def written_by(case: Case, model: Model, states: dict[Tensor, dict[str, Tensor]], other: str) -> str:
+    """Run a case; return which parameters and states it has changed, among them the state named ``other``."""
+    case.prepare()
+    names = ("", "exp_avg", "exp_avg_sq", "beta1_prod", other)
+    before = {name: contents(model, states, name) for name in names}
+    case.run()
+    after = {name: contents(model, states, name) for name in names}
+    return " ".join(name or "param" for name in names if not all(map(torch.equal, before[name], after[name])))
+
+
 @pytest.mark.parametrize(
     ("case", "changed"),
     [
@@ -164,13 +174,7 @@ def test_a_case_writes_what_its_name_says(case: str, changed: str) -> None:
     model = small_model()
     ours, (optimizer, _) = adai_cases(model)
     cases = {item.name: item for item in (*ours, *adamw_cases(model))}
-    cases[case].prepare()
-    names = ("", "exp_avg", "exp_avg_sq", "beta1_prod", "step")
-    before = {name: contents(model, optimizer.state, name) for name in names}
-    cases[case].run()
-    after = {name: contents(model, optimizer.state, name) for name in names}
-    different = [name or "param" for name in names if not all(map(torch.equal, before[name], after[name]))]
-    assert " ".join(different) == changed
+    assert written_by(cases[case], model, optimizer.state, "step") == changed
 
 
 @pytest.mark.parametrize(
@@ -188,13 +192,7 @@ def test_a_case_with_16_bit_parameters_writes_what_its_name_says(
     model = small_model(torch.bfloat16)
     ours, (kernels, low) = adai_cases(model)
     cases = {item.name: item for item in ours}
-    cases[case].prepare()
-    names = ("", "exp_avg", "exp_avg_sq", "beta1_prod", "master_param")
-    before = {name: contents(model, low.state, name) for name in names}
-    cases[case].run()
-    after = {name: contents(model, low.state, name) for name in names}
-    different = [name or "param" for name in names if not all(map(torch.equal, before[name], after[name]))]
-    assert " ".join(different) == changed
+    assert written_by(cases[case], model, low.state, "master_param") == changed
     for param in model.params:
         assert low.state[param]["master_param"] is kernels.state[param]["master_param"]
     assert not caplog.records, "no case without master weights warns of it"

@@ -27,7 +27,6 @@ ADAI_FUNCTION double sum_of(const double (&lanes)[LANES]) {
 
 // -- float16, without branches so that loops vectorise ---------------------------------------------------------------
 
-using adai::narrow;
 using adai::widen;
 
 ADAI_FUNCTION float widen(Float16 x) {
@@ -182,8 +181,6 @@ ADAI_FUNCTION void prefetch(const LowBlock<WORDS>& block, int64_t start) {
   }
 }
 
-ADAI_FUNCTION float wide(uint16_t x) { return float_of(static_cast<int32_t>(uint32_t{x} << 16)); }
-
 // The states are rounded, but still float32: 1 - P in place of P.
 template <class VARIANT, class WORDS>
 ADAI_FUNCTION void advance_lanes(const LowBlock<WORDS>& block, int64_t start, int64_t n, const Hyper& hyper,
@@ -191,8 +188,8 @@ ADAI_FUNCTION void advance_lanes(const LowBlock<WORDS>& block, int64_t start, in
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
     const int64_t i = start + j;
-    float theta = block.theta[i], m = wide(block.low_m[i]), v = wide(block.low_v[i]);
-    float P = VARIANT::HAS_PRODUCT ? 1.0f - wide(block.low_q[i]) : 0.0f;
+    float theta = block.theta[i], m = widen(BFloat16{block.low_m[i]}), v = widen(BFloat16{block.low_v[i]});
+    float P = VARIANT::HAS_PRODUCT ? product_of(BFloat16{block.low_q[i]}) : 0.0f;
     advance<VARIANT>(theta, block.grad[i], m, v, P, hyper, step);
     block.theta[i] = theta;
     const uint32_t bits = word_of(block.words, i);

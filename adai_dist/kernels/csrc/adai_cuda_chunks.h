@@ -27,7 +27,6 @@ constexpr int64_t MAX_ARGUMENT_BYTES = 4096;
 constexpr int64_t MAX_SCALAR_BYTES = 192;  // arguments other than lists
 
 using adai::joined;
-using adai::narrow;
 using adai::product_of;
 using adai::split;
 using adai::widen;

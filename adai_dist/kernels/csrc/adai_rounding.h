@@ -76,8 +76,6 @@ ADAI_FUNCTION void round_randomly(float x, uint32_t bits, Float16& to) {
   to.bits = static_cast<uint16_t>(rounded | ((pattern >> 16) & 0x8000));
 }
 
-ADAI_FUNCTION void round_randomly(float x, uint32_t, float& to) { to = x; }
-
 // Master weights: a rounded number and a remainder. Those of Float16 need conversions, which are defined with the
 // kernels.
 ADAI_FUNCTION void split(float master, BFloat16& rounded, int16_t& remainder) {
