@@ -1,4 +1,4 @@
-"""What an optimizer stores in 16 bits: the modes, and the dtypes of states that follow from them."""
+"""What an optimizer stores in 16 or 8 bits: the modes, and the dtypes of states that follow from them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from adai_dist.equations import compute_dtype
 from adai_dist.rounding import LOW_DTYPES
 
-StateDtype = Literal["float32", "bfloat16"]
+StateDtype = Literal["float32", "bfloat16", "mixed8"]
 STATE_DTYPES: tuple[StateDtype, ...] = get_args(StateDtype)
 MasterWeights = bool | Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """What is stored in 16 bits, and the seed of the random rounding.
+    """What is stored in 16 or 8 bits, and the seed of the random rounding.
 
     Raises:
         TypeError: a value has the wrong type.
@@ -28,7 +28,9 @@ class Precision:
 
     state_dtype: StateDtype = "float32"
     """Dtype of the moments and of the product of inertias: float32 takes 12 bytes per parameter (8 once the product has
-    retired), bfloat16 takes 6 (4), rounded stochastically. Float64 and complex parameters keep states in full."""
+    retired), bfloat16 takes 6 (4), rounded stochastically. mixed8 takes 4.06 (3.06): the first moment in bfloat16, the
+    others in 8 bits (:mod:`adai_dist.eight_bits`); parameters that are no matrices keep states in bfloat16. Float64 and
+    complex parameters keep states in full."""
     master_weights: MasterWeights = "auto"
     """Whether the optimizer keeps the float32 value of bfloat16 and float16 parameters, as a remainder of 2 bytes per
     parameter. "auto" does; True also warns if no parameter needs one. False rounds parameters stochastically."""
@@ -38,8 +40,7 @@ class Precision:
     def __post_init__(self) -> None:
         if self.state_dtype not in STATE_DTYPES:
             raise ValueError(
-                f"state_dtype must be one of {', '.join(map(repr, STATE_DTYPES))}, got {self.state_dtype!r}; float16 "
-                "and 8-bit states are not supported"
+                f"state_dtype must be one of {', '.join(map(repr, STATE_DTYPES))}, got {self.state_dtype!r}"
             )
         if self.master_weights is not True and self.master_weights is not False and self.master_weights != "auto":
             raise ValueError(f"master_weights must be 'auto', True or False, got {self.master_weights!r}")
@@ -65,11 +66,14 @@ class Precision:
         return [f"{name}={theirs!r} instead of {ours!r}" for name, theirs, ours in pairs if theirs != ours]
 
     def state_dtype_of(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype of the states of a parameter in ``dtype``, complex for complex parameters."""
+        """Return the dtype of the states of a parameter in ``dtype``, complex for complex parameters.
+
+        In mixed8, those of some parameters have fewer bits (:func:`adai_dist.sharding.records.records_shape`).
+        """
         if dtype.is_complex:
             return compute_dtype(dtype).to_complex()
         wide = compute_dtype(dtype)
-        return torch.bfloat16 if self.state_dtype == "bfloat16" and wide == torch.float32 else wide
+        return torch.bfloat16 if self.state_dtype != "float32" and wide == torch.float32 else wide
 
     def has_remainder(self, dtype: torch.dtype) -> bool:
         """Return whether a parameter in ``dtype`` has a remainder, and so float32 master weights."""

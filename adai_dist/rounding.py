@@ -26,11 +26,14 @@ from torch import Tensor
 LOW_DTYPES = (torch.bfloat16, torch.float16)
 """Dtypes of parameters whose steps need a remainder or stochastic rounding."""
 
+TO_NEAREST = 0x8000
+"""In place of random bits: rounding to the nearest number, and of two to the one away from 0."""
+
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 """Of the hash function ``lowbias32`` by C. Wellons, https://nullprogram.com/blog/2018/07/31/."""
 _GOLDEN = 0x9E3779B9
 """2^32 over the golden ratio."""
-_SETTLED_PRODUCT, _SETTLED_BELOW = 2.0**-9, 2.0**-6
+_SETTLED_PRODUCT, _SETTLED_BELOW_16, _SETTLED_BELOW_8 = 2.0**-9, 2.0**-6, 2.0**-4
 
 
 class Rounding(NamedTuple):
@@ -106,13 +109,13 @@ def global_indices(origin: Tensor, start: int, like: Tensor) -> Tensor:
     return (local // run).mul_(stride).add_(local.remainder(run)).add_(first)
 
 
-def stochastically_rounded(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+def stochastically_rounded(x: Tensor, dtype: torch.dtype, bits: Tensor | int) -> Tensor:
     """Round float32 numbers to bfloat16 or float16, up with a probability of the distance from the lower neighbour.
 
     Up means away from 0. Finite numbers that float16 rounds to at most its largest number stay finite.
 
     Args:
-        bits: 16 random bits per element in the lower half; int32.
+        bits: 16 random bits per element in the lower half, int32; or :data:`TO_NEAREST`.
     """
     bits = bits & 0xFFFF
     if dtype == torch.bfloat16:
@@ -122,7 +125,7 @@ def stochastically_rounded(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tenso
     return torch.where(x.isnan(), torch.nan, rounded)
 
 
-def _to_float16(x: Tensor, bits: Tensor) -> Tensor:
+def _to_float16(x: Tensor, bits: Tensor | int) -> Tensor:
     magnitude = x.abs()
     normal = (((magnitude.view(torch.int32) - (112 << 23)) + (bits >> 3)) >> 13).clamp_(max=0x7BFF)
     subnormal = (magnitude * 2.0**24 + (bits >> 3) * 2.0**-13).to(torch.int32)
@@ -131,18 +134,19 @@ def _to_float16(x: Tensor, bits: Tensor) -> Tensor:
     return torch.where(x.signbit(), -rounded, rounded)
 
 
-def settled_below(eps: float, t: Tensor) -> Tensor:
-    """Return the bound of ``1 - Q`` in bfloat16 up to which it is set to 0: 2^-6 from the step on in which
-    ``(1 - eps)^t <= 2^-9``, else 0.
+def settled_below(eps: float, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the bound of ``1 - Q`` up to which it is set to 0: from the step on in which ``(1 - eps)^t <= 2^-9``, 2^-4
+    in 8 bits and 2^-6 in bfloat16; before that step, 0.
 
     From that step on the product of inertias is at most 2^-9, and a step changes by at most 0.2 % if it is taken as 0.
-    The stored products are spread around it in multiples of 2^-8; those above the bound decay further.
+    The stored products are spread around it in multiples of 2^-8 or 2^-5.6; those above the bound decay further.
 
     Args:
         t: step counts after this step.
+        dtype: of the stored products; uint8 or a wider one.
     """
     is_settled = t.double() * math.log1p(-eps) <= math.log(_SETTLED_PRODUCT)
-    return torch.where(is_settled, _SETTLED_BELOW, 0.0).float()
+    return torch.where(is_settled, _SETTLED_BELOW_8 if dtype == torch.uint8 else _SETTLED_BELOW_16, 0.0).float()
 
 
 def split(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adai_dist.eight_bits import RECORD_BYTES, RECORD_ELEMENTS
 from tests.kernel_cases import Operators
 
 CSRC = Path(__file__).parent.parent / "adai_dist" / "kernels" / "csrc"
 CPP = Path(__file__).parent / "cpp"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
 def compiler() -> str | None:
@@ -90,13 +91,13 @@ def operators(library: ctypes.CDLL) -> Operators:
 
     def advance(*arguments: Any) -> Tensor:
         *lists, inverse_means, coefficient, lr, is_finite, is_live, rounding, hyper = arguments
-        params, grads, exp_avgs = lists[:3]
+        params, grads, _, exp_avg_sqs = lists[:4]
         result = torch.full((len(params), 2), float("nan"), dtype=torch.float64)
         pointers = [_pointers(tensors) for tensors in lists]
         error = library.advance(
             *_sizes(params),
             (ctypes.c_void_p * 6)(*(ctypes.cast(x, ctypes.c_void_p) if x else None for x in pointers)),
-            _dtypes(params, grads, exp_avgs),
+            _dtypes(params, grads, exp_avg_sqs),
             _address(inverse_means),
             (ctypes.c_float * 2)(coefficient, lr),
             (ctypes.c_bool * 2)(is_finite, is_live),
@@ -130,7 +131,8 @@ def _check(error: bytes | None) -> None:
 
 
 def _sizes(tensors: list[Tensor]) -> tuple[Any, ctypes.c_int64]:
-    num_elements = (ctypes.c_int64 * len(tensors))(*(tensor.numel() for tensor in tensors))
+    sizes = [x.numel() if x.dtype != torch.uint8 else x.numel() // RECORD_BYTES * RECORD_ELEMENTS for x in tensors]
+    num_elements = (ctypes.c_int64 * len(tensors))(*sizes)
     return num_elements, ctypes.c_int64(len(tensors))
 
 

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adai_dist import equations, storage
+from adai_dist import eight_bits, equations, storage
+from adai_dist.eight_bits import RECORD_ELEMENTS
 from adai_dist.equations import LocalTensors, StepScalars
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import nothing_kept
 from adai_dist.kernels.ops import kernel_scalars, operator_order
 from adai_dist.rounding import (
     LOW_DTYPES,
+    TO_NEAREST,
     Origin,
     Rounding,
     global_indices,
@@ -69,12 +71,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_PAIRS = list(itertools.product(DTYPES, DTYPES))
 
 
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
+"""Of second moments: uint8 is mixed8."""
+
+
 class Mode(NamedTuple):
     """How parameters, gradients and states are stored: keyword arguments of :func:`make_shards`."""
 
     dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)
     """Of parameters and gradients."""
     state: torch.dtype = torch.float32
+    """One of :data:`STATE_DTYPES`."""
     has_remainder: bool = False
 
     def __str__(self) -> str:
@@ -87,7 +94,16 @@ MODES = [
     for dtypes, state, has_remainder in itertools.product(DTYPE_PAIRS, (torch.float32, torch.bfloat16), (False, True))
     if dtypes[0] in LOW_DTYPES or not has_remainder
 ]
-LOW_MODES = [mode for mode in MODES if mode.dtypes[0] in LOW_DTYPES or mode.state in LOW_DTYPES]
+# What is in 8 bits is independent of parameters and gradients: each of their dtypes once with and without a remainder.
+MODES += [
+    Mode((torch.float32, torch.float32), torch.uint8),
+    Mode((torch.float32, torch.float16), torch.uint8),
+    Mode((torch.bfloat16, torch.bfloat16), torch.uint8),
+    Mode((torch.float16, torch.float32), torch.uint8),
+    Mode((torch.float16, torch.bfloat16), torch.uint8, has_remainder=True),
+    Mode((torch.bfloat16, torch.bfloat16), torch.uint8, has_remainder=True),
+]
+LOW_MODES = [mode for mode in MODES if mode.dtypes[0] in LOW_DTYPES or mode.state != torch.float32]
 PLAIN_MODES = [mode for mode in MODES if mode not in LOW_MODES]
 
 ORIGINS = (
@@ -105,8 +121,18 @@ COEFFICIENT, DECAY = 0.7, 0.1
 
 
 def placed(values: Tensor, offset: int) -> Tensor:
-    """Copy values into the middle of a larger tensor, `offset` elements after an aligned address."""
+    """Copy values into the middle of a larger tensor, `offset` elements after an aligned address.
+
+    Records, which have two dimensions, are at twice that distance in bytes, as their scales need even addresses.
+    """
+    if values.ndim == 2:
+        return placed(values.flatten(), 2 * offset).view(values.shape)
     return torch.full((values.numel() + 32,), SENTINEL).to(values)[offset : offset + values.numel()].copy_(values)
+
+
+def whole(size: int, state: torch.dtype) -> int:
+    """Round a number of elements up to whole records in mixed8."""
+    return size if state != torch.uint8 else -(-size // RECORD_ELEMENTS) * RECORD_ELEMENTS
 
 
 def neighbours(tensor: Tensor) -> Tensor:
@@ -126,11 +152,14 @@ def make_shards(
     retired: bool = False,
     offset: int = 0,
 ) -> LocalTensors:
-    """Make parameters and heavy-tailed gradients, of the given dtypes, and states; equal on all devices."""
+    """Make parameters and heavy-tailed gradients, of the given dtypes, and states; equal on all devices.
+
+    In mixed8, sizes are rounded up to whole records.
+    """
     random = torch.Generator().manual_seed(1)
     shards: list[list[Tensor]] = []
     for size in sizes:
-        normal, tails = (torch.randn(5, size, generator=random) for _ in range(2))
+        normal, tails = (torch.randn(5, whole(size, state), generator=random) for _ in range(2))
         scale = torch.exp(2 * tails)
         values = [
             normal[0],
@@ -150,7 +179,11 @@ def stored_in(
     """Store float32 numbers, one tensor of each kind, in the given dtypes, with a remainder behind them if wanted."""
     param, grad, m, v, P = values
     params = split(param, dtypes[0]) if has_remainder else (param.to(dtypes[0]),)
-    states = [x.to(state) for x in (m, v, 1.0 - P if state in LOW_DTYPES else P)]
+    if state == torch.uint8:
+        encoded = eight_bits.encoded_moment(v, TO_NEAREST), eight_bits.encoded_complement(1.0 - P, TO_NEAREST)
+        states = [m.bfloat16(), *encoded]
+    else:
+        states = [x.to(state) for x in (m, v, 1.0 - P if state in LOW_DTYPES else P)]
     return [params[0], grad.to(dtypes[1]), *states, *params[1:]]
 
 
@@ -189,7 +222,8 @@ def turned(index: int) -> tuple[Origin, ...]:
 
 def copied(shards: LocalTensors, offset: int | None = None, **to: Any) -> LocalTensors:
     def copy(x: Tensor) -> Tensor:
-        return placed(x, x.storage_offset() if offset is None else offset).to(**to)
+        start = x.storage_offset() // (2 if x.ndim == 2 else 1)
+        return placed(x, start if offset is None else offset).to(**to)
 
     return LocalTensors(*([copy(x) for x in tensors] for tensors in shards))
 
@@ -200,7 +234,9 @@ def widened(shards: LocalTensors) -> LocalTensors:
         param=[x.clone() for x in storage.wide_params(shards)],
         grad=[x.clone() for x in shards.grad],
         exp_avg=[x.float().clone() for x in shards.exp_avg],
-        exp_avg_sq=[x.float().clone() for x in shards.exp_avg_sq],
+        exp_avg_sq=[
+            storage.moment_of(x, m.shape).clone() for x, m in zip(shards.exp_avg_sq, shards.exp_avg, strict=True)
+        ],
         beta1_prod=[storage.product_of(x).clone() for x in shards.beta1_prod],
     )
 
@@ -222,7 +258,9 @@ def rounded_as(shards: LocalTensors, wide: LocalTensors, rounding: Rounding) -> 
                 P = wide.beta1_prod[i]
                 states[2] = torch.where(rounding.settled[i] < P, 1.0 - P, 1.0)
             words = for_states, for_states >> 16, for_states ^ (for_states >> 16)
-            states = [stochastically_rounded(x, torch.bfloat16, bits) for x, bits in zip(states, words, strict=False)]
+            dtypes = torch.bfloat16, shards.exp_avg_sq[i].dtype, shards.exp_avg_sq[i].dtype
+            store = storage.stored_product, storage.stored_moment, storage.stored_product
+            states = [s(x, *how) for s, x, *how in zip(store, states, dtypes, words, strict=False)]
         placeholder = [] if wide.beta1_prod else [torch.empty(0)]
         stored.append([params[0], shards.grad[i], *states, *placeholder, *params[1:]])
     return listed(stored, retired=not wide.beta1_prod)
@@ -263,7 +301,7 @@ def assert_same_bits(found: LocalTensors, expected: LocalTensors) -> None:
 
 def _differs(x: Tensor, y: Tensor) -> Tensor:
     assert x.dtype == y.dtype
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return (x.contiguous().view(integer) != y.contiguous().view(integer)) & ~(x.isnan() & y.isnan())
 
 
@@ -288,9 +326,9 @@ def check_advance(operators: Operators, shards: LocalTensors, hyper: Hyper) -> N
         ulp = torch.finfo(dtype).eps if b else 0.0
         assert error <= max(2 * allowed, ulp), f"{name}: {error:.1e}, equations {allowed:.1e}"
     for a, b in zip(itertools.chain(*found[:5]), itertools.chain(*rounded[:5]), strict=True):
-        if a.dtype in LOW_DTYPES and a.numel() > 1000:
+        if a.dtype in (*LOW_DTYPES, torch.uint8) and a.numel() > 1000:
             assert _differs(a.cpu(), b).sum() <= 0.01 * a.numel()
-    for v, total in zip(found.exp_avg_sq, kept[:, 0].tolist(), strict=True):
+    for v, total in zip(widened(found).exp_avg_sq, kept[:, 0].tolist(), strict=True):
         assert math.isclose(total, math.fsum(v.tolist()), rel_tol=1e-13)
 
 
@@ -328,10 +366,18 @@ def check_alignment(operators: Operators, hyper: Hyper, mode: Mode) -> None:
             assert (neighbours(x) == SENTINEL).all()
 
 
+def change_(v: Tensor, write: Callable[[Tensor], Tensor]) -> None:
+    """Write to second moments of any dtype."""
+    if v.dtype == torch.uint8:
+        v.copy_(eight_bits.encoded_moment(write(eight_bits.decoded_moment(v)), TO_NEAREST))
+    else:
+        write(v)
+
+
 def check_sums(operators: Operators, shards: LocalTensors) -> None:
     """Check that all operators give the sum of an exp_avg_sq the same bits, also in a step that does not count."""
     for v in shards.exp_avg_sq:  # magnitudes so diverse that the order of summation matters in float64
-        v.mul_(torch.exp2(torch.arange(v.numel(), device=v.device) % 61 - 30.0))
+        change_(v, lambda x: x.mul_(torch.exp2(torch.arange(x.numel(), device=x.device) % 61 - 30.0).view(x.shape)))
     returned = step(operators, shards, Hyper(lr=1.0), make_scalars(shards))
     assert torch.equal(returned[:, 0], sums(operators, shards.exp_avg_sq))
     assert torch.equal(returned[:, 0], observe(operators, shards.grad, [], shards.exp_avg_sq)[:, 1])
@@ -354,7 +400,7 @@ def check_detection_of_writes(operators: Operators, shards: LocalTensors) -> Non
             continue
         before = v.clone()
         for write in (lambda x: x.mul_(0.5), lambda x: x.zero_(), lambda x: x.fill_(math.nan)):
-            write(v)
+            change_(v, write)
             found = observe(operators, shards.grad, [], shards.exp_avg_sq, marked)[:, 1]
             expected = torch.full_like(found, SENTINEL)
             expected[index] = sums(operators, [v])[0]
@@ -389,7 +435,7 @@ def check_observe(operators: Operators, shards: LocalTensors) -> None:
     effective = [g.cpu().float() * COEFFICIENT + p.cpu().float() * DECAY for g, p in pairs]  # rounded as in a step
     columns = [
         torch.stack([g @ g, v.cpu().double().sum(), g @ p, p @ p, e.double() @ e.double()])
-        for g, p, v, e in zip(*wide, shards.exp_avg_sq, effective, strict=True)
+        for g, p, v, e in zip(*wide, widened(shards).exp_avg_sq, effective, strict=True)
     ]
     expected, bounds = torch.stack(columns), torch.stack(columns)
     bounds[:, 2] = torch.stack([g.abs() @ p.abs() for g, p in zip(*wide, strict=True)])

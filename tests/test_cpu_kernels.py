@@ -29,6 +29,7 @@ from tests.kernel_cases import (
     MODES,
     OPTIONS,
     SIZES,
+    STATE_DTYPES,
     Mode,
     Operators,
     make_scalars,
@@ -58,15 +59,16 @@ def test_every_size_is_stepped_and_observed(operators: Operators, name: str) -> 
     kernel_cases.check_sums(operators, make_shards(SIZES[name], CPU))
 
 
-@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state", STATE_DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [MIXED, [2048, 2049, 5000], [3] * 260, [2**16 + 1]], ids=str)
 def test_a_write_to_a_state_is_detected(operators: Operators, sizes: list[int], state: torch.dtype) -> None:
     kernel_cases.check_detection_of_writes(operators, make_shards(sizes, operators.device, state=state))
 
 
+@pytest.mark.parametrize("state", STATE_DTYPES[1:], ids=str)
 @pytest.mark.parametrize("name", SIZES)
-def test_sums_of_states_in_low_precision_agree(operators: Operators, name: str) -> None:
-    kernel_cases.check_sums(operators, make_shards(SIZES[name], CPU, state=torch.bfloat16))
+def test_sums_of_states_in_low_precision_agree(operators: Operators, name: str, state: torch.dtype) -> None:
+    kernel_cases.check_sums(operators, make_shards(SIZES[name], CPU, state=state))
 
 
 @pytest.mark.parametrize("retired", [False, True], ids=["with products", "retired"])
@@ -104,7 +106,7 @@ def made_by_numpy(sizes: list[int], mode: Mode) -> LocalTensors:
     """Make parameters, gradients and states with NumPy: random numbers of torch depend on its instruction set."""
     random = np.random.default_rng(0)
     shards: list[list[Tensor]] = []
-    for size in sizes:
+    for size in (kernel_cases.whole(size, mode.state) for size in sizes):
         normal = torch.from_numpy(
             random.standard_normal((3, size), dtype=np.float32) * 2.0 ** random.integers(-9, 9, size)
         ).float()
@@ -167,9 +169,13 @@ def test_every_instruction_set_gives_the_same_bits(operators: Operators) -> None
 @pytest.mark.parametrize("mode", LOW_MODES, ids=str)
 def test_the_bits_of_an_element_depend_on_its_global_index_only(operators: Operators, mode: Mode) -> None:
     """A parameter that is divided among shards is stepped as a whole one; blocks and chunks begin elsewhere."""
-    whole = make_shards([50_000], CPU, **mode._asdict())
-    cuts = [0, 1, 300, 17_000, 50_000]
-    parts = LocalTensors(*([x[0][i:j].clone() for i, j in itertools.pairwise(cuts) if x] for x in whole))
+    cuts = [kernel_cases.whole(cut, mode.state) for cut in (0, 1, 300, 17_000, 50_000)]
+    whole = make_shards(cuts[-1:], CPU, **mode._asdict())
+
+    def part(x: Tensor, i: int, j: int) -> Tensor:
+        return x[i * len(x) // cuts[-1] : j * len(x) // cuts[-1]].clone()  # of records there are fewer
+
+    parts = LocalTensors(*([part(x[0], i, j) for i, j in itertools.pairwise(cuts) if x] for x in whole))
     start = 2**32 - 20_000
     scalars = make_scalars(whole, origins=[Origin(start)])
     of_parts = scalars.of_shards([0] * 4)
@@ -327,7 +333,8 @@ def test_the_kernels_declare_their_scalars_in_the_order_in_which_they_are_passed
     assert tuple(re.findall(r"^  X\(\w+, (\w+)\)", text, re.MULTILINE)) == KERNEL_SCALARS
 
 
-FLOAT32, LOW, WITH_REMAINDER = Mode(), Mode(state=torch.bfloat16), MODES[-1]
+FLOAT32, LOW, MIXED8 = Mode(), Mode(state=torch.bfloat16), Mode(state=torch.uint8)
+WITH_REMAINDER = Mode((torch.float16, torch.float16), torch.bfloat16, has_remainder=True)
 
 BAD_TENSORS = {
     "float64": (FLOAT32, lambda s: {"param": [s.param[0].double()]}, "params must be float32, bfloat16 or float16"),
@@ -342,12 +349,27 @@ BAD_TENSORS = {
     "mixed moments": (
         FLOAT32,
         lambda s: {"exp_avg_sq": [s.exp_avg_sq[0].bfloat16()]},
-        "exp_avgs, exp_avg_sqs and beta1_prods must have one dtype, got Float and BFloat16",
+        "exp_avgs, exp_avg_sqs and beta1_prods must have one dtype, or be .*, got Float and BFloat16",
     ),
     "mixed products": (
         LOW,
         lambda s: {"beta1_prod": [s.beta1_prod[0].float()]},
-        "exp_avgs, exp_avg_sqs and beta1_prods must have one dtype, got BFloat16 and Float",
+        "exp_avgs, exp_avg_sqs and beta1_prods must have one dtype, or be .*, got BFloat16 and Float",
+    ),
+    "records without bfloat16": (
+        MIXED8,
+        lambda s: {"exp_avg": [s.exp_avg[0].float()]},
+        "must have one dtype, or be bfloat16, uint8 and uint8, got Float and Byte",
+    ),
+    "products beside records": (
+        MIXED8,
+        lambda s: {"beta1_prod": [s.beta1_prod[0].bfloat16()]},
+        "got BFloat16 and BFloat16",
+    ),
+    "number of records": (
+        MIXED8,
+        lambda s: {"exp_avg_sq": [s.exp_avg_sq[0][:0]]},
+        "exp_avg_sqs of uint8 must be contiguous, with 34 bytes for 32 elements of params",
     ),
     "remainder of float32": (
         FLOAT32,

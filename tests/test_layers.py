@@ -19,7 +19,7 @@ PACKAGE = "adai_dist"
 
 # From left to right; a file imports only from its own layer and from those to its left.
 LAYERS = (
-    ("hyper", "rounding", "equations", "storage", "precision"),
+    ("hyper", "rounding", "eight_bits", "equations", "storage", "precision"),
     ("kernels",),
     ("sharding",),
     ("optimizer",),

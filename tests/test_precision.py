@@ -63,7 +63,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dtype": (
         {"state_dtype": "float16"},
         ValueError,
-        "state_dtype must be one of 'float32', 'bfloat16', got 'float16'",
+        "state_dtype must be one of 'float32', 'bfloat16', 'mixed8', got 'float16'",
     ),
     "torch dtype": ({"state_dtype": torch.bfloat16}, ValueError, "got torch.bfloat16"),
     "master": ({"master_weights": "yes"}, ValueError, "master_weights must be 'auto', True or False, got 'yes'"),

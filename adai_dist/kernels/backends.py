@@ -26,7 +26,7 @@ logger: logging.Logger = logging.getLogger("adai_dist")
 Mode = Literal["auto", "off", "require"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 ENVIRONMENT_VARIABLE = "ADAI_DIST_KERNELS"
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
 @dataclass(frozen=True, eq=False)

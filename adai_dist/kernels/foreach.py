@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adai_dist import equations, storage
+from adai_dist.eight_bits import RECORD_BYTES, RECORD_ELEMENTS, decoded_moment
 from adai_dist.equations import LocalTensors, SquaredNorms, StepScalars, Tensors
 from adai_dist.hyper import Hyper
 from adai_dist.rounding import LOW_DTYPES
@@ -32,7 +33,7 @@ def observe_in_pieces(shards: LocalTensors, hyper: Hyper, c: Tensor, kept: Tenso
 
 def advance_in_pieces(shards: LocalTensors, hyper: Hyper, scalars: StepScalars) -> None:
     """Run :func:`adai_dist.storage.advance`; temporary memory is four tensors of the size of a piece, and eleven for
-    parameters or states in 16 bits."""
+    parameters or states in fewer bits."""
     cut = Cut.of(shards)
     shard_of_piece = [shard for shard, count in enumerate(cut.num_pieces) for _ in range(count)]
     for batch in _batches(cut.pieces.param, hyper):
@@ -43,13 +44,20 @@ def advance_in_pieces(shards: LocalTensors, hyper: Hyper, scalars: StepScalars) 
 def sums_in_pieces(exp_avg_sqs: list[Tensor], kept: Tensor) -> Tensor:
     """Return the sum of each tensor, float64; always reads, which costs little beside the operations of a step."""
     del kept
+    if exp_avg_sqs[0].dtype == torch.uint8:
+        return torch.stack([_sum_of_records(records) for records in exp_avg_sqs])
     cut = Cut.of(LocalTensors(exp_avg_sqs, [], [], [], []))
     return cut.per_shard(equations.sums(cut.pieces.param))
 
 
+def _sum_of_records(records: Tensor) -> Tensor:
+    pieces = records.view(-1, RECORD_BYTES).split(piece_elements([records]) // RECORD_ELEMENTS)
+    return torch.stack([equations.sums([decoded_moment(piece)]).squeeze(0) for piece in pieces]).sum()
+
+
 def piece_elements(shard: Sequence[Tensor]) -> int:
-    """Return the largest piece of a shard, given as some of its tensors; half in 16 bits, whose indices are int64."""
-    is_low = any(tensor.dtype in LOW_DTYPES for tensor in shard)
+    """Return the largest piece of a shard, given as some of its tensors; half if rounded, as indices are int64."""
+    is_low = any(tensor.dtype in (*LOW_DTYPES, torch.uint8) for tensor in shard)
     return PIECE_ELEMENTS.get(shard[0].device.type, DEFAULT_PIECE_ELEMENTS) // (2 if is_low else 1)
 
 
@@ -71,7 +79,9 @@ class Cut(NamedTuple):
         for shard in zip(*present, strict=True):
             limit = piece_elements(shard)
             is_cut = shard[0].numel() > limit and all(x.is_contiguous() for x in shard)
-            pieces = [x.view(-1).split(limit) if is_cut else (x,) for x in shard]
+            # Of the records of a second moment, a piece has as many bytes as there are for its elements.
+            sizes = [limit * x.numel() // max(1, shard[0].numel()) for x in shard]
+            pieces = [x.view(-1).split(size) if is_cut else (x,) for x, size in zip(shard, sizes, strict=True)]
             num_pieces.append(len(pieces[0]))
             starts.extend(range(0, len(pieces[0]) * limit, limit))
             for column, of_tensor in zip(columns, pieces, strict=True):

@@ -2,8 +2,8 @@
 
 Loading ``csrc/adai_cpu.cpp`` or ``csrc/adai_cuda.cpp`` registers the implementations (:mod:`adai_dist.kernels.build`).
 The tensors of a list are dense and on one device; parameters and gradients are float32, bfloat16 or float16, with one
-dtype per list; states are all float32 or all bfloat16. Tensors may be empty, but the first list of an operator has at
-least one.
+dtype per list; states are all float32 or all bfloat16, or exp_avgs bfloat16 and the others uint8, as
+:mod:`adai_dist.eight_bits` defines. Tensors may be empty, but the first list of an operator has at least one.
 """
 
 from __future__ import annotations

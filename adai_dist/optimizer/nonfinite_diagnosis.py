@@ -25,7 +25,10 @@ def describe_nonfinite(param_groups: list[dict[str, Any]], states: Mapping[Tenso
         kinds["grad"].append((name, param.grad))
         kinds["value"].append((name, param))
         for state_name in STATE_NAMES:
-            kinds[state_name].append((name, states.get(param, {}).get(state_name)))
+            value = states.get(param, {}).get(state_name)
+            if isinstance(value, Tensor) and value.dtype == torch.uint8:
+                continue
+            kinds[state_name].append((name, value))
     found: list[str] = []
     for kind, named in kinds.items():
         tensors = [(name, local_tensor(value.detach())) for name, value in named if isinstance(value, Tensor)]

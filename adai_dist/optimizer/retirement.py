@@ -5,8 +5,8 @@ numbers above 1 (2^-25 in float32), ``1 - P`` rounds to 1 from then on. As inert
 of P reaches this after at most ln(2^-25) / ln(1 - eps) steps: 17,321 at eps=1e-3. This saves 4 bytes of state per
 element, and 8 bytes of memory traffic per element and step.
 
-In bfloat16, ``Q = 1 - P`` is stored, and set to 1 as soon as it may be (:func:`adai_dist.rounding.settled_below`): at
-eps=1e-3 after 6,236 steps. It retires once all of its elements are 1.
+In bfloat16 and in 8 bits, ``Q = 1 - P`` is stored, and set to 1 as soon as it may be
+(:func:`adai_dist.rounding.settled_below`): at eps=1e-3 after 6,236 steps. It retires once all of its elements are 1.
 
 The state of a retired parameter has no product; checkpoints store zeros as ``beta1_prod`` in its place (``1 - 0`` is
 the same 1), which retire again after the first step.
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from adai_dist.optimizer.host_copy import HostCopy
 from adai_dist.sharding.local_tensor import local_tensor
+from adai_dist.storage import product_of
 
 STEPS_BETWEEN_CHECKS = 500
 
@@ -39,8 +40,8 @@ class _Check:
     def start(self, products: Products) -> None:
         self._products = products
         tensors = [local_tensor(product) for _, product in products]
-        is_low = tensors[0].dtype == torch.bfloat16
-        largest = [1.0 - q.min() for q in tensors] if is_low else torch._foreach_norm(tensors, torch.inf)
+        is_complement = tensors[0].dtype in (torch.bfloat16, torch.uint8)
+        largest = [product_of(q.min()) for q in tensors] if is_complement else torch._foreach_norm(tensors, torch.inf)
         self._largest.start(torch.stack(list(largest)))
 
     def retire(self) -> None:

@@ -1,7 +1,7 @@
 """The optimizer state of a parameter: initialisation, and its form in checkpoints, which every mode loads.
 
-In checkpoints, ``beta1_prod`` is the product of inertias in float32 at least, and ``master_param`` the float32 master
-weight, whatever the optimizer keeps under these keys.
+In checkpoints, ``exp_avg_sq`` is shaped like the parameter, ``beta1_prod`` is the product of inertias in float32 at
+least, and ``master_param`` the float32 master weight, whatever the optimizer keeps under these keys.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from adai_dist.optimizer.retirement import is_retired
 from adai_dist.precision import Precision
-from adai_dist.rounding import join, split
+from adai_dist.rounding import TO_NEAREST, join, split
 from adai_dist.sharding.local_tensor import local_tensor, sharded_like
 from adai_dist.sharding.param_shard import MASTER, STATE_NAMES
+from adai_dist.sharding.records import records_like, records_shape, zero_records
+from adai_dist.storage import moment_of, product_of, stored_moment, stored_product
 
 
 def new_state(param: Tensor, precision: Precision) -> dict[str, Tensor]:
@@ -25,14 +27,19 @@ def new_state(param: Tensor, precision: Precision) -> dict[str, Tensor]:
 
     ``step`` is a 0-dim float32 tensor on the parameter's device, because whether a step counts is known only there.
     """
-    dtype = precision.state_dtype_of(param.dtype)
-    state = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}
-    for name in ("exp_avg", "exp_avg_sq"):
-        state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-    product = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-    if dtype != torch.bfloat16:  # which holds 1 - 1
-        local_tensor(product).fill_(1.0)  # real and imaginary parts
-    state["beta1_prod"] = product
+    dtype, records = precision.state_dtype_of(param.dtype), records_shape(param, precision)
+
+    def zeros(dtype: torch.dtype) -> Tensor:
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+    state = {
+        "step": torch.zeros((), dtype=torch.float32, device=param.device),
+        "exp_avg": zeros(dtype),
+        "exp_avg_sq": zero_records(param, records) if records else zeros(dtype),
+        "beta1_prod": zeros(torch.uint8 if records else dtype),
+    }
+    if dtype != torch.bfloat16:  # otherwise it holds 1 - 1
+        local_tensor(state["beta1_prod"]).fill_(1.0)  # real and imaginary parts
     return add_remainder(state, param, precision)
 
 
@@ -60,7 +67,10 @@ def saved_state(state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
         saved["beta1_prod"] = torch.zeros_like(state["exp_avg"], dtype=Precision().state_dtype_of(param.dtype))
     is_low = "exp_avg" in state and state["exp_avg"].dtype == torch.bfloat16
     if is_low and not is_retired(state):
-        saved["beta1_prod"] = 1.0 - state["beta1_prod"].float()
+        saved["beta1_prod"] = sharded_like(param, product_of(local_tensor(state["beta1_prod"])))
+    if is_low and state["exp_avg_sq"].dtype == torch.uint8:
+        shape = local_tensor(state["exp_avg"]).shape
+        saved["exp_avg_sq"] = sharded_like(param, moment_of(local_tensor(state["exp_avg_sq"]), shape))
     if is_low and getattr(param, "_fsdp_flattened", False):
         # FSDP1 refuses to save states of several dtypes; float32 has the same numbers as bfloat16.
         saved |= {name: saved[name].float() for name in ("exp_avg", "exp_avg_sq")}
@@ -93,13 +103,16 @@ def restore_states(
 
 
 def _restore(state: dict[str, Any], saved: Mapping[str, Any], param: Tensor, precision: Precision) -> None:
-    dtype = precision.state_dtype_of(param.dtype)
+    dtype, records = precision.state_dtype_of(param.dtype), records_shape(param, precision)
     for name in ("exp_avg", "exp_avg_sq", "beta1_prod"):
         if name in saved and state[name].dtype != dtype:
             state[name] = saved[name].detach().to(device=param.device, dtype=dtype, copy=True)
+    if "exp_avg_sq" in saved and records:
+        v = local_tensor(saved["exp_avg_sq"]).to(device=param.device, dtype=torch.float32)
+        state["exp_avg_sq"] = records_like(param, records, stored_moment(v, torch.uint8, TO_NEAREST))
     if "beta1_prod" in saved and dtype == torch.bfloat16:
-        product = saved["beta1_prod"].detach().to(device=param.device, dtype=torch.float32)
-        state["beta1_prod"] = (1.0 - product).to(dtype)
+        q = 1.0 - local_tensor(saved["beta1_prod"]).to(device=param.device, dtype=torch.float32)
+        state["beta1_prod"] = sharded_like(param, stored_product(q, torch.uint8 if records else dtype, TO_NEAREST))
     if "step" in saved:
         state["step"] = step_tensor(saved["step"], param)
     state.pop(MASTER, None)

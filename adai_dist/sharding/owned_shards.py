@@ -160,7 +160,7 @@ class OwnedShards:
         if self.constants.keys is None or self.constants.origins is None:
             return None
         next_steps = torch.stack(self.steps) + 1.0
-        settled = settled_below(self.hyper.eps, next_steps)
+        settled = settled_below(self.hyper.eps, next_steps, self.tensors.exp_avg_sq[0].dtype)
         return Rounding(streams(self.constants.keys, next_steps), self.constants.origins, settled)
 
     def _advance_halves(self, scalars: StepScalars) -> Tensor | None:

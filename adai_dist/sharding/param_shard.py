@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adai_dist.kernels import Backend
 from adai_dist.precision import Precision
 from adai_dist.sharding.local_tensor import PLAIN_TYPES, is_dtensor, local_tensor
+from adai_dist.sharding.records import check_records, records_shape
 
 STATE_NAMES = ("exp_avg", "exp_avg_sq", "beta1_prod")
-"""States shaped like the parameter; beta1_prod is absent once retired (:mod:`adai_dist.optimizer.retirement`), and
-holds 1 minus the product if states are bfloat16, in which 0.999 is 1."""
+"""States shaped like the parameter, except for an exp_avg_sq of 8 bits (:mod:`adai_dist.eight_bits`). beta1_prod is
+absent once retired (:mod:`adai_dist.optimizer.retirement`), and holds 1 minus the product unless states are float32."""
 
 MASTER = "master_param"
 """Key of the master weights of a 16-bit parameter, of which the state holds the remainder, as int16
@@ -52,14 +54,19 @@ class ParamShard:
         self.exp_avg_sq: Tensor = local_tensor(state["exp_avg_sq"])
         self.beta1_prod: Tensor | None = local_tensor(state["beta1_prod"]) if "beta1_prod" in state else None
         self.remainder: Tensor | None = local_tensor(state[MASTER]) if MASTER in state else None
-        dtype = precision.state_dtype_of(param.dtype).to_real()
-        for name, tensor in zip(STATE_NAMES, self.states, strict=False):
-            self.check_shape(name, tensor)
+        has_records = records_shape(param, precision) is not None
+        low = torch.uint8 if has_records else precision.state_dtype_of(param.dtype).to_real()
+        dtypes = (precision.state_dtype_of(param.dtype).to_real(), low, low)
+        for name, tensor, dtype in zip(STATE_NAMES, self.states, dtypes, strict=False):
             if tensor.dtype != dtype:
                 raise TypeError(
                     f"{name} must be {dtype}, as its parameter is {param.dtype} and state_dtype is "
                     f"{precision.state_dtype!r}, got {tensor.dtype}; convert it"
                 )
+            if name == "exp_avg_sq" and has_records:
+                check_records(tensor, self.local_param)
+            else:
+                self.check_shape(name, tensor)
         if self.remainder is not None:
             self.check_shape(MASTER, self.remainder)
         self.whole_exp_avg: Tensor | None = state["exp_avg"] if is_dtensor(state["exp_avg"]) else None

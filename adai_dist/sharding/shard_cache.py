@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adai_dist import equations
+from adai_dist.eight_bits import SMALLEST_COMPLEMENT
 from adai_dist.equations import LocalTensors
 from adai_dist.hyper import Hyper
 from adai_dist.kernels import Backends
@@ -82,7 +83,7 @@ class ShardCache:
                 if grad is not None:
                     grad = local_tensor(grad)
                     shard = self._param_shard(param, grad, states[param])
-                    key = (index, param.device, param.dtype, grad.dtype, shard.backend)
+                    key = (index, param.device, param.dtype, grad.dtype, shard.exp_avg_sq.dtype, shard.backend)
                     found.setdefault(key, []).append((shard, grad))
         hypers = Hyper.from_param_groups(param_groups)
         return [self._owned(key, pairs, hypers[key[0]], plan) for key, pairs in found.items()]
@@ -106,6 +107,8 @@ class ShardCache:
         plan: ShardingPlan,
     ) -> OwnedShards:
         param_shards = [shard for shard, _ in pairs]
+        if param_shards[0].exp_avg_sq.dtype == torch.uint8:
+            _check_eps(hyper)
         constants = self._constants.get(key)
         if constants is None or not constants.fits(param_shards):
             constants = self._constants[key] = ShardConstants.of(
@@ -133,4 +136,12 @@ class ShardCache:
             ),
             steps=steps,
             correction=equations.bias_correction(hyper.beta2, next_steps),
+        )
+
+
+def _check_eps(hyper: Hyper) -> None:
+    if hyper.eps < SMALLEST_COMPLEMENT:
+        raise ValueError(
+            f"eps must be at least {SMALLEST_COMPLEMENT:.2g} for state_dtype='mixed8', the smallest difference from 1 "
+            f"of its products of inertias, got {hyper.eps!r}; use state_dtype='bfloat16'"
         )

@@ -22,6 +22,7 @@ from tests.kernel_cases import (
     MODES,
     OPTIONS,
     SIZES,
+    STATE_DTYPES,
     Mode,
     Operators,
     assert_same_bits,
@@ -58,15 +59,16 @@ def test_every_size_is_stepped_and_observed(operators: Operators, name: str) -> 
     kernel_cases.check_sums(operators, make_shards(SIZES[name], operators.device))
 
 
-@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state", STATE_DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [MIXED, [2048, 2049, 5000], [3] * 260, [2**16 + 1]], ids=str)
 def test_a_write_to_a_state_is_detected(operators: Operators, sizes: list[int], state: torch.dtype) -> None:
     kernel_cases.check_detection_of_writes(operators, make_shards(sizes, operators.device, state=state))
 
 
+@pytest.mark.parametrize("state", STATE_DTYPES[1:], ids=str)
 @pytest.mark.parametrize("name", SIZES)
-def test_sums_of_states_in_low_precision_agree(operators: Operators, name: str) -> None:
-    kernel_cases.check_sums(operators, make_shards(SIZES[name], operators.device, state=torch.bfloat16))
+def test_sums_of_states_in_low_precision_agree(operators: Operators, name: str, state: torch.dtype) -> None:
+    kernel_cases.check_sums(operators, make_shards(SIZES[name], operators.device, state=state))
 
 
 @pytest.mark.parametrize("retired", [False, True], ids=["with products", "retired"])

@@ -5,7 +5,7 @@
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 
-#include "adai_rounding.h"
+#include "adai_eight_bits.h"
 
 namespace adai {
 
@@ -16,11 +16,21 @@ inline Hyper checked_hyper(c10::ArrayRef<double> values) {
 
 // The dtype of a checked tensor, or of a checked list; an empty list may have any.
 inline Dtype dtype_of(const at::Tensor& tensor) {
-  if (tensor.scalar_type() == at::kFloat) return Dtype::float32;
-  return tensor.scalar_type() == at::kBFloat16 ? Dtype::bfloat16 : Dtype::float16;
+  switch (tensor.scalar_type()) {
+    case at::kByte: return Dtype::eight_bits;
+    case at::kBFloat16: return Dtype::bfloat16;
+    case at::kHalf: return Dtype::float16;
+    default: return Dtype::float32;
+  }
 }
 
 inline Dtype dtype_of(at::TensorList tensors) { return tensors.empty() ? Dtype::float32 : dtype_of(tensors[0]); }
+
+// The number of elements of a tensor, or of those whose second moments are in the records of a tensor.
+inline int64_t num_elements_of(const at::Tensor& tensor) {
+  const int64_t record_bytes = static_cast<int64_t>(sizeof(Record));
+  return tensor.scalar_type() == at::kByte ? tensor.numel() / record_bytes * RECORD_ELEMENTS : tensor.numel();
+}
 
 // Whether both can be traversed in one order of memory. Strides of dimensions of size 1 do not matter.
 inline bool same_layout(const at::Tensor& a, const at::Tensor& b) {
@@ -37,10 +47,12 @@ inline void check_dtype(const char* name, at::ScalarType dtype) {
                    " must be float32, bfloat16 or float16, got ", dtype);
 }
 
+inline void check_state_dtype(const char* name, at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16, name, " must be float32 or bfloat16, got ", dtype);
+}
+
 // The list that the others must match: one device, one dtype, dense without overlaps.
 inline void check_leading_list(const char* name, at::TensorList tensors) {
-  if (tensors.empty()) return;
-  check_dtype(name, tensors[0].scalar_type());
   for (const at::Tensor& tensor : tensors) {
     TORCH_CHECK(tensor.device() == tensors[0].device(), name, " must be on one device, got ", tensors[0].device(),
                 " and ", tensor.device());
@@ -55,8 +67,6 @@ inline void check_leading_list(const char* name, at::TensorList tensors) {
 inline void check_list(const char* name, at::TensorList tensors, const char* leading_name, at::TensorList leading) {
   TORCH_CHECK_VALUE(tensors.size() == leading.size(), name, " must have as many tensors as ", leading_name, ", ",
                     leading.size(), ", got ", tensors.size());
-  if (tensors.empty()) return;
-  check_dtype(name, tensors[0].scalar_type());
   for (size_t i = 0; i < tensors.size(); ++i) {
     const at::Tensor &tensor = tensors[i], &other = leading[i];
     TORCH_CHECK(tensor.device() == other.device(), name, " must be on the device of ", leading_name, ", ",
@@ -68,12 +78,32 @@ inline void check_list(const char* name, at::TensorList tensors, const char* lea
   }
 }
 
-// States are all float32 or all bfloat16.
-inline void check_states(const char* name, at::TensorList tensors, const char* leading_name, at::TensorList leading) {
-  check_list(name, tensors, leading_name, leading);
-  if (tensors.empty()) return;
-  const at::ScalarType dtype = tensors[0].scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16, name, " must be float32 or bfloat16, got ", dtype);
+inline bool are_records(at::TensorList exp_avg_sqs) {
+  return !exp_avg_sqs.empty() && exp_avg_sqs[0].scalar_type() == at::kByte;
+}
+
+// Second moments: float32, bfloat16, or uint8, which are records of contiguous tensors.
+inline void check_second_moments(at::TensorList exp_avg_sqs, const char* leading_name, at::TensorList leading) {
+  const char* name = "exp_avg_sqs";
+  if (!are_records(exp_avg_sqs)) {
+    check_list(name, exp_avg_sqs, leading_name, leading);
+    if (!exp_avg_sqs.empty()) check_state_dtype(name, exp_avg_sqs[0].scalar_type());
+    return;
+  }
+  TORCH_CHECK_VALUE(exp_avg_sqs.size() == leading.size(), name, " must have as many tensors as ", leading_name, ", ",
+                    leading.size(), ", got ", exp_avg_sqs.size());
+  for (size_t i = 0; i < exp_avg_sqs.size(); ++i) {
+    const at::Tensor &records = exp_avg_sqs[i], &other = leading[i];
+    TORCH_CHECK(records.device() == other.device(), name, " must be on the device of ", leading_name, ", ",
+                other.device(), ", got ", records.device());
+    TORCH_CHECK_TYPE(records.scalar_type() == at::kByte, name, " must have one dtype, got Byte and ",
+                     records.scalar_type());
+    TORCH_CHECK_VALUE(records.is_contiguous() && other.is_contiguous() && other.numel() % RECORD_ELEMENTS == 0 &&
+                          records.numel() == other.numel() / RECORD_ELEMENTS * static_cast<int64_t>(sizeof(Record)),
+                      name, " of uint8 must be contiguous, with ", sizeof(Record), " bytes for ", RECORD_ELEMENTS,
+                      " elements of ", leading_name, ", got sizes ", records.sizes(), " for ", other.sizes(),
+                      " with strides ", other.strides());
+  }
 }
 
 inline void check_remainders(at::TensorList remainders, at::TensorList params) {
@@ -108,8 +138,10 @@ inline void check_observe(at::TensorList grads, at::TensorList params, at::Tenso
   check_leading_list("grads", grads);
   if (!params.empty()) check_list("params", params, "grads", grads);
   check_remainders(remainders, params);
-  if (!exp_avg_sqs.empty()) check_states("exp_avg_sqs", exp_avg_sqs, "grads", grads);
+  if (!exp_avg_sqs.empty()) check_second_moments(exp_avg_sqs, "grads", grads);
   if (grads.empty()) return;
+  check_dtype("grads", grads[0].scalar_type());
+  if (!params.empty()) check_dtype("params", params[0].scalar_type());
   check_scalars("coefficient", coefficient, at::kFloat, 1, grads[0].device());
   check_scalars("kept", kept, at::kDouble, static_cast<int64_t>(exp_avg_sqs.size()) * NUM_KEPT, grads[0].device());
 }
@@ -125,15 +157,21 @@ inline void check_advance(at::TensorList params, at::TensorList grads, at::Tenso
                           at::TensorList exp_avg_sqs, at::TensorList beta1_prods, at::TensorList remainders) {
   check_leading_list("params", params);
   check_list("grads", grads, "params", params);
-  check_states("exp_avgs", exp_avgs, "params", params);
-  check_states("exp_avg_sqs", exp_avg_sqs, "params", params);
-  if (!beta1_prods.empty()) check_states("beta1_prods", beta1_prods, "params", params);
-  for (const at::TensorList& states : {exp_avg_sqs, beta1_prods}) {
-    TORCH_CHECK_TYPE(states.empty() || states[0].scalar_type() == exp_avgs[0].scalar_type(),
-                     "exp_avgs, exp_avg_sqs and beta1_prods must have one dtype, got ", exp_avgs[0].scalar_type(),
-                     " and ", states[0].scalar_type());
-  }
+  check_list("exp_avgs", exp_avgs, "params", params);
+  check_second_moments(exp_avg_sqs, "params", params);
+  if (!beta1_prods.empty()) check_list("beta1_prods", beta1_prods, "params", params);
   check_remainders(remainders, params);
+  if (params.empty()) return;
+  check_dtype("params", params[0].scalar_type());
+  check_dtype("grads", grads[0].scalar_type());
+  check_state_dtype("exp_avgs", exp_avgs[0].scalar_type());
+  const at::ScalarType others = are_records(exp_avg_sqs) ? at::kByte : exp_avgs[0].scalar_type();
+  const bool are_mixed = others == at::kByte && exp_avgs[0].scalar_type() == at::kBFloat16;
+  for (const at::TensorList& states : {exp_avg_sqs, beta1_prods}) {
+    TORCH_CHECK_TYPE(states.empty() || (states[0].scalar_type() == others && (are_mixed || others != at::kByte)),
+                     "exp_avgs, exp_avg_sqs and beta1_prods must have one dtype, or be bfloat16, uint8 and uint8, got ",
+                     exp_avgs[0].scalar_type(), " and ", states[0].scalar_type());
+  }
 }
 
 // The argument `rounding`: streams, origins and settled, see Rounding in rounding.py.
@@ -166,8 +204,13 @@ inline RoundingInputs rounding_inputs_of(at::TensorList rounding) {
 // Arguments of sums.
 inline void check_sums(at::TensorList exp_avg_sqs, const at::Tensor& kept) {
   check_leading_list("exp_avg_sqs", exp_avg_sqs);
-  check_states("exp_avg_sqs", exp_avg_sqs, "exp_avg_sqs", exp_avg_sqs);
   if (exp_avg_sqs.empty()) return;
+  if (!are_records(exp_avg_sqs)) check_state_dtype("exp_avg_sqs", exp_avg_sqs[0].scalar_type());
+  for (const at::Tensor& records : exp_avg_sqs) {
+    TORCH_CHECK_VALUE(!are_records(exp_avg_sqs) || records.numel() % static_cast<int64_t>(sizeof(Record)) == 0,
+                      "exp_avg_sqs of uint8 must have records of ", sizeof(Record), " bytes, got sizes ",
+                      records.sizes());
+  }
   check_scalars("kept", kept, at::kDouble, static_cast<int64_t>(exp_avg_sqs.size()) * NUM_KEPT,
                 exp_avg_sqs[0].device());
 }

@@ -36,11 +36,17 @@ void* address(const at::Tensor& tensor, int64_t start) {
   return static_cast<char*>(tensor.data_ptr()) + start * tensor.element_size();
 }
 
+// The address of the second moment of element `start`; in records, that of the record that begins with it.
+void* moment_address(const at::Tensor& exp_avg_sq, int64_t start) {
+  return dtype_of(exp_avg_sq) == Dtype::eight_bits ? static_cast<Record*>(exp_avg_sq.data_ptr()) + start / RECORD_ELEMENTS
+                                                   : address(exp_avg_sq, start);
+}
+
 // Calls `of_chunk(tensor, start, num_elements, chunk)` for every chunk of every tensor, on all threads.
 template <class F>
 void for_each_chunk(const std::vector<int64_t>& first_chunks, at::TensorList tensors, const F& of_chunk) {
   int64_t num_elements = 1;
-  for (const at::Tensor& tensor : tensors) num_elements += tensor.numel();
+  for (const at::Tensor& tensor : tensors) num_elements += num_elements_of(tensor);
   const int64_t num_chunks = first_chunks.back();
   const int64_t chunks_per_thread = std::max<int64_t>(1, num_chunks * ELEMENTS_PER_THREAD / num_elements);
   at::parallel_for(0, num_chunks, chunks_per_thread, [&](int64_t begin, int64_t end) {
@@ -48,7 +54,7 @@ void for_each_chunk(const std::vector<int64_t>& first_chunks, at::TensorList ten
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       while (first_chunks[tensor + 1] <= chunk) ++tensor;
       const int64_t start = (chunk - first_chunks[tensor]) * CHUNK_ELEMENTS;
-      of_chunk(tensor, start, std::min(CHUNK_ELEMENTS, tensors[tensor].numel() - start), chunk);
+      of_chunk(tensor, start, std::min(CHUNK_ELEMENTS, num_elements_of(tensors[tensor]) - start), chunk);
     }
   });
 }
@@ -57,7 +63,7 @@ void for_each_chunk(const std::vector<int64_t>& first_chunks, at::TensorList ten
 std::vector<int64_t> first_chunks_of(at::TensorList tensors) {
   std::vector<int64_t> first_chunks{0};
   for (const at::Tensor& tensor : tensors) {
-    first_chunks.push_back(first_chunks.back() + (tensor.numel() + CHUNK_ELEMENTS - 1) / CHUNK_ELEMENTS);
+    first_chunks.push_back(first_chunks.back() + (num_elements_of(tensor) + CHUNK_ELEMENTS - 1) / CHUNK_ELEMENTS);
   }
   return first_chunks;
 }
@@ -74,12 +80,16 @@ at::Tensor sums_of(const std::vector<double>& of_chunks, const std::vector<int64
 
 // Sums the samples among n elements of v, starting at element `start` of the tensor.
 double sample_sum(const at::Tensor& exp_avg_sq, int64_t start, int64_t n, int64_t distance) {
-  const void* v = address(exp_avg_sq, start);
+  const void* v = moment_address(exp_avg_sq, start);
   const Dtype state = dtype_of(exp_avg_sq);
   if (distance == 1) return kernels().sum(v, state, n);
   double sum = 0.0;
   for (int64_t k = (distance - start % distance) % distance; k < n; k += distance) {
-    sum += state == Dtype::float32 ? static_cast<const float*>(v)[k] : widen(static_cast<const BFloat16*>(v)[k]);
+    switch (state) {
+      case Dtype::eight_bits: sum += second_moment(static_cast<const Record*>(v), k); break;
+      case Dtype::bfloat16: sum += second_moment(static_cast<const BFloat16*>(v), k); break;
+      default: sum += second_moment(static_cast<const float*>(v), k);
+    }
   }
   return sum;
 }
@@ -88,7 +98,7 @@ double sample_sum(const at::Tensor& exp_avg_sq, int64_t start, int64_t n, int64_
 std::vector<double> samples_of(at::TensorList exp_avg_sqs) {
   std::vector<double> sums(exp_avg_sqs.size());
   for (size_t i = 0; i < sums.size(); ++i) {
-    const int64_t num_elements = exp_avg_sqs[i].numel(), distance = sample_distance(num_elements);
+    const int64_t num_elements = num_elements_of(exp_avg_sqs[i]), distance = sample_distance(num_elements);
     for (int64_t start = 0; start < num_elements; start += CHUNK_ELEMENTS) {
       sums[i] += sample_sum(exp_avg_sqs[i], start, std::min(CHUNK_ELEMENTS, num_elements - start), distance);
     }
@@ -118,7 +128,7 @@ class KeptSums {
 
 // The sum of n elements of exp_avg_sq from `start` on, at most a chunk.
 double chunk_sum(const at::Tensor& exp_avg_sq, int64_t start, int64_t n) {
-  return kernels().sum(address(exp_avg_sq, start), dtype_of(exp_avg_sq), n);
+  return kernels().sum(moment_address(exp_avg_sq, start), dtype_of(exp_avg_sq), n);
 }
 
 int16_t* remainder_at(at::TensorList remainders, size_t i, int64_t start) {
@@ -167,7 +177,7 @@ at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList e
   const bool rounds = is_rounding(params, exp_avgs, remainders);
   if (rounds) check_rounding(rounding_inputs, params);
   const Hyper hyper = checked_hyper(hyperparameters);
-  const Dtypes dtypes{dtype_of(params), dtype_of(grads), dtype_of(exp_avgs)};
+  const Dtypes dtypes{dtype_of(params), dtype_of(grads), dtype_of(exp_avg_sqs)};
   const bool live = *is_live.data_ptr<bool>();
   const float c = *coefficient.data_ptr<float>();
   const float rate = *is_finite.data_ptr<bool>() ? *lr.data_ptr<float>() : 0.0f;
@@ -177,7 +187,7 @@ at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList e
   std::vector<double> of_chunks(first_chunks.back()), samples(first_chunks.back());
   for_each_chunk(first_chunks, params, [&](size_t i, int64_t start, int64_t n, int64_t chunk) {
     const auto at = [&](at::TensorList tensors) { return tensors.empty() ? nullptr : address(tensors[i], start); };
-    const Chunk of_tensor{at(params),      at(grads), at(exp_avgs), at(exp_avg_sqs),
+    const Chunk of_tensor{at(params),      at(grads), at(exp_avgs), moment_address(exp_avg_sqs[i], start),
                           at(beta1_prods), remainder_at(remainders, i, start), start, n};
     const Step step = step_of(hyper, c, rate, inverse_mean[i]);
     const Rounding rounding = rounds ? rounding_of(inputs, static_cast<int64_t>(i)) : Rounding{};
@@ -187,7 +197,7 @@ at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList e
       if (step.decay_factor != 1.0f) kernels().decay(of_tensor, dtypes, step, rounding);
       of_chunks[chunk] = chunk_sum(exp_avg_sqs[i], start, n);
     }
-    const int64_t distance = sample_distance(exp_avg_sqs[i].numel());
+    const int64_t distance = sample_distance(params[i].numel());
     samples[chunk] = distance == 1 ? of_chunks[chunk] : sample_sum(exp_avg_sqs[i], start, n, distance);
   });
   for (const auto& written : {params, exp_avgs, exp_avg_sqs, beta1_prods, remainders}) bump_versions(written);

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "adai_rounding.h"
+#include "adai_eight_bits.h"
 
 namespace adai {
 namespace cpu {
@@ -17,7 +17,7 @@ struct Chunk {
   const void* grad;
   void* exp_avg;
   void* exp_avg_sq;
-  void* beta1_prod;    // null if retired; 1 - P if bfloat16
+  void* beta1_prod;    // null if retired; 1 - P unless float32
   int16_t* remainder;  // of master weights; null for none
   int64_t start;       // index of the first element in its tensor
   int64_t num_elements;

@@ -160,7 +160,7 @@ struct NextBlock {
   }
 };
 
-// A block with states that are rounded to bfloat16.
+// A block with states in bfloat16.
 template <class WORDS>
 struct LowBlock : Block {
   WORDS words;
@@ -171,14 +171,34 @@ struct LowBlock : Block {
   const uint16_t* __restrict__ low_q;
 };
 
-template <class VARIANT, class WORDS>
-ADAI_FUNCTION void prefetch(const LowBlock<WORDS>& block, int64_t start) {
-  for (int k = 0; k < block.next.num_streams; ++k) {
-    const NextBlock::Stream& stream = block.next.streams[k];
+// A block with states of mixed8.
+template <class WORDS>
+struct MixedBlock : Block {
+  WORDS words;
+  float settled;
+  NextBlock next;
+  const uint16_t* __restrict__ low_m;
+  Record* records;
+  uint8_t* __restrict__ q;
+};
+
+ADAI_FUNCTION void prefetch(const NextBlock& next, int64_t start) {
+  for (int k = 0; k < next.num_streams; ++k) {
+    const NextBlock::Stream& stream = next.streams[k];
     const char* line = stream.data + (start - PREFETCH_ELEMENTS) * stream.element_bytes;
     __builtin_prefetch(line, 1);
     if (stream.element_bytes == 4) __builtin_prefetch(line + 64, 1);
   }
+}
+
+template <class VARIANT, class WORDS>
+ADAI_FUNCTION void prefetch(const LowBlock<WORDS>& block, int64_t start) {
+  prefetch(block.next, start);
+}
+
+template <class VARIANT, class WORDS>
+ADAI_FUNCTION void prefetch(const MixedBlock<WORDS>& block, int64_t start) {
+  prefetch(block.next, start);
 }
 
 // The states are rounded, but still float32: 1 - P in place of P.
@@ -202,6 +222,61 @@ ADAI_FUNCTION void advance_lanes(const LowBlock<WORDS>& block, int64_t start, in
     }
     lanes[j] += static_cast<double>(v);
   }
+}
+
+// A conversion of 8-bit numbers has a loop of its own: in one with float32, vectors of all types would have as many
+// elements as fit of the narrowest.
+ADAI_FUNCTION void widened(const uint8_t* codes, int32_t (&wide)[LANES]) {
+#pragma omp simd
+  for (int64_t j = 0; j < LANES; ++j) wide[j] = codes[j];
+}
+
+ADAI_FUNCTION void packed(const int32_t (&wide)[LANES], uint8_t* codes) {
+#pragma omp simd
+  for (int64_t j = 0; j < LANES; ++j) codes[j] = static_cast<uint8_t>(wide[j]);
+}
+
+// Steps the elements of a record, or none. First moments are rounded, but still float32.
+template <class VARIANT, class WORDS>
+ADAI_FUNCTION void advance_lanes(const MixedBlock<WORDS>& block, int64_t start, int64_t n, const Hyper& hyper,
+                                 const Step& step, double (&lanes)[LANES]) {
+  static_assert(LANES == RECORD_ELEMENTS, "each lane has one element of a record");
+  if (n == 0) return;
+  Record& record = block.records[start / RECORD_ELEMENTS];
+  const float old_scale = widen(record.scale);
+  int32_t v_codes[LANES], q_codes[LANES] = {};
+  float new_v[LANES], new_q[LANES];
+  uint32_t bits[LANES];
+  widened(record.codes, v_codes);
+  if (VARIANT::HAS_PRODUCT) widened(block.q + start, q_codes);
+  uint32_t largest = 0;  // the bits of floats without sign have their order, and NaN is the largest
+#pragma omp simd reduction(max : largest)
+  for (int64_t j = 0; j < LANES; ++j) {
+    const int64_t i = start + j;
+    float theta = block.theta[i], m = widen(BFloat16{block.low_m[i]}), v = ratio_of(v_codes[j]) * old_scale;
+    float P = VARIANT::HAS_PRODUCT ? 1.0f - complement_of(q_codes[j]) : 0.0f;
+    advance<VARIANT>(theta, block.grad[i], m, v, P, hyper, step);
+    block.theta[i] = theta;
+    bits[j] = word_of(block.words, i);
+    block.m[i] = rounded_to_bfloat16(m, bits[j]);
+    new_v[j] = v;
+    new_q[j] = P > block.settled ? 1.0f - P : 1.0f;
+    const uint32_t pattern = static_cast<uint32_t>(bits_of(v)) & 0x7fffffff;
+    largest = pattern > largest ? pattern : largest;
+  }
+  const float scale = scale_of(float_of(static_cast<int32_t>(largest)), bits[0] >> 16), inverse = inverse_of(scale);
+  record.scale.bits = static_cast<uint16_t>(static_cast<uint32_t>(bits_of(scale)) >> 16);
+#pragma omp simd
+  for (int64_t j = 0; j < LANES; ++j) {
+    const bool is_largest = static_cast<uint32_t>(bits_of(new_v[j])) == largest && scale > 0.0f;
+    v_codes[j] = is_largest ? 255 : code_of_ratio(new_v[j] * inverse, bits[j] >> 16);
+    lanes[j] += static_cast<double>(ratio_of(v_codes[j]) * scale);
+  }
+  packed(v_codes, record.codes);
+  if (!VARIANT::HAS_PRODUCT) return;
+#pragma omp simd
+  for (int64_t j = 0; j < LANES; ++j) q_codes[j] = code_of_complement(new_q[j], bits[j] ^ (bits[j] >> 16));
+  packed(q_codes, block.q + start);
 }
 
 template <class VARIANT, class BLOCK>
@@ -347,10 +422,23 @@ ADAI_FUNCTION void sum_lanes(const T* v, int64_t n, double (&lanes)[LANES]) {
   }
 }
 
+ADAI_FUNCTION void sum_lanes(const Record* records, int64_t n, double (&lanes)[LANES]) {
+  for (const Record* record = records; record < records + n / RECORD_ELEMENTS; ++record) {
+    const float scale = widen(record->scale);
+    int32_t codes[LANES];
+    widened(record->codes, codes);
+#pragma omp simd
+    for (int64_t j = 0; j < LANES; ++j) lanes[j] += static_cast<double>(ratio_of(codes[j]) * scale);
+  }
+}
+
 double sum(const void* exp_avg_sq, Dtype state, int64_t num_elements) {
   double lanes[LANES] = {};
-  if (state == Dtype::bfloat16) sum_lanes(static_cast<const BFloat16*>(exp_avg_sq), num_elements, lanes);
-  else sum_lanes(static_cast<const float*>(exp_avg_sq), num_elements, lanes);
+  switch (state) {
+    case Dtype::eight_bits: sum_lanes(static_cast<const Record*>(exp_avg_sq), num_elements, lanes); break;
+    case Dtype::bfloat16: sum_lanes(static_cast<const BFloat16*>(exp_avg_sq), num_elements, lanes); break;
+    default: sum_lanes(static_cast<const float*>(exp_avg_sq), num_elements, lanes);
+  }
   return sum_of(lanes);
 }
 
@@ -362,20 +450,80 @@ void pack(const float* buffer, BFloat16* to, int64_t n) {
   for (int64_t j = 0; j < n; ++j) to[j].bits = static_cast<uint16_t>(static_cast<uint32_t>(bits_of(buffer[j])) >> 16);
 }
 
-template <class WORDS>
-AdvanceBlock<LowBlock<WORDS>> advance_block_of(const Hyper& hyper, bool has_product) {
-  using Advance = AdvanceBlock<LowBlock<WORDS>>;
-  return with_variant(hyper, has_product, [](auto variant) -> Advance {
-    return advance_block<decltype(variant), LowBlock<WORDS>>;
-  });
+// The states of a chunk in bfloat16.
+struct LowStates {
+  template <class WORDS>
+  using BlockOf = LowBlock<WORDS>;
+
+  BFloat16 *m, *v, *q;
+
+  explicit LowStates(const Chunk& chunk)
+      : m(static_cast<BFloat16*>(chunk.exp_avg)),
+        v(static_cast<BFloat16*>(chunk.exp_avg_sq)),
+        q(static_cast<BFloat16*>(chunk.beta1_prod)) {}
+
+  void add_to(NextBlock& next, int64_t start) const {
+    next.add(m, 2, start);
+    next.add(v, 2, start);
+    next.add(q, 2, start);
+  }
+
+  template <class WORDS>
+  BlockOf<WORDS> block(const Block& wide, WORDS words, float settled, const NextBlock& next, int64_t start) const {
+    const auto low = [&](const BFloat16* x) { return reinterpret_cast<const uint16_t*>(x + start); };
+    return {wide, words, settled, next, low(m), low(v), low(q)};
+  }
+
+  void store(const Block& wide, int64_t start, int64_t n) const {
+    pack(wide.m, m + start, n);
+    pack(wide.v, v + start, n);
+    if (q != nullptr) pack(wide.P, q + start, n);
+  }
+};
+
+// The states of a chunk in mixed8, of which steps write all but the first moments.
+struct MixedStates {
+  template <class WORDS>
+  using BlockOf = MixedBlock<WORDS>;
+
+  BFloat16* m;
+  Record* v;
+  uint8_t* q;
+
+  explicit MixedStates(const Chunk& chunk)
+      : m(static_cast<BFloat16*>(chunk.exp_avg)),
+        v(static_cast<Record*>(chunk.exp_avg_sq)),
+        q(static_cast<uint8_t*>(chunk.beta1_prod)) {}
+
+  void add_to(NextBlock& next, int64_t start) const {
+    next.add(m, 2, start);
+    next.add(v, 1, start / RECORD_ELEMENTS * static_cast<int64_t>(sizeof(Record)));
+    next.add(q, 1, start);
+  }
+
+  template <class WORDS>
+  BlockOf<WORDS> block(const Block& wide, WORDS words, float settled, const NextBlock& next, int64_t start) const {
+    return {wide, words, settled, next, reinterpret_cast<const uint16_t*>(m + start), v + start / RECORD_ELEMENTS, q + start};
+  }
+
+  void store(const Block& wide, int64_t start, int64_t n) const { pack(wide.m, m + start, n); }
+};
+
+template <class BLOCK>
+AdvanceBlock<BLOCK> advance_block_of(const Hyper& hyper, bool has_product) {
+  using Advance = AdvanceBlock<BLOCK>;
+  return with_variant(hyper, has_product,
+                      [](auto variant) -> Advance { return advance_block<decltype(variant), BLOCK>; });
 }
 
+template <class STATES>
 double advance_low(const Chunk& chunk, const Dtypes& dtypes, const Hyper& hyper, const Step& step,
                    const Rounding& rounding) {
-  const auto advance_consecutive = advance_block_of<Consecutive>(hyper, chunk.beta1_prod != nullptr);
-  const auto advance_listed = advance_block_of<Listed>(hyper, chunk.beta1_prod != nullptr);
-  BFloat16 *m = static_cast<BFloat16*>(chunk.exp_avg), *v = static_cast<BFloat16*>(chunk.exp_avg_sq);
-  BFloat16* q = static_cast<BFloat16*>(chunk.beta1_prod);
+  using ConsecutiveBlock = typename STATES::template BlockOf<Consecutive>;
+  using ListedBlock = typename STATES::template BlockOf<Listed>;
+  const auto advance_consecutive = advance_block_of<ConsecutiveBlock>(hyper, chunk.beta1_prod != nullptr);
+  const auto advance_listed = advance_block_of<ListedBlock>(hyper, chunk.beta1_prod != nullptr);
+  const STATES states(chunk);
   float grad_buffer[BLOCK_ELEMENTS], param_buffer[BLOCK_ELEMENTS];
   float wide_m[BLOCK_ELEMENTS], wide_v[BLOCK_ELEMENTS], wide_q[BLOCK_ELEMENTS];
   uint32_t words[BLOCK_ELEMENTS];
@@ -384,24 +532,23 @@ double advance_low(const Chunk& chunk, const Dtypes& dtypes, const Hyper& hyper,
     const int64_t n = block_elements(chunk, start);
     const float* grad = block_of(chunk.grad, dtypes.grad, start, n, grad_buffer);
     float* theta = params_of(chunk, dtypes.param, start, n, param_buffer);
-    const Block block{theta, grad, wide_m, wide_v, wide_q};
-    const auto low = [&](const BFloat16* x) { return reinterpret_cast<const uint16_t*>(x + start); };
+    const Block wide{theta, grad, wide_m, wide_v, wide_q};
     NextBlock next;
     next.add(chunk.param, bytes_of(dtypes.param), start + BLOCK_ELEMENTS);
     next.add(chunk.grad, bytes_of(dtypes.grad), start + BLOCK_ELEMENTS);
-    const void* in_16_bits[] = {m, v, q, chunk.remainder};
-    for (const void* data : in_16_bits) next.add(data, 2, start + BLOCK_ELEMENTS);
+    next.add(chunk.remainder, 2, start + BLOCK_ELEMENTS);
+    states.add_to(next, start + BLOCK_ELEMENTS);
     const uint64_t index = index_of(rounding.origin, chunk.start + start);
     if (num_consecutive(rounding.origin, chunk.start + start) >= n) {
       const Consecutive consecutive{static_cast<uint32_t>(index), seed_of(rounding.streams[0], index)};
-      advance_consecutive({block, consecutive, rounding.settled, next, low(m), low(v), low(q)}, n, hyper, step, lanes);
+      const auto block = states.block(wide, consecutive, rounding.settled, next, start);
+      advance_consecutive(block, n, hyper, step, lanes);
     } else {
       fill(words, rounding.streams[0], rounding.origin, chunk.start + start, n);
-      advance_listed({block, {words}, rounding.settled, next, low(m), low(v), low(q)}, n, hyper, step, lanes);
+      const auto block = states.block(wide, Listed{words}, rounding.settled, next, start);
+      advance_listed(block, n, hyper, step, lanes);
     }
-    pack(wide_m, m + start, n);
-    pack(wide_v, v + start, n);
-    if (q != nullptr) pack(wide_q, q + start, n);
+    states.store(wide, start, n);
     store_params(theta, rounding, chunk, dtypes.param, start, n);
   }
   return sum_of(lanes);
@@ -409,7 +556,8 @@ double advance_low(const Chunk& chunk, const Dtypes& dtypes, const Hyper& hyper,
 
 double advance(const Chunk& chunk, const Dtypes& dtypes, const Hyper& hyper, const Step& step,
                const Rounding& rounding) {
-  if (dtypes.state != Dtype::float32) return advance_low(chunk, dtypes, hyper, step, rounding);
+  if (dtypes.state == Dtype::eight_bits) return advance_low<MixedStates>(chunk, dtypes, hyper, step, rounding);
+  if (dtypes.state == Dtype::bfloat16) return advance_low<LowStates>(chunk, dtypes, hyper, step, rounding);
   using Advance = AdvanceBlock<Block>;
   const auto block_function = [](auto variant) -> Advance { return advance_block<decltype(variant), Block>; };
   const Advance advance_next = with_variant(hyper, chunk.beta1_prod != nullptr, block_function);

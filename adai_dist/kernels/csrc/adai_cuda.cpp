@@ -14,7 +14,7 @@ namespace {
 std::vector<int64_t> sizes_of(at::TensorList tensors) {
   std::vector<int64_t> num_elements;
   num_elements.reserve(tensors.size());
-  for (const at::Tensor& tensor : tensors) num_elements.push_back(tensor.numel());
+  for (const at::Tensor& tensor : tensors) num_elements.push_back(adai::num_elements_of(tensor));
   return num_elements;
 }
 
@@ -87,7 +87,7 @@ at::Tensor advance(at::TensorList params, at::TensorList grads, at::TensorList e
   lists.remainders = written_to(remainders);
   lists.param_dtype = adai::dtype_of(params);
   lists.grad_dtype = adai::dtype_of(grads);
-  lists.state_dtype = adai::dtype_of(exp_avgs);
+  lists.state_dtype = adai::dtype_of(exp_avg_sqs);
   lists.rounding = rounds ? adai::rounding_inputs_of(rounding) : adai::RoundingInputs{};
   lists.inverse_means = inverse_means.const_data_ptr<float>();
   lists.coefficient = coefficient.const_data_ptr<float>();

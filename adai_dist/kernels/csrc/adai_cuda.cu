@@ -21,11 +21,11 @@ constexpr int OBSERVE_BYTES = 64;
 // -- observe ----------------------------------------------------------------------------------------------------------
 
 // Sums the samples of a whole tensor with all threads of a block; thread 0 has the sum.
-template <class STATE>
-__device__ double sample_sum(const STATE* v, int64_t num_elements) {
+template <class MOMENT>
+__device__ double sample_sum(const MOMENT* v, int64_t num_elements) {
   const int64_t distance = sample_distance(num_elements);
   double sum = 0.0;
-  for (int64_t i = threadIdx.x * distance; i < num_elements; i += THREADS * distance) sum += widen(v[i]);
+  for (int64_t i = threadIdx.x * distance; i < num_elements; i += THREADS * distance) sum += second_moment(v, i);
   return block_sum(sum);
 }
 
@@ -39,9 +39,9 @@ struct DetectArguments {
   int64_t num_elements[CAPACITY];
 };
 
-template <class STATE>
+template <class MOMENT>
 __global__ void __launch_bounds__(THREADS) detect_writes(const DetectArguments arguments) {
-  const STATE* v = static_cast<const STATE*>(arguments.exp_avg_sqs[blockIdx.x]);
+  const MOMENT* v = static_cast<const MOMENT*>(arguments.exp_avg_sqs[blockIdx.x]);
   const double sum = sample_sum(v, arguments.num_elements[blockIdx.x]);
   if (threadIdx.x == 0) {
     const bool is_kept = arguments.kept[blockIdx.x * NUM_KEPT + SAMPLE_SUM] == sum;  // false for NaN
@@ -50,14 +50,14 @@ __global__ void __launch_bounds__(THREADS) detect_writes(const DetectArguments a
 }
 
 // Sums in the order of advance_chunk, so that equal exp_avg_sqs have equal sums.
-template <class STATE>
-__device__ double sum_chunk(const STATE* exp_avg_sqs, int count) {
+template <class MOMENT>
+__device__ double sum_chunk(const MOMENT* exp_avg_sqs, int count) {
   double sum = 0.0;
   for_each_tile<STEP_VECTORS>(count, is_aligned(exp_avg_sqs), [&](auto tile) {
-    STATE v[tile.NUM];
-    tile.load(exp_avg_sqs, v);
+    float v[tile.NUM];
+    load_moments(tile, exp_avg_sqs, v);
 #pragma unroll
-    for (int i = 0; i < tile.NUM; ++i) sum += widen(v[i]);
+    for (int i = 0; i < tile.NUM; ++i) sum += v[i];
   });
   return sum;
 }
@@ -72,7 +72,7 @@ struct ObserveArguments {
   Table<4> table;  // gradients, parameters, exp_avg_sqs, remainders
 };
 
-template <bool COUPLED, class GRAD, class PARAM, class STATE>
+template <bool COUPLED, class GRAD, class PARAM, class MOMENT>
 __global__ void __launch_bounds__(THREADS) observe_chunks(const ObserveArguments arguments) {
   const auto& table = arguments.table;
   const Chunk chunk(table, blockIdx.x);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(THREADS) observe_chunks(const ObserveArguments
     }
   });
   if (arguments.is_stale && arguments.is_stale[chunk.slot] != 0.0) {
-    v_sum = sum_chunk(chunk.of<STATE>(table.lists[2]), chunk.count);
+    v_sum = sum_chunk(chunk.of<MOMENT>(table.lists[2]), chunk.count);
   }
 
   double* partials = arguments.partials + blockIdx.x;
@@ -130,53 +130,53 @@ struct AdvanceArguments {
   Table<6> table;  // parameters, gradients, exp_avgs, exp_avg_sqs, beta1_prods, remainders
 };
 
-template <class VARIANT, class PARAM, class GRAD, class STATE>
+template <class VARIANT, class PARAM, class GRAD, class MOMENT>
 __device__ double advance_chunk(const AdvanceArguments& arguments, const Chunk& chunk, const Step& step,
                                 int16_t* remainders, const Randomness* randomness) {
   PARAM* params = chunk.of<PARAM>(arguments.table.lists[0]);
   const GRAD* grads = chunk.of<GRAD>(arguments.table.lists[1]);
-  STATE* exp_avgs = chunk.of<STATE>(arguments.table.lists[2]);
-  STATE* exp_avg_sqs = chunk.of<STATE>(arguments.table.lists[3]);
-  STATE* beta1_prods = VARIANT::HAS_PRODUCT ? chunk.of<STATE>(arguments.table.lists[4]) : nullptr;
+  auto* exp_avgs = chunk.of<FirstMoment<MOMENT>>(arguments.table.lists[2]);
+  auto* exp_avg_sqs = chunk.of<MOMENT>(arguments.table.lists[3]);
+  auto* beta1_prods = VARIANT::HAS_PRODUCT ? chunk.of<Product<MOMENT>>(arguments.table.lists[4]) : nullptr;
   const bool are_aligned = is_aligned(params) && is_aligned(grads) && is_aligned(exp_avgs) &&
                            is_aligned(exp_avg_sqs) && is_aligned(beta1_prods) && is_aligned(remainders);
-  constexpr bool ROUNDS = IS_LOW<PARAM> || IS_LOW<STATE>;
+  constexpr bool ROUNDS = IS_LOW<PARAM> || IS_LOW<MOMENT>;
   const bool may_be_whole = !ROUNDS || randomness->is_consecutive(chunk.count);
   double sum = 0.0;
   for_each_tile<ROUNDS ? LOW_STEP_VECTORS : STEP_VECTORS>(chunk.count, are_aligned, [&](auto tile) {
     PARAM param[tile.NUM];
     GRAD g[tile.NUM];
-    STATE m[tile.NUM], v[tile.NUM], P[tile.NUM];
+    FirstMoment<MOMENT> m[tile.NUM];
+    Product<MOMENT> P[tile.NUM];
+    float v[tile.NUM];
     int16_t remainder[tile.NUM] = {};
     tile.load(params, param);
     if (remainders) tile.load(remainders, remainder);
     tile.load(grads, g);
     tile.load(exp_avgs, m);
-    tile.load(exp_avg_sqs, v);
+    load_moments(tile, exp_avg_sqs, v);
     if (VARIANT::HAS_PRODUCT) tile.load(beta1_prods, P);
     uint32_t words[tile.NUM];
-    if (IS_LOW<STATE>) randomness->fill(tile, 0, words);
+    if (IS_LOW<MOMENT>) randomness->fill(tile, 0, words);
     float theta[tile.NUM];
 #pragma unroll
     for (int i = 0; i < tile.NUM; ++i) {
       theta[i] = param_of(param[i], remainder[i], remainders != nullptr);
-      float m_i = widen(m[i]), v_i = widen(v[i]), P_i = VARIANT::HAS_PRODUCT ? product_of(P[i]) : 0.0f;
-      adai::advance<VARIANT>(theta[i], widen(g[i]), m_i, v_i, P_i, arguments.hyper, step);
-      if constexpr (IS_LOW<STATE>) {
-        P_i = P_i > randomness->settled ? 1.0f - P_i : 1.0f;
+      float m_i = widen(m[i]), P_i = VARIANT::HAS_PRODUCT ? product_of(P[i]) : 0.0f;
+      adai::advance<VARIANT>(theta[i], widen(g[i]), m_i, v[i], P_i, arguments.hyper, step);
+      if constexpr (IS_LOW<MOMENT>) {
         round_randomly(m_i, words[i], m[i]);
-        round_randomly(v_i, words[i] >> 16, v[i]);
-        round_randomly(P_i, words[i] ^ (words[i] >> 16), P[i]);
+        round_randomly(P_i > randomness->settled ? 1.0f - P_i : 1.0f, words[i] ^ (words[i] >> 16), P[i]);
       } else {
         m[i] = m_i;
-        v[i] = v_i;
         P[i] = P_i;
       }
-      sum += widen(v[i]);  // 0 beyond the end
     }
     store_params(tile, theta, params, remainders, randomness);
     tile.store(m, exp_avgs);
-    tile.store(v, exp_avg_sqs);
+    store_moments(tile, v, words, exp_avg_sqs);
+#pragma unroll
+    for (int i = 0; i < tile.NUM; ++i) sum += v[i];  // 0 beyond the end
     if (VARIANT::HAS_PRODUCT) tile.store(P, beta1_prods);
   }, may_be_whole);
   return sum;
@@ -201,7 +201,7 @@ __device__ void decay_chunk(PARAM* params, int count, const Step& step, int16_t*
   });
 }
 
-template <class VARIANT, class PARAM, class GRAD, class STATE>
+template <class VARIANT, class PARAM, class GRAD, class MOMENT>
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) advance_chunks(const AdvanceArguments arguments) {
   const auto& table = arguments.table;
   const Chunk chunk(table, blockIdx.x);
@@ -212,9 +212,9 @@ __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) advance_chunks(const Adva
   const Randomness randomness(arguments.rounding, table.num_elements[chunk.slot], chunk);
   double sum;
   if (*arguments.is_live) {
-    sum = advance_chunk<VARIANT, PARAM, GRAD, STATE>(arguments, chunk, step, remainders, &randomness);
+    sum = advance_chunk<VARIANT, PARAM, GRAD, MOMENT>(arguments, chunk, step, remainders, &randomness);
   } else {
-    sum = sum_chunk(chunk.of<STATE>(table.lists[3]), chunk.count);
+    sum = sum_chunk(chunk.of<MOMENT>(table.lists[3]), chunk.count);
     if (*arguments.is_finite && step.decay_factor != 1.0f) {
       decay_chunk(chunk.of<PARAM>(table.lists[0]), chunk.count, step, remainders, &randomness);
     }
@@ -229,11 +229,11 @@ struct SumArguments {
   Table<1> table;  // exp_avg_sqs
 };
 
-template <class STATE>
+template <class MOMENT>
 __global__ void __launch_bounds__(THREADS) sum_chunks(const SumArguments arguments) {
   const Chunk chunk(arguments.table, blockIdx.x);
   if (arguments.is_stale[chunk.slot] == 0.0) return;  // the partial is not used
-  const double sum = block_sum(sum_chunk(chunk.of<STATE>(arguments.table.lists[0]), chunk.count));
+  const double sum = block_sum(sum_chunk(chunk.of<MOMENT>(arguments.table.lists[0]), chunk.count));
   if (threadIdx.x == 0) arguments.partials[blockIdx.x] = sum;
 }
 
@@ -254,7 +254,7 @@ struct AddArguments {
   int64_t num_elements[CAPACITY];
 };
 
-template <class STATE>
+template <class MOMENT>
 __global__ void __launch_bounds__(THREADS) add_partials(const AddArguments arguments) {
   const int tensor = blockIdx.x, column = blockIdx.y;
   double sum = 0.0;
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(THREADS) add_partials(const AddArguments argum
     for (int64_t i = arguments.first_partials[tensor] + threadIdx.x; i < end; i += THREADS) sum += partials[i];
     sum = block_sum(sum);
   } else if (arguments.sampled[tensor]) {
-    sum = sample_sum(static_cast<const STATE*>(arguments.sampled[tensor]), arguments.num_elements[tensor]);
+    sum = sample_sum(static_cast<const MOMENT*>(arguments.sampled[tensor]), arguments.num_elements[tensor]);
   }
   if (threadIdx.x != 0) return;
   const bool may_be_kept = arguments.kept && column == arguments.v_sum_column;
@@ -284,9 +284,14 @@ const char* with_dtype(Dtype dtype, const CALL& call) {
   }
 }
 
+// Calls with the type of second moments.
 template <class CALL>
 const char* with_state(Dtype dtype, const CALL& call) {
-  return dtype == Dtype::bfloat16 ? call(BFloat16{}) : call(float{});
+  switch (dtype) {
+    case Dtype::eight_bits: return call(Record{});
+    case Dtype::bfloat16: return call(BFloat16{});
+    default: return call(float{});
+  }
 }
 
 template <class ARGUMENTS>
@@ -385,13 +390,13 @@ const char* observe(const Observed& x, double* partials, double* sums, void* str
     const char* error = with_state(x.states.dtype, [&](auto state) {
       return with_dtype(x.grad_dtype, [&](auto grad) {
         using GRAD = decltype(grad);
-        using STATE = decltype(state);
+        using MOMENT = decltype(state);
         const dim3 blocks(static_cast<unsigned>(launch.num_chunks));
         if (x.params.empty()) {
-          return launch_kernel(observe_chunks<false, GRAD, float, STATE>, blocks, arguments, stream);
+          return launch_kernel(observe_chunks<false, GRAD, float, MOMENT>, blocks, arguments, stream);
         }
         return with_dtype(x.param_dtype, [&](auto param) {
-          return launch_kernel(observe_chunks<true, GRAD, decltype(param), STATE>, blocks, arguments, stream);
+          return launch_kernel(observe_chunks<true, GRAD, decltype(param), MOMENT>, blocks, arguments, stream);
         });
       });
     });

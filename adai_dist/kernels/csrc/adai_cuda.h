@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "adai_rounding.h"
+#include "adai_eight_bits.h"
 
 namespace adai::cuda {
 
@@ -63,7 +63,7 @@ inline std::vector<Launch> plan_launches(const std::vector<int64_t>& num_element
 // The exp_avg_sqs; one is read only if the sum of its samples differs from the kept one.
 struct States {
   std::vector<const void*> exp_avg_sqs;
-  Dtype dtype;         // float32 or bfloat16
+  Dtype dtype;         // float32, bfloat16 or eight_bits
   const double* kept;  // the result of advance, shape (number of tensors, NUM_KEPT)
 };
 
@@ -83,7 +83,7 @@ struct Advanced {
   std::vector<void*> params;
   std::vector<const void*> grads;
   std::vector<void*> exp_avgs, exp_avg_sqs;
-  std::vector<void*> beta1_prods;  // empty if retired: 1 - P is 1; 1 - P if bfloat16
+  std::vector<void*> beta1_prods;  // empty if retired: 1 - P is 1; 1 - P unless float32
   std::vector<void*> remainders;   // of master weights; empty without
   Dtype param_dtype, grad_dtype, state_dtype;
   RoundingInputs rounding;  // null if neither states nor parameters are rounded stochastically

@@ -28,6 +28,8 @@ constexpr int64_t MAX_SCALAR_BYTES = 192;  // arguments other than lists
 
 using adai::joined;
 using adai::product_of;
+using adai::round_randomly;
+using adai::second_moment;
 using adai::split;
 using adai::widen;
 
@@ -42,6 +44,18 @@ DEVICE_FUNCTION void split(float master, Float16& rounded, int16_t& remainder) {
 DEVICE_FUNCTION float joined(Float16 rounded, int16_t remainder) { return joined(widen(rounded), rounded, remainder); }
 
 DEVICE_FUNCTION float product_of(float P) { return P; }
+
+DEVICE_FUNCTION float product_of(uint8_t code) { return 1.0f - complement_of(code); }
+
+DEVICE_FUNCTION void round_randomly(float q, uint32_t bits, uint8_t& code) {
+  code = static_cast<uint8_t>(code_of_complement(q, bits));
+}
+
+// The types of the other states beside second moments of a type.
+template <class MOMENT>
+using FirstMoment = std::conditional_t<std::is_same<MOMENT, Record>::value, BFloat16, MOMENT>;
+template <class MOMENT>
+using Product = std::conditional_t<std::is_same<MOMENT, Record>::value, uint8_t, MOMENT>;
 
 // -- lists of tensors -------------------------------------------------------------------------------------------------
 
@@ -101,7 +115,7 @@ struct Chunk {
   // The elements in the tensor of a list.
   template <class T>
   __device__ T* of(void* const* list) const {
-    return static_cast<T*>(list[slot]) + offset;
+    return static_cast<T*>(list[slot]) + (std::is_same<T, Record>::value ? offset / RECORD_ELEMENTS : offset);
   }
 };
 
@@ -116,6 +130,13 @@ template <class T>
 DEVICE_FUNCTION bool is_aligned(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % sizeof(Vector<T>) == 0;
 }
+
+DEVICE_FUNCTION bool is_aligned(const Record*) { return true; }
+
+// The codes of a vector of second moments.
+struct alignas(2) Codes {
+  uint8_t elements[VECTOR_ELEMENTS];
+};
 
 // The elements that the threads take at once: NUM per thread, in vectors of consecutive elements; vector i of a thread
 // follows its vector i - 1 at a distance of THREADS vectors. A thread thus has the same elements in the same order for
@@ -173,6 +194,30 @@ struct Tile {
     }
   }
 };
+
+// The second moments of a tile as float32.
+template <class TILE, class T>
+DEVICE_FUNCTION void load_moments(const TILE& tile, const T* chunk, float (&v)[TILE::NUM]) {
+  T stored[TILE::NUM];
+  tile.load(chunk, stored);
+#pragma unroll
+  for (int i = 0; i < TILE::NUM; ++i) v[i] = widen(stored[i]);
+}
+
+template <class TILE>
+DEVICE_FUNCTION void load_moments(const TILE& tile, const Record* chunk, float (&v)[TILE::NUM]) {
+#pragma unroll
+  for (int i = 0; i < TILE::NUM; i += VECTOR_ELEMENTS) {
+    const int index = tile.index(i);
+    const bool is_inside = TILE::IS_WHOLE || index < tile.count;  // as the rest of its record
+    const Record* record = chunk + (is_inside ? index / RECORD_ELEMENTS : 0);
+    Codes codes{};
+    if (is_inside) codes = *reinterpret_cast<const Codes*>(record->codes + index % RECORD_ELEMENTS);
+    const float scale = is_inside ? widen(record->scale) : 0.0f;
+#pragma unroll
+    for (int k = 0; k < VECTOR_ELEMENTS; ++k) v[i + k] = ratio_of(codes.elements[k]) * scale;
+  }
+}
 
 // Calls body(tile) for partial tiles that cover the elements of a chunk from `first` on.
 template <class BODY>
@@ -290,6 +335,61 @@ DEVICE_FUNCTION void store_params(const TILE& tile, const float (&theta)[TILE::N
     tile.store(rounded, params);
   } else {
     tile.store(theta, params);
+  }
+}
+
+// Rounds and writes the second moments of a tile, and replaces them by what is stored; 0 beyond the end. All threads of
+// the block take part.
+template <class TILE, class T>
+DEVICE_FUNCTION void store_moments(const TILE& tile, float (&v)[TILE::NUM], const uint32_t (&words)[TILE::NUM],
+                                   T* chunk) {
+  T stored[TILE::NUM];
+#pragma unroll
+  for (int i = 0; i < TILE::NUM; ++i) {
+    if constexpr (IS_LOW<T>) round_randomly(v[i], words[i] >> 16, stored[i]);
+    else stored[i] = v[i];
+    v[i] = widen(stored[i]);
+  }
+  tile.store(stored, chunk);
+}
+
+template <class TILE>
+DEVICE_FUNCTION void store_moments(const TILE& tile, float (&v)[TILE::NUM], const uint32_t (&words)[TILE::NUM],
+                                   Record* chunk) {
+  static_assert(TILE::NUM == VECTOR_ELEMENTS, "a thread has one part of a record");
+  constexpr unsigned THREADS_OF_RECORD = RECORD_ELEMENTS / VECTOR_ELEMENTS;
+  __shared__ uint32_t largest_of[THREADS], words_of[THREADS];
+  uint32_t largest = 0;  // the bits of floats without sign have their order, and NaN is the largest
+#pragma unroll
+  for (int i = 0; i < TILE::NUM; ++i) {
+    const uint32_t pattern = static_cast<uint32_t>(bits_of(v[i])) & 0x7fffffff;
+    largest = pattern > largest ? pattern : largest;
+  }
+  __syncthreads();  // the previous tile may still be read
+  largest_of[threadIdx.x] = largest;
+  words_of[threadIdx.x] = words[0];
+  __syncthreads();
+  const unsigned first = threadIdx.x / THREADS_OF_RECORD * THREADS_OF_RECORD;
+#pragma unroll
+  for (unsigned k = 0; k < THREADS_OF_RECORD; ++k) {
+    largest = largest_of[first + k] > largest ? largest_of[first + k] : largest;
+  }
+  const float scale = scale_of(float_of(static_cast<int32_t>(largest)), words_of[first] >> 16);
+  const float inverse = inverse_of(scale);
+  Codes codes;
+#pragma unroll
+  for (int i = 0; i < TILE::NUM; ++i) {
+    const bool is_largest = static_cast<uint32_t>(bits_of(v[i])) == largest && scale > 0.0f;
+    const int32_t code = is_largest ? 255 : code_of_ratio(v[i] * inverse, words[i] >> 16);
+    codes.elements[i] = static_cast<uint8_t>(code);
+    v[i] = ratio_of(code) * scale;
+  }
+  const int index = tile.index(0);
+  if (!TILE::IS_WHOLE && index >= tile.count) return;
+  Record* record = chunk + index / RECORD_ELEMENTS;
+  *reinterpret_cast<Codes*>(record->codes + index % RECORD_ELEMENTS) = codes;
+  if (threadIdx.x == first) {
+    record->scale.bits = static_cast<uint16_t>(static_cast<uint32_t>(bits_of(scale)) >> 16);
   }
 }
 

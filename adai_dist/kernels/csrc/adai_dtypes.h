@@ -1,11 +1,12 @@
-// Element types of parameters and gradients, for the CPU and CUDA kernels; independent of torch.
+// Element types of parameters, gradients and states, for the CPU and CUDA kernels; independent of torch.
 #pragma once
 
 #include "adai_math.h"
 
 namespace adai {
 
-enum class Dtype : int32_t { float32, bfloat16, float16 };
+// States of eight_bits are those of mixed8: first moments in bfloat16, second moments in records, 1 - P in 8 bits.
+enum class Dtype : int32_t { float32, bfloat16, float16, eight_bits };
 
 struct BFloat16 {
   uint16_t bits;

@@ -109,5 +109,4 @@ ADAI_FUNCTION float joined(float widened, Float16 rounded, int16_t remainder) {
 // beta1_prod in bfloat16 is stored as Q = 1 - P.
 ADAI_FUNCTION float product_of(BFloat16 q) { return 1.0f - widen(q); }
 
-
 }  // namespace adai
