@@ -62,9 +62,9 @@ def records_like(param: Tensor, shape: tuple[int, ...], local: Tensor) -> Tensor
 
     Collective: none.
     """
-    leading = tuple(local_tensor(param).shape[: len(shape) - 2])
-    num_records = local.shape[0] // math.prod(leading) if local.shape[0] else 0
-    local = local.view(*leading, num_records, RECORD_BYTES)
+    first = len(shape) - 2
+    local_shape = *local_tensor(param).shape[:first], shape[first] // _num_shards(param).get(first, 1), RECORD_BYTES
+    local = local.view(local_shape)
     if not is_dtensor(param):
         return local
     from torch.distributed.tensor import DTensor

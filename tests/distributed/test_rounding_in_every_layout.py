@@ -1,4 +1,4 @@
-"""Parameters and states in 16 bits have the same bits in every layout, given the same gradients."""
+"""Parameters and states in 16 or 8 bits have the same bits in every layout, given the same gradients."""
 
 from __future__ import annotations
 
@@ -26,18 +26,30 @@ from torch.nn.parallel import DistributedDataParallel
 from adai_dist import AdaiV2
 from adai_dist.rounding import global_indices
 from adai_dist.sharding.global_index import origin_of
+from adai_dist.sharding.records import records_shape
 from tests.spawn import run_ranks
 
 pytestmark = pytest.mark.distributed
 
 NUM_STEPS = 6
 # Sizes that 2 and 4 ranks cannot divide evenly, and one that leaves ranks without elements.
-SIZES = {"first": (7, 5), "second": (13, 6), "vector": (11,), "tiny": (1, 3), "stacked": (3, 5, 6)}
+# The last two have records of 8 bits in every layout.
+SIZES = {
+    "first": (7, 5),
+    "second": (13, 6),
+    "vector": (11,),
+    "tiny": (1, 3),
+    "stacked": (3, 5, 6),
+    "wide": (7, 192),
+    "stack_of_wide": (3, 5, 64),
+}
 MODES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float32, bfloat16 states": (torch.float32, {"state_dtype": "bfloat16"}),
     "master weights": (torch.bfloat16, {"state_dtype": "bfloat16"}),
     "rounded": (torch.bfloat16, {"state_dtype": "bfloat16", "master_weights": False}),
+    "mixed8": (torch.bfloat16, {"state_dtype": "mixed8"}),
 }
+FSDP1_MODES = [mode for mode in MODES if mode != "mixed8"]
 Bits = dict[str, Tensor]
 
 
@@ -193,9 +205,9 @@ def test_elements_have_their_global_indices() -> None:
 def run_fsdp1(strategy: ShardingStrategy, use_orig_params: bool) -> dict[str, Bits]:
     """Train with gradients from a backward pass, the same in every layout; return the saved states by name."""
     found: dict[str, Bits] = {}
-    for mode, (dtype, _) in MODES.items():
+    for mode in FSDP1_MODES:
         module = FullyShardedDataParallel(
-            Model(dtype),
+            Model(MODES[mode][0]),
             sharding_strategy=strategy,
             use_orig_params=use_orig_params,
             device_id=torch.device("cpu"),
@@ -261,7 +273,55 @@ def test_a_run_resumed_on_other_ranks_has_the_bits_of_one_that_went_on(before: s
     assert_same_bits(of_rank[1], bits_of(model, optimizer))
 
 
-@pytest.mark.parametrize(("theirs", "ours"), [("rounded", "master weights"), ("master weights", "rounded")])
+def refused_by_fsdp1(use_orig_params: bool) -> str:
+    module = FullyShardedDataParallel(
+        Model(torch.float32), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+    optimizer = optimizer_of(module, "mixed8")
+    optimizer.configure_sharding(model=module)
+    module().backward()
+    with pytest.raises(ValueError, match="state_dtype must be") as error:
+        optimizer.step()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False], ids=["original parameters", "flat parameters"])
+def test_fsdp1_refuses_records_on_all_ranks(use_orig_params: bool) -> None:
+    one, other = run_ranks(refused_by_fsdp1, 2, use_orig_params)
+    assert one == other
+    assert "parameters of FSDP1, which cuts them within the records of 32 elements" in one
+
+
+def cut_within_records() -> list[tuple[int, ...] | None]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = {"on the grid": (5, 192), "off the grid": (5, 96), "not divisible": (5, 160), "inner": (4, 6, 96)}
+    found: list[tuple[int, ...] | None] = []
+    for shape in whole.values():
+        param = nn.Parameter(distribute_tensor(torch.ones(shape), mesh, [Shard(1)]))
+        param.grad = torch.ones_like(param)
+        optimizer = AdaiV2([param], lr=0.1, state_dtype="mixed8", independent=True)
+        optimizer.step()
+        found.append(records_shape(param, optimizer.precision))
+        v = optimizer.state[param]["exp_avg_sq"]
+        assert isinstance(v, DTensor)
+        assert tuple(v.shape) == (found[-1] or shape)
+        assert v.dtype == (torch.uint8 if found[-1] else torch.bfloat16)
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_cut_within_records_leaves_states_in_bfloat16_on_all_ranks(world_size: int) -> None:
+    expected = {
+        2: [(5, 6, 34), None, None, (4, 6, 3, 34)],
+        3: [(5, 6, 34), (5, 3, 34), None, (4, 6, 3, 34)],
+    }
+    assert run_ranks(cut_within_records, world_size) == [expected[world_size]] * world_size
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("rounded", "master weights"), ("master weights", "rounded")],
+)
 def test_a_distributed_checkpoint_is_loaded_into_another_mode(theirs: str, ours: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (saved, *_) = run_ranks(save, 2, folder, theirs, "FSDP2 on 2")
