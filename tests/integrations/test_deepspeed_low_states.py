@@ -74,7 +74,7 @@ CONFIGS = {
 SHORT = replace(PROBLEM, steps=NUM_STEPS)
 SETUPS = {name: Setup(config, SHORT, arguments=LOW) for name, config in CONFIGS.items()}
 WITH_AND_WITHOUT_OFFLOAD = [(name.removesuffix("-offload"), name) for name in SETUPS if name.endswith("-offload")]
-TOLERANCE = 6e-3  # relative to the distance travelled; on one device without DeepSpeed, the error is 3.1e-3
+TOLERANCE = 5e-3  # relative to the distance travelled; on one device without DeepSpeed, the error is up to 2.9e-3
 
 
 def in_full(name: str) -> Setup:
@@ -486,6 +486,45 @@ def test_other_dtypes_are_refused() -> None:
         check_state_dtype(SimpleNamespace(), optimizer)
 
 
+def resumed_in_16_bits(folder: Path) -> list[dict[str, Tensor]]:
+    """Train a model in bfloat16 without ZeRO and without the section that makes DeepSpeed keep float32 copies."""
+    set_environment()
+    import deepspeed
+
+    def take_steps(folder_to_load: Path | None) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        engine, *_ = deepspeed.initialize(
+            model=(model := Twins().bfloat16()),
+            model_parameters=model.parameters(),
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_clipping": 0.0,
+                "optimizer": {"type": "AdaiV2", "params": {"lr": 0.1, **LOW}},
+            },
+            dist_init_required=False,
+        )
+        for step in range(6):
+            if step == 3 and folder_to_load is None:
+                engine.save_checkpoint(str(folder))
+            if step == 3 and folder_to_load is not None:
+                engine.load_checkpoint(str(folder_to_load))
+            engine.backward(engine(step if step >= 3 or folder_to_load is None else step + 10))
+            engine.step()
+        param = engine.module.first
+        return {"param": param.detach().clone(), **engine.basic_optimizer.state[param]}
+
+    return [take_steps(None), take_steps(folder)]
+
+
+def test_a_model_in_16_bits_without_zero_keeps_its_remainders(tmp_path: Path) -> None:
+    for whole, resumed_run in run_ranks(resumed_in_16_bits, WORLD_SIZE, tmp_path):
+        assert whole["master_param"].dtype == torch.int16
+        assert whole["master_param"].any()
+        assert whole.keys() == resumed_run.keys()
+        for name, value in whole.items():
+            assert torch.equal(resumed_run[name], value), name
+
+
 # -- model parallelism -------------------------------------------------------------------------------------------------
 
 AUTOTP = {"tensor_parallel": {"autotp_size": 2}}
@@ -564,7 +603,8 @@ def test_copies_of_a_layer_in_two_stages_stay_equal_or_are_refused() -> None:
         first, second = family.ranks(f"{name} moved")
         assert first == second
         (message,) = first
-        assert "got state_dtype = \"bfloat16\" with 'tied_modules.tied.weight' at different offsets" in message
+        assert "with 'tied_modules.tied.weight' at different offsets on model-parallel ranks" in message
+        assert message.endswith("; leave both out")
 
 
 def walk_or_error(setup: Setup) -> Seen | tuple[str]:

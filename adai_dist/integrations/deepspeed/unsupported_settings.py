@@ -15,6 +15,7 @@ from adai_dist.hyper import Hyper
 from adai_dist.integrations.deepspeed.adapters.engine import model_parallel_group, requested, setting
 from adai_dist.integrations.deepspeed.adapters.releases import installed_release
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
+from adai_dist.precision import Precision
 
 NUM_SWAPPED_TENSORS = 5
 """Number of tensors per parameter in the NVMe swapper's buffers: parameter, gradient and three states."""
@@ -252,22 +253,23 @@ def check_state_dtype(engine: Any, optimizer: AdaptiveInertia) -> None:
 
 
 def check_same_places(engine: Any, places: dict[Tensor, tuple[int, int]]) -> None:
-    """Refuse states in 16 bits if copies of a parameter on model-parallel ranks would be rounded differently.
+    """Refuse stochastic rounding if copies of a parameter on model-parallel ranks would be rounded differently.
 
     Tensor parallelism copies small parameters, and a pipeline the layers that stages share.
 
     Args:
-        places: ordinal and global index of the first element of each parameter of the model, from which the random bits
-            of its states are derived.
+        places: ordinal and global index of the first element of each parameter of the model, from which its random
+            bits are derived.
 
     Raises:
         UnsupportedSetting: a parameter of the same name has another place on another rank.
 
-    Collective: if states are in 16 bits and parameters are spread over model-parallel ranks, all ranks, two objects
-    gathered; otherwise none.
+    Collective: all ranks, two objects gathered, if something is rounded and the engine has an mpu; otherwise none.
     """
     process_group = model_parallel_group(engine)
-    if engine.basic_optimizer.precision.state_dtype == "float32" or process_group is None:
+    precision: Precision = engine.basic_optimizer.precision
+    is_rounding = precision.state_dtype != "float32" or precision.master_weights is False
+    if process_group is None or not is_rounding:
         return
     found: list[Any] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(found, {engine.param_names[param]: place for param, place in places.items()}, process_group)
@@ -279,9 +281,10 @@ def check_same_places(engine: Any, places: dict[Tensor, tuple[int, int]]) -> Non
     name = next(filter(None, moved), None)
     if name is not None:
         _refuse(
-            f'state_dtype = "bfloat16" with {name!r} at different offsets of model-parallel ranks',
+            f"state_dtype = {precision.state_dtype!r} and master_weights = {precision.master_weights!r} with {name!r} "
+            "at different offsets on model-parallel ranks",
             "would round its copies differently",
-            'use "float32"',
+            "leave both out",
         )
 
 
