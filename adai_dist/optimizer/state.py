@@ -102,6 +102,17 @@ def restore_states(
             _restore(states[param], saved, param, precision)
 
 
+@torch.no_grad()
+def restored_state(saved: Mapping[str, Any], param: Tensor, precision: Precision) -> dict[str, Any]:
+    """Return a state, or some of its entries, as the optimizer keeps it, from its form in checkpoints.
+
+    Collective: none.
+    """
+    state = dict(saved)
+    _restore(state, saved, param, precision)
+    return state
+
+
 def _restore(state: dict[str, Any], saved: Mapping[str, Any], param: Tensor, precision: Precision) -> None:
     dtype, records = precision.state_dtype_of(param.dtype), records_shape(param, precision)
     for name in ("exp_avg", "exp_avg_sq", "beta1_prod"):

@@ -84,6 +84,9 @@ class ShardingPlan:
     """None if the user or an engine has defined which rank holds what."""
     starts: dict[Tensor, int] = field(default_factory=dict[Tensor, int])
     """Global index of the first element of local tensors that do not show it; their elements are consecutive."""
+    ordinals: dict[Tensor, int] = field(default_factory=dict[Tensor, int])
+    """Index of each parameter among those of all calls, for an engine that steps them in several calls, from which
+    their random bits are derived; empty for the order of the parameter groups."""
 
     def fits(self, params: list[Tensor]) -> bool:
         """Return whether the plan was made for exactly these parameters; engines replace them after construction."""

@@ -50,9 +50,10 @@ class ShardCache:
             self._plan = plan_sharding(params, planner)
             self._planner = planner
             self._checksum_terms = checksum_terms(params, self._plan)
+            ordinals = self._plan.ordinals or {param: ordinal for ordinal, param in enumerate(params)}
             self._roundings = {
-                param: ShardRounding(key_of(self.precision.seed, ordinal), origin_of(param, self._plan.starts))
-                for ordinal, param in enumerate(params)
+                param: ShardRounding(key_of(self.precision.seed, ordinals[param]), origin_of(param, self._plan.starts))
+                for param in params
                 if self.precision.is_rounding(param)
             }
             self._constants.clear()

@@ -170,7 +170,7 @@ def start(setup: Setup, model: Prescribed) -> Any:
     elif setup.optimizer == "torch.AdamW":
         client = torch.optim.AdamW([{"params": p["params"], "lr": p["lr"]} for p in params])
     else:
-        config["optimizer"] = {"type": setup.optimizer, "params": {"lr": 1.0}}
+        config["optimizer"] = {"type": setup.optimizer, "params": {"lr": 1.0, **setup.arguments}}
     if client is not None:
         config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     engine, *_ = deepspeed.initialize(

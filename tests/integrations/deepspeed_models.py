@@ -28,7 +28,7 @@ class Captured:
     seen: Seen = field(default_factory=Seen)
 
 
-def walk_experts(setup: Setup, ep_size: int) -> Captured:
+def walk_experts(setup: Setup, ep_size: int, prepare: Callable[[Any], None] | None = None) -> Captured:
     """Train two experts, one per rank (`ep_size` 2) or both on both ranks (1). Collective: all ranks."""
     set_environment()
     import deepspeed
@@ -61,7 +61,7 @@ def walk_experts(setup: Setup, ep_size: int) -> Captured:
         seeded = torch.Generator().manual_seed(10 * step + dist.get_rank())
         return {"inputs": 3 * torch.randn(12, 6, generator=seeded).to(setup.dtype)}
 
-    return capture(setup, model, key, inputs, split_params_into_different_moe_groups_for_optimizer)
+    return capture(setup, model, key, inputs, split_params_into_different_moe_groups_for_optimizer, prepare)
 
 
 def walk_tensor_parallel(setup: Setup) -> Captured:
@@ -122,7 +122,7 @@ def capture(
         config={
             "train_micro_batch_size_per_gpu": 1,
             "gradient_clipping": setup.problem.max_grad_norm or 0.0,
-            "optimizer": {"type": setup.optimizer, "params": {"lr": 1.0}},
+            "optimizer": {"type": setup.optimizer, "params": {"lr": 1.0, **setup.arguments}},
             **setup.config,
         },
         dist_init_required=False,
@@ -165,23 +165,31 @@ def full_tensor(engine: Any, parameter: nn.Parameter, what: str) -> Tensor:
     return safe_get_full_grad(parameter) if what == "grad" else safe_get_full_fp32_param(parameter)
 
 
-# At an inertia of 1 - 1e-3, float32 resolves its complement to 6e-5, which cancels in the parameters, not in exp_avg.
-STATE_TOLERANCE = 6e-5
-
-
-def check_captured(ranks: list[Captured], setup: Setup, tolerance: float = 1e-5) -> float:
-    """Assert that all ranks together followed the oracle, and return the largest error."""
+def oracle_of(ranks: list[Captured], setup: Setup) -> tuple[Oracle, dict[str, Array]]:
+    """Return the oracle of the model of all ranks before the first step, and its initial values."""
     starts = {name: start for rank in ranks for name, start in rank.starts.items()}
     indices = {name: index for rank in ranks for name, index in rank.group_indices.items()}
     groups = [
         OracleGroup(tuple(name for name in starts if indices[name] == k), **setup.problem.hyperparameters(k))
         for k in range(3)
     ]
-    oracle = Oracle(starts, groups, setup.problem.max_grad_norm)
+    return Oracle(starts, groups, setup.problem.max_grad_norm), starts
+
+
+def gradients_of(ranks: list[Captured], step: int) -> dict[str, Array]:
+    return {name: gradient for rank in ranks for name, gradient in rank.gradients[step].items()}
+
+
+# At an inertia of 1 - 1e-3, float32 resolves its complement to 6e-5, which cancels in the parameters, not in exp_avg.
+STATE_TOLERANCE = 6e-5
+
+
+def check_captured(ranks: list[Captured], setup: Setup, tolerance: float = 1e-5) -> float:
+    """Assert that all ranks together followed the oracle, and return the largest error."""
+    oracle, starts = oracle_of(ranks, setup)
     errors: dict[str, float] = {}
     for step in range(setup.problem.steps):
-        gradients = {name: gradient for rank in ranks for name, gradient in rank.gradients[step].items()}
-        expected = oracle.step(gradients)
+        expected = oracle.step(gradients_of(ranks, step))
         assert expected.grad_norm > (setup.problem.max_grad_norm or 0.0), "the bound has no effect"
         for rank in ranks:
             errors[f"mean of step {step}"] = abs(rank.seen.means[step] / expected.mean - 1)

@@ -93,7 +93,7 @@ def walk_pipeline(setup: Setup, layers_between: tuple[str, ...] = LAYERS, module
             "gradient_accumulation_steps": setup.num_micro_batches,
             "steps_per_print": 1000,  # a pipeline without it fails before DeepSpeed 0.16.4
             "gradient_clipping": setup.problem.max_grad_norm or 0.0,
-            "optimizer": {"type": setup.optimizer, "params": {"lr": 1.0}},
+            "optimizer": {"type": setup.optimizer, "params": {"lr": 1.0, **setup.arguments}},
             **setup.config,
         },
         dist_init_required=False,

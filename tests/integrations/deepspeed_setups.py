@@ -84,6 +84,8 @@ class Setup:
     problem: Problem = PROBLEM
     optimizer: str = "AdaiV2"
     """Type in the configuration; "naive" and "torch.AdamW" are created by the test as client optimizers."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of an optimizer of this package, beyond those of its parameter groups."""
     num_micro_batches: int = 1
     sets_boundary: bool = False
     """Whether the training loop, and not the configuration, tells DeepSpeed which micro-batch is the last of a step."""

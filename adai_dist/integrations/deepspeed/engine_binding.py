@@ -17,13 +17,18 @@ from adai_dist.integrations.deepspeed.adapters.names import check_names
 from adai_dist.integrations.deepspeed.adapters.nvme_checkpoint import wrap_nvme_checkpoints
 from adai_dist.integrations.deepspeed.adapters.releases import installed_release
 from adai_dist.integrations.deepspeed.adapters.stage_3 import Stage3
-from adai_dist.integrations.deepspeed.adapters.without_zero import sharding_without_zero, wrap_master_weight_step
+from adai_dist.integrations.deepspeed.adapters.without_zero import (
+    places_without_zero,
+    sharding_without_zero,
+    wrap_master_weight_step,
+)
 from adai_dist.integrations.deepspeed.adapters.wrappers import zero_wrapper_of
 from adai_dist.integrations.deepspeed.ignored_optimizer import warn_of_ignored_optimizer
 from adai_dist.integrations.deepspeed.zero_mean_source import ZeroMeanSource, mean_of_skipped_step
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
 from adai_dist.optimizer.mean_source import MeanSource, ShardedMean
 from adai_dist.optimizer.proxies import live_optimizers_of
+from adai_dist.rounding import LOW_DTYPES
 from adai_dist.sharding.mean import GlobalMean
 from adai_dist.sharding.owned_shards import OwnedShards
 
@@ -80,9 +85,9 @@ def configure_and_bind(
     _allow(cls)
     engine.zero_force_ds_cpu_optimizer = lambda: False  # DeepSpeed would require its CPU Adam under offload
     if client_optimizer is None:
-        engine._configure_basic_optimizer = _set_initial_mean_source(engine._configure_basic_optimizer)
+        engine._configure_basic_optimizer = _initialized(engine, engine._configure_basic_optimizer)
     elif isinstance(client_optimizer, AdaptiveInertia):
-        client_optimizer.mean_source = InitializationOnly()
+        _begin_initialization(engine, client_optimizer)
     configure(client_optimizer, model_parameters)
     unsupported_settings.check_not_replaced(engine.basic_optimizer, cls)
     bind(engine)
@@ -109,19 +114,32 @@ def bind(engine: Any) -> None:
     check_names(engine, release, "DeepSpeedEngine after configuration")
     optimizer: AdaptiveInertia = engine.basic_optimizer
     unsupported_settings.check_no_max_grad_norm(optimizer)
-    unsupported_settings.check_state_dtype(optimizer)
     zero_wrapper = zero_wrapper_of(engine, release)
     if zero_wrapper is None:
         optimizer.mean_source = ShardedMean(sharding_without_zero(engine))
+        unsupported_settings.check_same_places(engine, places_without_zero(engine))
         wrap_master_weight_step(engine)
     else:
         kind = _BF16MeanSource if isinstance(zero_wrapper, BF16) else ZeroMeanSource
         source = optimizer.mean_source = kind(optimizer, zero_wrapper, engine.module)
+        unsupported_settings.check_same_places(engine, source.places())
         optimizer.retire_beta1_prod = False  # would free no memory: ZeRO holds references to the states
         zero_wrapper.attach(source)
         if isinstance(zero_wrapper, Stage3) and engine.optimizer.swap_optimizer:
             wrap_nvme_checkpoints(engine.optimizer, optimizer, source)
     wrap_checkpoint_loading(engine, zero_wrapper)
+    _warn_of_kept_master_weights(engine)
+
+
+def _warn_of_kept_master_weights(engine: Any) -> None:
+    """Warn that DeepSpeed keeps float32 parameters which the optimizer was told to do without."""
+    has_copies = engine.optimizer is not engine.basic_optimizer
+    is_low = any(param.dtype in LOW_DTYPES for param in engine.module.parameters())
+    if engine.basic_optimizer.precision.master_weights is False and has_copies and is_low and engine.global_rank == 0:
+        logger.warning(
+            "master_weights=False has no effect under DeepSpeed, which keeps a float32 copy of the parameters in 16 "
+            "bits and gives that to the optimizer; leave it out"
+        )
 
 
 class InitializationOnly(MeanSource):
@@ -140,11 +158,17 @@ class InitializationOnly(MeanSource):
         """Record nothing, since no parameter was stepped."""
 
 
-def _set_initial_mean_source(create: Callable[[Any], AdaptiveInertia]) -> Callable[[Any], AdaptiveInertia]:
+def _begin_initialization(engine: Any, optimizer: AdaptiveInertia) -> None:
+    """Check an optimizer and set its source, before DeepSpeed creates states or opens files."""
+    unsupported_settings.check_state_dtype(engine, optimizer)
+    optimizer.mean_source = InitializationOnly()
+
+
+def _initialized(engine: Any, create: Callable[[Any], AdaptiveInertia]) -> Callable[[Any], AdaptiveInertia]:
     @functools.wraps(create)
     def _configure_basic_optimizer(model_parameters: Any) -> AdaptiveInertia:
         optimizer = create(model_parameters)
-        optimizer.mean_source = InitializationOnly()
+        _begin_initialization(engine, optimizer)
         return optimizer
 
     return _configure_basic_optimizer

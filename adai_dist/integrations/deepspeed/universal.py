@@ -271,7 +271,11 @@ def _make_loadable_by_all_stages(universal: Path, shard_path: Path) -> None:
     global_state.pop(FP32_FLAT_GROUPS, None)  # of rank 0, and not read by any loader
     global_state.setdefault(DS_VERSION, deepspeed_version)
     global_state[PARAM_GROUPS] = base_state[PARAM_GROUPS]
-    global_state[OPTIMIZER_STATE_DICT] = {"state": {0: {"step": step}}, PARAM_GROUPS: base_state[PARAM_GROUPS]}
+    global_state[OPTIMIZER_STATE_DICT] = {
+        "state": {0: {"step": step}},
+        PARAM_GROUPS: base_state[PARAM_GROUPS],
+        "precision": base_state.get("precision", {}),
+    }
     _replace(global_state, global_state_path)
 
     shapes = _param_shapes(universal)

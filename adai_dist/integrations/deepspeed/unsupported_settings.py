@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch import Tensor
 
 from adai_dist.hyper import Hyper
-from adai_dist.integrations.deepspeed.adapters.engine import requested, setting
+from adai_dist.integrations.deepspeed.adapters.engine import model_parallel_group, requested, setting
 from adai_dist.integrations.deepspeed.adapters.releases import installed_release
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
+from adai_dist.precision import Precision
 
 NUM_SWAPPED_TENSORS = 5
 """Number of tensors per parameter in the NVMe swapper's buffers: parameter, gradient and three states."""
@@ -83,7 +87,7 @@ def check_config(engine: Any) -> None:
         )
     _check_precision(engine)
     _check_parallelism(engine)
-    if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
+    if _is_on_nvme(offload):
         _check_nvme(offload, engine.zero_optimization_stage())
         if engine.load_universal_checkpoint():
             _refuse(
@@ -109,7 +113,8 @@ def _check_precision(engine: Any) -> None:
             _refuse(
                 f"{section}.{key}",
                 "rounds the weights to 16 bits after every step",
-                "remove it, so that float32 copies of the weights are stepped",
+                "remove it, so that float32 copies of the weights are stepped; to halve the states, write "
+                '"state_dtype": "bfloat16" among the params of the optimizer',
             )
     accelerator: Any = get_accelerator()
     is_scattered = requested(engine, "zero_optimization", "contiguous_gradients") is False
@@ -183,6 +188,15 @@ def _check_parallelism(engine: Any) -> None:
         )
 
 
+def _is_on_nvme(offload: Any) -> bool:
+    return offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme"
+
+
+def _offloads_to_nvme(engine: Any) -> bool:
+    """Return whether states are on disk; with ZeRO 1 and 2, DeepSpeed keeps them in CPU memory."""
+    return engine.zero_optimization_stage() == 3 and _is_on_nvme(engine.zero_offload_optimizer())
+
+
 def _check_nvme(offload: Any, stage: int) -> None:
     if stage != 3:
         return  # DeepSpeed keeps the states in CPU memory
@@ -215,17 +229,62 @@ def check_no_max_grad_norm(optimizer: AdaptiveInertia) -> None:
         )
 
 
-def check_state_dtype(optimizer: AdaptiveInertia) -> None:
-    """Refuse states below float32, whose checkpoints DeepSpeed's loaders do not convert.
+def check_state_dtype(engine: Any, optimizer: AdaptiveInertia) -> None:
+    """Refuse dtypes of the states that the engine cannot keep.
 
     Raises:
-        UnsupportedSetting: ``state_dtype`` is not float32.
+        UnsupportedSetting: ``state_dtype`` is neither float32 nor bfloat16, or is bfloat16 under NVMe offload.
     """
-    if optimizer.precision.state_dtype != "float32":
+    state_dtype: str = optimizer.precision.state_dtype
+    if state_dtype == "float32":
+        return
+    if state_dtype != "bfloat16":
         _refuse(
-            f"state_dtype = {optimizer.precision.state_dtype!r}",
-            "is not supported under DeepSpeed yet",
-            'leave it out; FSDP2, FSDP1 and DDP support it, and "offload_optimizer" moves the states off the device',
+            f"state_dtype = {state_dtype!r}",
+            "needs whole parameters, while ZeRO passes flat partitions to the optimizer",
+            'use "bfloat16" or "float32"',
+        )
+    if _offloads_to_nvme(engine):
+        _refuse(
+            'state_dtype = "bfloat16" with "offload_optimizer" on NVMe',
+            "swaps tensors of one dtype, that of the float32 parameters",
+            'offload to "cpu", or use "float32"',
+        )
+
+
+def check_same_places(engine: Any, places: dict[Tensor, tuple[int, int]]) -> None:
+    """Refuse stochastic rounding if copies of a parameter on model-parallel ranks would be rounded differently.
+
+    Tensor parallelism copies small parameters, and a pipeline the layers that stages share.
+
+    Args:
+        places: ordinal and global index of the first element of each parameter of the model, from which its random
+            bits are derived.
+
+    Raises:
+        UnsupportedSetting: a parameter of the same name has another place on another rank.
+
+    Collective: all ranks, two objects gathered, if something is rounded and the engine has an mpu; otherwise none.
+    """
+    process_group = model_parallel_group(engine)
+    precision: Precision = engine.basic_optimizer.precision
+    is_rounding = precision.state_dtype != "float32" or precision.master_weights is False
+    if process_group is None or not is_rounding:
+        return
+    found: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(found, {engine.param_names[param]: place for param, place in places.items()}, process_group)
+    of_name: dict[str, set[tuple[int, int]]] = {}
+    for name, place in itertools.chain.from_iterable(of_rank.items() for of_rank in found):
+        of_name.setdefault(name, set()).add(place)
+    moved: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(moved, next((name for name, found in of_name.items() if len(found) > 1), None))
+    name = next(filter(None, moved), None)
+    if name is not None:
+        _refuse(
+            f"state_dtype = {precision.state_dtype!r} and master_weights = {precision.master_weights!r} with {name!r} "
+            "at different offsets on model-parallel ranks",
+            "would round its copies differently",
+            "leave both out",
         )
 
 

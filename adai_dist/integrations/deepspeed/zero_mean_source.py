@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from adai_dist.optimizer.state import step_tensor
 from adai_dist.sharding.mean import LR_SIGNAL, GlobalMean, Sums, evaluate
 from adai_dist.sharding.owned_shards import OwnedShards
 from adai_dist.sharding.param_shard import ParamShard
+from adai_dist.sharding.plan import ShardingPlan
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,6 +36,28 @@ if TYPE_CHECKING:
 
 _AGREEMENT = 1e-12
 """Relative rounding error allowed between two sums that must be equal."""
+
+
+@dataclass(frozen=True)
+class FlatPartitionPlanner:
+    """Plans for flat partitions, with the global indices from which their random bits are derived.
+
+    Each data-parallel rank holds a partition of every part of the model, of the same size on all of them. The index
+    counts through the partitions in the order of all data-parallel ranks, also for the experts of several ranks.
+    """
+
+    ordinals: dict[Tensor, int]
+    """Index of the part of the model, by its flat partition."""
+    rank: int
+    """Index of this rank among the data-parallel ranks."""
+
+    def start(self, flat: Tensor) -> int:
+        """Return the global index of the first element of this rank's partition."""
+        return self.rank * flat.numel()
+
+    def plan(self, params: tuple[Tensor, ...]) -> ShardingPlan:
+        starts = {param: self.start(param) for param in params}
+        return ShardingPlan(params, (), dict.fromkeys(params, 1.0), starts=starts, ordinals=self.ordinals)
 
 
 class ZeroMeanSource(MeanSource):
@@ -70,6 +94,10 @@ class ZeroMeanSource(MeanSource):
         self._num_elements = [sum(f.num_elements for f in of_part) for of_part in self._counted]
         pairs = zip(self._counted, self.flat_partitions, strict=True)
         self._uncounted = [_gaps(of_part, flat.numel()) for of_part, flat in pairs]
+        self._planner = FlatPartitionPlanner(
+            ordinals={flat: part for part, flat in enumerate(self.flat_partitions)},
+            rank=dist.get_rank(self.process_groups[0]),
+        )
         self._snapshot = ModelSnapshot(model, optimizer)
         self._check_param_groups()
         self.check_coupled_decay()
@@ -257,6 +285,23 @@ class ZeroMeanSource(MeanSource):
 
     def part(self, optimizer: AdaptiveInertia) -> Hashable:
         return next((id(param) for param in optimizer.params()), None)
+
+    def sharding(self) -> FlatPartitionPlanner:
+        return self._planner
+
+    def places(self) -> dict[Tensor, tuple[int, int]]:
+        """Return part and global index of the first element of each parameter of the model on this rank.
+
+        It is empty if no other rank holds a copy, as ZeRO 3 may partition parameters over the model-parallel ranks too.
+        """
+        if len(self.process_groups) == 1:
+            return {}
+        return {
+            fragment.param: (part, self._planner.start(flat) + fragment.start)
+            for part, flat in enumerate(self.flat_partitions)
+            for fragment in self.zero_wrapper.fragments(part)
+            if fragment.num_elements
+        }
 
     def check_allows(self, call: str, remedy: str) -> None:
         raise RuntimeError(

@@ -15,7 +15,8 @@ from adai_dist.integrations.deepspeed.adapters.stage_3 import Stage3
 from adai_dist.integrations.deepspeed.adapters.zero_wrapper import ZeroWrapper
 from adai_dist.integrations.deepspeed.checkpoint_file import load_checkpoint_file
 from adai_dist.optimizer.adaptive_inertia import AdaptiveInertia
-from adai_dist.optimizer.state import new_state
+from adai_dist.optimizer.likely_mistakes import warn_of_other_precision
+from adai_dist.optimizer.state import new_state, restored_state
 from adai_dist.sharding.param_shard import STATE_NAMES
 
 
@@ -62,9 +63,10 @@ def _replace_universal_loading_of_stage_3(
             folders = [checkpoint.zero_folder / param_names[param] for param in zero_wrapper.model_groups()[part]]
             loaded = {key: zero_wrapper.load_part(part, folders, key) for key in ("fp32", *STATE_NAMES)}
             flat.data.copy_(loaded.pop("fp32"))
-            optimizer.state[flat] = {"step": step, **loaded}
+            optimizer.state[flat] = restored_state({"step": step, **loaded}, flat, optimizer.precision)
         checkpoint.restore_param_groups(optimizer)
         zero_wrapper.copy_to_model()
+        checkpoint.warn_of_other_precision(optimizer)
 
     wrapper.load_hp_checkpoint_state_from_checkpoint_dir_stage3 = load_hp_checkpoint_state_from_checkpoint_dir_stage3
 
@@ -80,15 +82,20 @@ def _wrap_universal_loading(zero_wrapper: ZeroWrapper, optimizer: AdaptiveInerti
         names = [wrapper.param_names[param] for params in param_groups for param in params]
         checkpoint.check(names if load_optimizer_states else (), optimizer)
         zero_wrapper.check_universal_offsets()
+        kept = {flat: dict(optimizer.state.get(flat, {})) for flat in zero_wrapper.flat_partitions()}
         with (
             nullcontext() if load_optimizer_states else _states_kept(optimizer),
             _placeholders_in_empty_groups(wrapper, param_groups, checkpoint.step(names)),
         ):
             original(checkpoint_folder, load_optimizer_states, *others)
         _relink_master_weights(zero_wrapper)
-        for param_group in optimizer.param_groups:
-            flat_param = param_group["params"][0]
-            optimizer.state[flat_param] = {**new_state(flat_param, optimizer.precision), **optimizer.state[flat_param]}
+        for flat, before in kept.items():
+            # Only what DeepSpeed has replaced is in the form of checkpoints.
+            loaded = {key: value for key, value in optimizer.state[flat].items() if value is not before.get(key)}
+            restored = restored_state(loaded, flat, optimizer.precision)
+            optimizer.state[flat] = {**new_state(flat, optimizer.precision), **before, **restored}
+        if load_optimizer_states:
+            checkpoint.warn_of_other_precision(optimizer)
 
     wrapper._load_universal_checkpoint = _load_universal_checkpoint
 
@@ -164,6 +171,10 @@ class UniversalCheckpoint:
             if path.is_file():
                 return load_checkpoint_file(path)
         return None
+
+    def warn_of_other_precision(self, optimizer: AdaptiveInertia) -> None:
+        """Warn about a checkpoint in another mode, or with another seed."""
+        warn_of_other_precision(optimizer.precision, self.content.get(OPTIMIZER_STATE_DICT, {}))
 
     def restore_param_groups(self, optimizer: AdaptiveInertia) -> None:
         """Restore the hyperparameters of each parameter group."""

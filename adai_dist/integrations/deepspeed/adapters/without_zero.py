@@ -12,6 +12,7 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
 from adai_dist.integrations.deepspeed.adapters.bf16 import tensor_parallel_rank
+from adai_dist.integrations.deepspeed.adapters.engine import model_parallel_group
 from adai_dist.integrations.deepspeed.adapters.names import check_names
 from adai_dist.integrations.deepspeed.adapters.releases import installed_release
 from adai_dist.integrations.deepspeed.model_snapshot import ModelSnapshot
@@ -28,9 +29,12 @@ class ModelParallel:
 
     process_groups: tuple[ProcessGroup, ...]
     weights: dict[Tensor, float]
+    starts: dict[Tensor, int]
+    """Global indices of the first elements of experts, see :attr:`ShardingPlan.starts`."""
 
     def plan(self, params: tuple[Tensor, ...]) -> ShardingPlan:
-        return ShardingPlan(params, self.process_groups, {param: self.weights[param] for param in params})
+        weights = {param: self.weights[param] for param in params}
+        return ShardingPlan(params, self.process_groups, weights, starts=self.starts)
 
 
 class Replicated:
@@ -42,28 +46,35 @@ class Replicated:
 
 def sharding_without_zero(engine: Any) -> ModelParallel | Replicated:
     """Return which rank holds which parameters. Collective: none."""
-    mpu, has_experts = engine.mpu, engine.has_moe_layers
-    model_parallel_group: ProcessGroup | None = None
-    if mpu is not None and not hasattr(mpu, "initialize_sequence_parallel"):
-        model_parallel_group = mpu.get_model_parallel_group()
-    if model_parallel_group is None and not has_experts:
+    has_experts = engine.has_moe_layers
+    process_group = model_parallel_group(engine)
+    if process_group is None and not has_experts:
         return Replicated()
     check_names(engine, installed_release(), "DeepSpeedEngine with model parallelism")
     data_parallel_group: ProcessGroup = engine.seq_data_parallel_group
     weights: dict[Tensor, float] = {}
+    starts: dict[Tensor, int] = {}
     for master, param in _masters_and_params(engine):
         is_expert = is_moe_param(param)
         weight = float(not getattr(param, "ds_pipe_replicated", False))  # tied layers count on their first stage
-        if model_parallel_group is not None and not is_expert and not is_model_parallel_parameter(param):
-            weight *= tensor_parallel_rank(mpu) == 0
+        if process_group is not None and not is_expert and not is_model_parallel_parameter(param):
+            weight *= tensor_parallel_rank(engine.mpu) == 0
         if has_experts:
             expert: Any = param
             replicas = engine.expert_data_parallel_group[expert.group_name] if is_expert else data_parallel_group
             weight /= dist.get_world_size(replicas)
+            if is_expert:  # other ranks hold other experts
+                starts[master] = master.numel() * min(dist.get_process_group_ranks(replicas))
         weights[master] = weight
     process_groups = [data_parallel_group] if has_experts else []
-    process_groups += [model_parallel_group] if model_parallel_group is not None else []
-    return ModelParallel(tuple(process_groups), weights)
+    process_groups += [process_group] if process_group is not None else []
+    return ModelParallel(tuple(process_groups), weights, starts)
+
+
+def places_without_zero(engine: Any) -> dict[Tensor, tuple[int, int]]:
+    """Return the ordinal of each parameter of the model in the optimizer, and the index 0 of its first element."""
+    ordinals = {id(master): ordinal for ordinal, master in enumerate(engine.basic_optimizer.params())}
+    return {param: (ordinals[id(master)], 0) for master, param in _masters_and_params(engine)}
 
 
 def wrap_master_weight_step(engine: Any) -> None:
