@@ -32,6 +32,7 @@ COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
 
 COPY, REFERENCE, STEP = "copy", "AdamW fused, clipped", "Adai, clipped"
 LOW_STEP = f"{STEP}, bfloat16 states"
+MIXED_STEP = f"{STEP}, mixed8 states"
 REMAINDER_BYTES = torch.int16.itemsize
 LR, WEIGHT_DECAY = 1e-3, 1e-4
 
@@ -82,10 +83,11 @@ class Model:
             param.grad = other.grad
         return replace(self, params=params)
 
-    def num_bytes(self, traffic: Traffic, state_dtype: torch.dtype, *, has_remainder: bool = False) -> int:
+    def num_bytes(self, traffic: Traffic, state_bytes: float, *, has_remainder: bool = False) -> int:
+        """Return the bytes that an algorithm moves; ``state_bytes`` is the mean size of an element of a state."""
         gradient_bytes = self.dtype.itemsize
         param_bytes = gradient_bytes + has_remainder * REMAINDER_BYTES
-        return self.numel * traffic.bytes_per_parameter(param_bytes, gradient_bytes, state_dtype.itemsize)
+        return round(self.numel * traffic.bytes_per_parameter(param_bytes, gradient_bytes, state_bytes))
 
     def clip(self) -> None:
         nn.utils.clip_grad_norm_(self.params, self.max_norm)
@@ -153,10 +155,11 @@ class AdaiCases:
             without: tensors that ``run`` leaves out, as in :meth:`step_without`.
         """
         states = [owned.tensors for owned in self._shards_without("param", "grad", *without)]
-        num_bytes = self.model.num_bytes(
-            traffic, states[0].exp_avg[0].dtype, has_remainder=any(each.remainder for each in states)
-        )
+        remainder_bytes = sum(tensor.nbytes for each in states for tensor in each.remainder)
         state_bytes = sum(tensor.nbytes for each in states for tensors in each for tensor in tensors)
+        num_states = 3 if any(each.beta1_prod for each in states) else 2
+        of_one = (state_bytes - remainder_bytes) / num_states / self.model.numel
+        num_bytes = self.model.num_bytes(traffic, of_one, has_remainder=remainder_bytes > 0)
         return Case(name, "adai_dist", run, num_bytes, state_bytes, prepare)
 
     def case_without(self, name: str, traffic: Traffic, *names: str) -> Case:
@@ -168,11 +171,13 @@ def adai_cases(model: Model) -> tuple[list[Case], list[Adai]]:
     """Return the cases of this package, and the optimizers that run on the kernels."""
     kernels = AdaiCases(model, Adai(model.params, lr=LR))
     low = AdaiCases(model, Adai(model.params, lr=LR, state_dtype="bfloat16"))
+    mixed = AdaiCases(model, Adai(model.params, lr=LR, state_dtype="mixed8"))
     with environment({ENVIRONMENT_VARIABLE: "off"}):
         equations = AdaiCases(model, Adai(model.params, lr=LR))
     kernels.optimizer.step()
-    low.optimizer.step()
-    _share_remainders(low.optimizer, kernels.optimizer)
+    for of_mode in (low, mixed):
+        of_mode.optimizer.step()
+        _share_remainders(of_mode.optimizer, kernels.optimizer)
     # The kernels would read exp_avg and exp_avg_sq once more after writes by another optimizer.
     _share_states(equations.optimizer, kernels.optimizer, copied=("step", "exp_avg", "exp_avg_sq"))
     step, case = kernels.optimizer.step, kernels.case
@@ -181,6 +186,8 @@ def adai_cases(model: Model) -> tuple[list[Case], list[Adai]]:
     low_cases = [
         low.case(LOW_STEP, low.optimizer.step, both_phases, low.configure),
         low.case_without(f"{LOW_STEP}, retired", both_retired, "beta1_prod"),
+        mixed.case(MIXED_STEP, mixed.optimizer.step, both_phases, mixed.configure),
+        mixed.case_without(f"{MIXED_STEP}, retired", both_retired, "beta1_prod"),
     ]
     if model.dtype in LOW_DTYPES:
         low_cases.append(low.case_without(f"{LOW_STEP}, no master", both_phases, "remainder"))
@@ -195,7 +202,7 @@ def adai_cases(model: Model) -> tuple[list[Case], list[Adai]]:
         case("AdaiV2 d=0, clipped", step, both_phases, partial(kernels.configure, dampening=0.0)),
         equations.case("Adai by equations, clipped", equations.optimizer.step, both_phases, equations.configure),
     ]
-    return cases, [kernels.optimizer, low.optimizer]
+    return cases, [kernels.optimizer, low.optimizer, mixed.optimizer]
 
 
 def adamw_cases(model: Model) -> list[Case]:
@@ -233,7 +240,8 @@ def adam_case(
 
     traffic = ADAM + CLIP if is_clipped else ADAM
     run: Callable[[], Any] = clipped if is_clipped else optimizer.step
-    return Case(name, package, run, model.num_bytes(traffic, state_dtype or model.dtype), bytes_of_states(optimizer))
+    num_bytes = model.num_bytes(traffic, (state_dtype or model.dtype).itemsize)
+    return Case(name, package, run, num_bytes, bytes_of_states(optimizer))
 
 
 def bytes_of_states(optimizer: Optimizer) -> int:

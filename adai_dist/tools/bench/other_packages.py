@@ -47,5 +47,5 @@ def _deepspeed(model: Model) -> list[Case]:
 def _pytorch_optimizer(model: Model) -> list[Case]:
     optimizer = import_module("pytorch_optimizer").Adai(model.params, lr=LR)
     optimizer.step()
-    num_bytes, state_bytes = model.num_bytes(TWO_PASSES, model.dtype), bytes_of_states(optimizer)
+    num_bytes, state_bytes = model.num_bytes(TWO_PASSES, model.dtype.itemsize), bytes_of_states(optimizer)
     return [Case("pytorch_optimizer Adai", "pytorch_optimizer", optimizer.step, num_bytes, state_bytes)]

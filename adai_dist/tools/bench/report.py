@@ -34,9 +34,9 @@ class Row:
     """First quartile of the time, milliseconds."""
     upper_quartile: float
     """Third quartile of the time, milliseconds."""
-    bytes_per_parameter: int | None
+    bytes_per_parameter: float | None
     """Bytes that the algorithm has to move (:mod:`adai_dist.tools.bench.traffic`); None for the copy."""
-    state_bytes_per_parameter: int | None
+    state_bytes_per_parameter: float | None
     """Bytes of the states, including the remainders of master weights; None for the copy."""
     gigabytes_per_second: float
     """Bytes moved divided by the median time."""
@@ -72,7 +72,7 @@ def bench_table(report: dict[str, Any]) -> str:
 
 def _note_on_modes(dtype: str) -> str:
     if dtype == "float32":
-        return "torch has no AdamW with bfloat16 states of float32 parameters."
+        return "torch has no AdamW with bfloat16 or 8-bit states of float32 parameters."
     return "Adai keeps master weights, except in the case without (no master: master_weights=False)."
 
 
@@ -89,7 +89,7 @@ def _row_line(row: dict[str, Any]) -> str:
         f"{row['milliseconds']:.2f}",
         f"{spread:.0%}",
         *(
-            "-" if row[name] is None else str(row[name])
+            "-" if row[name] is None else f"{row[name]:g}"
             for name in ("bytes_per_parameter", "state_bytes_per_parameter")
         ),
         f"{row['gigabytes_per_second']:.1f}",

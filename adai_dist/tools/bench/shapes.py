@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 Shape = tuple[int, ...]
 
-TENSOR_ELEMENTS = 2**20
+MATRIX = (2**10, 2**10)
 
 
 def shapes_of_numel(numel: int) -> list[Shape]:
-    """Return ``numel`` parameters in tensors of 2^20 elements, the last of which may be smaller."""
-    num_full, remainder = divmod(numel, TENSOR_ELEMENTS)
-    return [(TENSOR_ELEMENTS,)] * num_full + [(remainder,)] * (remainder > 0)
+    """Return ``numel`` parameters in matrices of 2^20 elements, and a vector of the rest."""
+    num_full, remainder = divmod(numel, math.prod(MATRIX))
+    return [MATRIX] * num_full + [(remainder,)] * (remainder > 0)
 
 
 def gpt2_124m() -> list[Shape]:

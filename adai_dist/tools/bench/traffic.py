@@ -19,7 +19,7 @@ class Traffic:
     num_gradients: int
     """Gradients, in the dtype of the parameters."""
     num_states: int
-    """States other than the remainder, in the dtype of the optimizer's states."""
+    """States other than the remainder."""
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(
@@ -28,8 +28,12 @@ class Traffic:
             self.num_states + other.num_states,
         )
 
-    def bytes_per_parameter(self, param_bytes: int, gradient_bytes: int, state_bytes: int) -> int:
-        """Return the bytes moved per parameter, given the bytes of one element of each kind of tensor."""
+    def bytes_per_parameter(self, param_bytes: int, gradient_bytes: int, state_bytes: float) -> float:
+        """Return the bytes moved per parameter, given the bytes of one element of each kind of tensor.
+
+        Args:
+            state_bytes: of one state, the mean if they differ.
+        """
         return self.num_params * param_bytes + self.num_gradients * gradient_bytes + self.num_states * state_bytes
 
 
