@@ -16,8 +16,7 @@ from torch.torch_version import TorchVersion
 from tests.operators import (
     COPY,
     CompilationError,
-    compile_for_deepspeed,
-    compile_kernels,
+    compile_operators,
     copy_operators,
     remove_locks,
 )
@@ -214,10 +213,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if not session.items or session.config.option.collectonly:
         return
     try:
-        compile_kernels()
         items = [item for item in session.items if item.get_closest_marker("skip") is None]
-        if marks := [mark for item in items for mark in item.iter_markers("deepspeed")]:
-            compile_for_deepspeed({"ShareMemComm", *(name for mark in marks for name in mark.args)})
+        marks = [mark for item in items for mark in item.iter_markers("deepspeed")]
+        compile_operators({"ShareMemComm", *(name for mark in marks for name in mark.args)} if marks else set())
         copy_operators()
     except CompilationError as error:
         pytest.exit(str(error), returncode=1)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -52,10 +53,29 @@ COMPILED = _ROOT / "compiled"
 COPY = _ROOT / os.environ.get("PYTEST_XDIST_WORKER", "main")  # the copy that the tests of this process load
 
 
-def compile_kernels() -> None:
-    """Compile the kernels for the CPU; without a compiler, the tests that need them report it."""
+def compile_operators(names: set[str]) -> None:
+    """Compile the kernels for the CPU, and operators of DeepSpeed, such as "CPUAdam", at the same time.
+
+    Operators whose libraries this machine lacks are left out. Without a compiler, the tests that need the kernels
+    report it. The workers of one run of pytest-xdist have the same tests, so that only the first of them compiles.
+
+    Raises:
+        CompilationError: an operator of DeepSpeed does not compile, or takes too long.
+    """
+    of_deepspeed = sorted(names) if find_spec("deepspeed") is not None else []
+    commands = [[sys.executable, "-m", "adai_dist", "build", "--device", "cpu"]]
+    commands += [[sys.executable, "-c", _BUILD, name] for name in of_deepspeed]
+    this_run = f"{os.environ.get('PYTEST_XDIST_TESTRUNUID')} {of_deepspeed}"
     with _turn() as turn:
-        _run([sys.executable, "-m", "adai_dist", "build", "--device", "cpu"], turn)
+        compiled_by = COMPILED / "compiled_by"
+        if "PYTEST_XDIST_TESTRUNUID" in os.environ and compiled_by.exists() and compiled_by.read_text() == this_run:
+            return
+        with ThreadPoolExecutor(len(commands)) as pool:
+            _, *finished = pool.map(lambda command: _run(command, turn), commands)
+        for name, done in zip(of_deepspeed, finished, strict=True):
+            if done.returncode != 0:
+                raise CompilationError(f"DeepSpeed's {name} cannot be compiled:\n{done.stdout}\n{done.stderr}")
+        compiled_by.write_text(this_run)
 
 
 def copy_operators() -> None:
@@ -69,21 +89,6 @@ def remove_locks(folder: Path = COPY) -> None:
     """Remove leftover locks of loaders from a folder that no running process uses."""
     for left_behind in folder.glob("*/lock"):
         left_behind.unlink()
-
-
-def compile_for_deepspeed(names: set[str]) -> None:
-    """Compile operators of DeepSpeed, such as "CPUAdam", except those whose libraries this machine lacks.
-
-    Raises:
-        CompilationError: an operator does not compile, or takes too long.
-    """
-    if find_spec("deepspeed") is None:
-        return
-    with _turn() as turn:
-        for name in sorted(names):
-            finished = _run([sys.executable, "-c", _BUILD, name], turn)
-            if finished.returncode != 0:
-                raise CompilationError(f"DeepSpeed's {name} cannot be compiled:\n{finished.stdout}\n{finished.stderr}")
 
 
 @contextmanager
@@ -109,7 +114,9 @@ def _has_lock(file: TextIO) -> bool:
 
 
 def _run(command: list[str], turn: int) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(COMPILED), "DS_ACCELERATOR": "cpu"}
+    # Several commands compile at the same time, and a compiler that includes torch's headers needs up to 1 GB.
+    one_job_per_core = {"MAX_JOBS": str(os.cpu_count() or 1)}
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(COMPILED), "DS_ACCELERATOR": "cpu", **one_job_per_core}
     try:
         return subprocess.run(
             command,

@@ -17,6 +17,7 @@ import datetime
 import faulthandler
 import functools
 import gc
+import inspect
 import multiprocessing
 import os
 import pickle
@@ -61,12 +62,14 @@ _ENGINES = (
     *_TORCH,
     "accelerate",
     "transformers.models.llama.modeling_llama",
+    "transformers.trainer",
     "adai_dist.recipes.sweep",
     "deepspeed",
     "tests.integrations.deepspeed_engines",
 )
 _ENVIRONMENT = dict(os.environ)  # before any test changes it
-_USE_ENGINES = ("tests.integrations", "tests.configs", "tests.test_recipe", "tests.faults.test_checkpoints")
+_TESTS = Path(__file__).parent
+_USE_ENGINES = ("integrations/", "configs/", "test_recipe", "faults/test_checkpoints")  # paths below this folder
 
 
 def run_ranks(function: Callable[..., T], world_size: int, *args: Any, timeout: float = TIMEOUT_SECONDS) -> list[T]:
@@ -76,7 +79,7 @@ def run_ranks(function: Callable[..., T], world_size: int, *args: Any, timeout: 
         AssertionError: a rank raised, died or timed out; the message contains the output of every rank.
     """
     __tracebackhide__ = True
-    preloaded = _ENGINES if function.__module__.startswith(_USE_ENGINES) else _TORCH
+    preloaded = _ENGINES if _uses_engines(function) else _TORCH
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder_name:
         folder = Path(folder_name)
         processes: list[ForkServerProcess] = []
@@ -101,6 +104,12 @@ def run_ranks(function: Callable[..., T], world_size: int, *args: Any, timeout: 
         if failed:
             raise AssertionError(_report(function, failed, world_size, outcomes, folder))
     return [outcomes[rank][1] for rank in range(world_size)]
+
+
+def _uses_engines(function: Callable[..., Any]) -> bool:
+    """Decide by the file of a function: pytest names the module of a test without its folder."""
+    path = Path(inspect.getfile(function))
+    return path.is_relative_to(_TESTS) and path.relative_to(_TESTS).as_posix().startswith(_USE_ENGINES)
 
 
 def _end(processes: list[ForkServerProcess]) -> None:
