@@ -47,13 +47,20 @@ class Mode(NamedTuple):
 
 MODES = (
     Mode("bfloat16 states", torch.float32, {"state_dtype": "bfloat16"}),
+    Mode("mixed8 states", torch.float32, {"state_dtype": "mixed8"}),
     Mode("bfloat16 parameters, master weights", torch.bfloat16, {}),
     Mode("bfloat16 parameters, master weights, bfloat16 states", torch.bfloat16, {"state_dtype": "bfloat16"}),
+    Mode("bfloat16 parameters, master weights, mixed8 states", torch.bfloat16, {"state_dtype": "mixed8"}),
     Mode("bfloat16 parameters, rounded", torch.bfloat16, {"master_weights": False}),
     Mode(
         "bfloat16 parameters, rounded, bfloat16 states",
         torch.bfloat16,
         {"master_weights": False, "state_dtype": "bfloat16"},
+    ),
+    Mode(
+        "bfloat16 parameters, rounded, mixed8 states",
+        torch.bfloat16,
+        {"master_weights": False, "state_dtype": "mixed8"},
     ),
 )
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 # Resident memory as the operating system counts it, including allocations in C++. The same with a small model comes
-# first: it loads the kernels and starts the threads. A checkpoint with zeros as beta1_prod retires it after the next step,
-# and the step after that one gives up the last reference to it.
+# first: it loads the kernels and starts the threads. A checkpoint with zeros as beta1_prod retires it after the next
+# step, and the step after that one gives up the last reference to it.
 PROGRAM = """
 import ctypes, gc, json, re, sys
 from pathlib import Path

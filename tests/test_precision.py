@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from adai_dist import Adai, AdaiV2, AdaiW, storage
+from adai_dist import Adai, AdaiV2, AdaiW, share_mean, storage
 from adai_dist.precision import Precision
 from adai_dist.rounding import join
 
@@ -231,6 +231,19 @@ def test_the_seed_decides_about_rounded_bits_and_about_nothing_else(dtype: torch
     assert_same_bits(runs[0], runs[1])
     differs = any(not torch.equal(x, y) for x, y in zip(runs[0], runs[2], strict=True))
     assert differs == (mode != "float32" and (mode != "rounded" or dtype == torch.bfloat16))
+
+
+def test_optimizers_of_one_model_have_different_random_bits() -> None:
+    params = [Parameter(torch.ones(2000)) for _ in range(2)]
+    optimizers = [AdaiV2([param], lr=0.1, state_dtype="bfloat16") for param in params]
+    share_mean(optimizers)
+    for param in params:
+        param.grad = torch.linspace(0.1, 1.0, 2000)
+    for optimizer in optimizers:
+        optimizer.step()
+    one, other = (optimizer.state[param]["exp_avg"] for optimizer, param in zip(optimizers, params, strict=True))
+    assert not torch.equal(one, other)
+    torch.testing.assert_close(one, other, rtol=2.0**-7, atol=0.0)
 
 
 # -- retirement --------------------------------------------------------------------------------------------------------

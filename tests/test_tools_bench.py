@@ -220,10 +220,10 @@ def test_a_case_with_16_bit_parameters_writes_what_its_name_says(
 
 def test_no_case_writes_to_the_moments_of_another() -> None:
     model = small_model()
-    ours, (kernels, low) = adai_cases(model)
+    ours, optimizers = adai_cases(model)
     cases = {case.name: case for case in ours}
     moments = [
-        state[name] for each in (kernels, low) for state in each.state.values() for name in ("exp_avg", "exp_avg_sq")
+        state[name] for each in optimizers for state in each.state.values() for name in ("exp_avg", "exp_avg_sq")
     ]
     before = [moment._version for moment in moments]
     run(cases["Adai by equations, clipped"])
@@ -232,12 +232,13 @@ def test_no_case_writes_to_the_moments_of_another() -> None:
 
 def test_only_clipped_steps_clip() -> None:
     model = small_model()
-    ours, (optimizer, low) = adai_cases(model)
+    ours, (optimizer, low, mixed) = adai_cases(model)
     cases = {case.name: case for case in ours}
     bounds: dict[str, float | None] = {}
     for case in cases.values():
         case.prepare()
-        bounds[case.name] = (low if "bfloat16" in case.name else optimizer).max_grad_norm
+        of_case = low if "bfloat16" in case.name else mixed if "mixed8" in case.name else optimizer
+        bounds[case.name] = of_case.max_grad_norm
     del bounds["Adai by equations, clipped"]
     assert bounds == {name: None if name == "Adai" else model.max_norm for name in bounds}
     assert float(torch.stack([param.grad.norm() for param in model.params if param.grad is not None]).norm()) > 0

@@ -75,8 +75,9 @@ class AdaptiveInertia(StatefulOptimizer, StepReport):
             mesh only is skipped with a warning, and this becomes True.
         independent: other optimizers of the process train other models, as in a GAN; disables the warning about
             optimizers that do not share a mean.
-        state_dtype: "float32" (12 bytes of state per parameter, 8 once beta1_prod has retired) or "bfloat16" (6 and 4),
-            rounded stochastically.
+        state_dtype: "float32" (12 bytes of state per parameter, 8 once beta1_prod has retired); "bfloat16" (6 and 4) or
+            "mixed8" (4.06 and 3.06 for matrices whose rows are multiples of 32, the others as bfloat16), both rounded
+            stochastically. mixed8 requires eps >= 0.00069, and FSDP1 and DeepSpeed do not support it.
         master_weights: keep the float32 values of bfloat16 and float16 parameters, as remainders of 2 bytes per
             parameter: "auto" and True do, and True warns if no parameter is in 16 bits; False rounds parameters
             stochastically, and warns.

@@ -85,8 +85,8 @@ class ShardingPlan:
     starts: dict[Tensor, int] = field(default_factory=dict[Tensor, int])
     """Global index of the first element of local tensors that do not show it; their elements are consecutive."""
     ordinals: dict[Tensor, int] = field(default_factory=dict[Tensor, int])
-    """Index of each parameter among those of all calls, for an engine that steps them in several calls, from which
-    their random bits are derived; empty for the order of the parameter groups."""
+    """Numbers from which the random bits of parameters are derived, in place of their index in the parameter groups,
+    where that differs between copies or recurs (stages that share a parameter, optimizers of one model)."""
 
     def fits(self, params: list[Tensor]) -> bool:
         """Return whether the plan was made for exactly these parameters; engines replace them after construction."""

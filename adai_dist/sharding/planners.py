@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -75,11 +76,13 @@ class ModelPlanner(_KeptByCopies):
     num_replicas: NumReplicas
 
     def plan(self, params: tuple[Tensor, ...]) -> ShardingPlan:
+        ordinals = {param: _ordinal_of_copies(param) for param in params if self._num_stages_with(param) > 1}
         if self.model is None:
-            return plan_by_placements(params, placements_of_tensor, self.stages, self._num_stages_with)
+            plan = plan_by_placements(params, placements_of_tensor, self.stages, self._num_stages_with)
+            return replace(plan, ordinals=ordinals)
         fsdp1 = FSDP1Parameters.of(self.model)
         plan = plan_by_placements(params, fsdp1.placements_of, self.stages, self._num_stages_with)
-        return replace(plan, starts=fsdp1.starts)
+        return replace(plan, starts=fsdp1.starts, ordinals=ordinals)
 
     def _num_stages_with(self, param: Tensor) -> int:
         if self.stages is None or self.num_replicas is None:
@@ -100,7 +103,9 @@ class JointPlanner:
         return len(params) == len(self.all_params) and all(map(operator.is_, params, self.all_params))
 
     def plan(self, params: tuple[Tensor, ...]) -> ShardingPlan:
-        return replace(plan_sharding(self.all_params, self.planner), params=params)
+        plan = plan_sharding(self.all_params, self.planner)
+        ordinals = {param: ordinal for ordinal, param in enumerate(self.all_params)} | plan.ordinals
+        return replace(plan, params=params, ordinals=ordinals)
 
 
 def make_planner(
@@ -134,6 +139,11 @@ def make_planner(
         process_group = dist.group.WORLD if process_group is None else process_group
         return ProcessGroupPlanner(_member_of("process_group", process_group), num_replicas)
     return ModelPlanner(model, None if stages is None else _member_of("stages", stages), num_replicas)
+
+
+def _ordinal_of_copies(param: Tensor) -> int:
+    """Return a number that all stages derive for a parameter that they share, whatever its index on each of them."""
+    return zlib.crc32(repr(tuple(param.shape)).encode())
 
 
 def _member_of(name: str, process_group: object) -> ProcessGroup:

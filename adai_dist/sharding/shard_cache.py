@@ -50,7 +50,7 @@ class ShardCache:
             self._plan = plan_sharding(params, planner)
             self._planner = planner
             self._checksum_terms = checksum_terms(params, self._plan)
-            ordinals = self._plan.ordinals or {param: ordinal for ordinal, param in enumerate(params)}
+            ordinals = {param: ordinal for ordinal, param in enumerate(params)} | self._plan.ordinals
             self._roundings = {
                 param: ShardRounding(key_of(self.precision.seed, ordinals[param]), origin_of(param, self._plan.starts))
                 for param in params

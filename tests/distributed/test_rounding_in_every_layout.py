@@ -169,6 +169,24 @@ def test_every_layout_has_the_bits_of_one_device(name: str, on_one_device: dict[
             assert_same_bits(of_rank[mode], expected)
 
 
+def step_tied_stages(mode: str) -> list[Tensor]:
+    """Return a parameter that the first and the last stage share, at different places in their optimizers."""
+    own, tied = (nn.Parameter(random_tensor(name, -1).to(MODES[mode][0])) for name in ("first", "wide"))
+    params = [own, tied] if dist.get_rank() == 0 else [tied]
+    optimizer = AdaiV2(params, lr=0.3, max_grad_norm=20.0, **MODES[mode][1])
+    optimizer.configure_sharding(stages=dist.group.WORLD, num_replicas=lambda param: 2 if param is tied else None)
+    for t in range(NUM_STEPS):
+        own.grad, tied.grad = gradient_of("first", t, own), gradient_of("wide", t, tied)
+        optimizer.step()
+    return [tied.detach(), *(value for name, value in optimizer.state[tied].items() if name != "step")]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stages_round_a_parameter_that_they_share_alike(mode: str) -> None:
+    one, other = run_ranks(step_tied_stages, 2, mode)
+    assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
 def wrongly_indexed(world_size: int) -> list[str]:
     """Return the parameters whose elements have other global indices than their values are."""
     wrong: list[str] = []

@@ -61,7 +61,7 @@ def attacks(engine: str) -> list[Attack]:
     return made
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2, bfloat16 states"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2, bfloat16 states", "fsdp2, mixed8 states"])
 def test_a_run_killed_ten_times_ends_with_the_bits_of_the_uninterrupted_one(
     starter: Starter, recipe: Path, engine: str
 ) -> None:
@@ -83,8 +83,8 @@ def test_a_run_killed_ten_times_ends_with_the_bits_of_the_uninterrupted_one(
 
 def arguments(recipe: Path, engine: str, name: str) -> tuple[str | Path, ...]:
     overrides = [f"engine={engine.split(',')[0]}", f"run.name={name}"]
-    if engine.endswith("bfloat16 states"):
-        overrides.append("optimizers.adaiv2.state_dtype=bfloat16")
+    if engine.endswith(" states"):
+        overrides.append(f"optimizers.adaiv2.state_dtype={engine.split()[1]}")
     return ("train", "--config", recipe, "--resume", *overrides)
 
 
