@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 Shape = tuple[int, ...]
 
-MATRIX = (2**10, 2**10)
+MATRIX: Shape = (2**10, 2**10)
 
 
 def shapes_of_numel(numel: int) -> list[Shape]:
