@@ -1,4 +1,4 @@
-"""States in 8 bits: second moments in blocks, and products of inertias; the specification in PyTorch.
+"""States in 8 bits: second moments in records, and products of inertias; the specification in PyTorch.
 
 ``csrc/adai_eight_bits.h`` is the same in C++, with the same bits.
 
@@ -58,8 +58,7 @@ def encoded_moment(v: Tensor, bits: Tensor | int) -> Tensor:
 
 
 def decoded_moment(records: Tensor) -> Tensor:
-    """Return the second moments of records, float32, shape (number of records,
-    :data:`RECORD_ELEMENTS`).
+    """Return the second moments of records, float32, shape (number of records, :data:`RECORD_ELEMENTS`).
 
     Args:
         records: uint8, contiguous, with a last dimension of :data:`RECORD_BYTES`, or flattened.

@@ -55,7 +55,7 @@ def wide_params(shards: LocalTensors) -> Tensors:
 
 
 def moment_of(stored: Tensor, shape: torch.Size) -> Tensor:
-    """Return a second moment as float32, of its parameter's local shape, or itself in float64."""
+    """Return a second moment as float32, or itself in float64; one in 8 bits has ``shape``."""
     if stored.dtype == torch.uint8:
         return eight_bits.decoded_moment(stored).view(shape)
     return stored.to(equations.compute_dtype(stored.dtype))

@@ -205,3 +205,13 @@ def test_records_of_another_size_are_refused() -> None:
     optimizer.state[param]["exp_avg_sq"] = torch.zeros(4, 32)
     with pytest.raises(TypeError, match=r"exp_avg_sq must be torch\.uint8.*got torch\.float32"):
         optimizer.step()
+
+
+def test_a_record_that_is_not_finite_skips_steps_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    param, optimizer = stepped()
+    before = param.detach().clone()
+    optimizer.state[param]["exp_avg_sq"][2, 0, -2:] = torch.tensor([0xC0, 0x7F], dtype=torch.uint8)  # a scale of NaN
+    optimizer.step()
+    assert optimizer.num_skipped_steps == 1
+    assert torch.equal(param, before)
+    assert "exp_avg_sq of parameter 0" in caplog.text

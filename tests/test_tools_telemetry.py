@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,24 @@ def test_a_smaller_eps_lengthens_the_scale() -> None:
     assert histogram is not None
     assert len(histogram["w"]) == 100
     assert histogram["w"][-1] == 0.5, "zero gradients have the longest horizon, 1 / eps"
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "mixed8"])
+def test_rounded_states_have_almost_the_histogram_of_those_in_float32(state_dtype: Any) -> None:
+    """Cumulative shares, as elements at the edge of a bin may move by one."""
+    cumulative: list[np.ndarray] = []
+    for dtype in ("float32", state_dtype):
+        param = nn.Parameter(torch.zeros(64, 96))
+        optimizer = Adai([param], lr=0.1, state_dtype=dtype, independent=True)
+        random = torch.Generator().manual_seed(0)
+        for _ in range(5):
+            param.grad = torch.randn(64, 96, generator=random) * torch.logspace(-2, 1, 96)
+            optimizer.step()
+        histogram = inertia_histogram(optimizer, [("w", param)])
+        assert histogram is not None
+        cumulative.append(np.cumsum(histogram["w"]))
+    assert np.abs(cumulative[0] - cumulative[1]).max() < 0.02
+    assert 0.1 < cumulative[0][20] < 0.9, "horizons are spread over the scale"
 
 
 def test_there_is_no_histogram_before_a_step_or_for_another_optimizer() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adai_dist.sharding.local_tensor import local_tensor
 from adai_dist.sharding.param_shard import STATE_NAMES
+from adai_dist.storage import moment_of
 
 
 @torch.no_grad()
@@ -25,18 +26,23 @@ def describe_nonfinite(param_groups: list[dict[str, Any]], states: Mapping[Tenso
         kinds["grad"].append((name, param.grad))
         kinds["value"].append((name, param))
         for state_name in STATE_NAMES:
-            value = states.get(param, {}).get(state_name)
-            if isinstance(value, Tensor) and value.dtype == torch.uint8:
-                continue
-            kinds[state_name].append((name, value))
+            kinds[state_name].append((name, states.get(param, {}).get(state_name)))
     found: list[str] = []
     for kind, named in kinds.items():
-        tensors = [(name, local_tensor(value.detach())) for name, value in named if isinstance(value, Tensor)]
+        tensors = [(name, _numbers(kind, value)) for name, value in named if isinstance(value, Tensor)]
         bad = _not_finite((name, tensor) for name, tensor in tensors if tensor.numel() and not tensor.is_meta)
         if bad:
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
             found.append(f"{kind} of {bad[0]}{more}")
     return ", ".join(found)
+
+
+def _numbers(kind: str, tensor: Tensor) -> Tensor:
+    """Return the local elements of a tensor as floating-point numbers; none of a product in 8 bits, always finite."""
+    local = local_tensor(tensor.detach())
+    if local.dtype != torch.uint8:
+        return local
+    return moment_of(local, torch.Size([-1])) if kind == "exp_avg_sq" else local.new_empty(0)
 
 
 def _names(param_groups: list[dict[str, Any]]) -> dict[Tensor, str]:

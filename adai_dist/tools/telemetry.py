@@ -20,6 +20,7 @@ from adai_dist.equations import StepScalars
 from adai_dist.hyper import Hyper
 from adai_dist.optimizer import AdaptiveInertia
 from adai_dist.sharding.local_tensor import is_distributed, local_tensor
+from adai_dist.storage import moment_of
 
 BINS_PER_DECADE = 20
 
@@ -116,7 +117,7 @@ def _inertia(moment: MomentOfLayer, mean: float) -> Tensor | None:
     """Return beta1 of the elements in the last step; None without elements or before the first counted step."""
     if moment.exp_avg_sq is None or moment.step is None or float(moment.step) == 0 or mean == 0:
         return None
-    v = local_tensor(moment.exp_avg_sq)
+    v = moment_of(local_tensor(moment.exp_avg_sq), torch.Size([-1]))
     if v.numel() == 0:
         return None
     one, true = torch.ones((), dtype=v.dtype, device=v.device), torch.ones((), dtype=torch.bool, device=v.device)
