@@ -138,6 +138,17 @@ class Failed(str):
     """Traceback in place of a result."""
 
 
+def weights_only(setup: Setup, folder: Path) -> tuple[Snapshot, Snapshot]:
+    """Return a run after one step, and after it has loaded only the weights of a universal checkpoint."""
+    run = Run(other_start(universal(setup)))
+    run.take_steps(range(1))
+    before = run.snapshot()
+    run.load(folder, load_optimizer_states=False)
+    loaded = run.snapshot()
+    run.end()
+    return before, loaded
+
+
 def attempt_all(function: Callable[..., T], cases: Mapping[str, tuple[Any, ...]]) -> dict[str, T | Failed]:
     """Run all cases in order in the same processes."""
     import deepspeed  # noqa: F401

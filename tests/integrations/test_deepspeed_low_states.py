@@ -39,6 +39,7 @@ from tests.integrations.deepspeed_resume import (
     resumed,
     saved,
     universal,
+    weights_only,
 )
 from tests.integrations.deepspeed_setups import (
     BF16,
@@ -432,21 +433,10 @@ def test_universal_checkpoints_load_into_other_stages_ranks_and_modes(
             assert any("state_dtype=" in line for line in result.logged) == (rank == 0 and is_other_mode)
 
 
-def weights_alone(setup: Setup, folder: Path) -> tuple[Snapshot, Snapshot]:
-    """Return a run after one step, and after it has loaded only the weights of a universal checkpoint."""
-    run = Run(other_start(universal(setup)))
-    run.take_steps(range(1))
-    before = run.snapshot()
-    run.load(folder, load_optimizer_states=False)
-    loaded = run.snapshot()
-    run.end()
-    return before, loaded
-
-
 @pytest.mark.usefixtures("converted")
-def test_loading_the_weights_alone_keeps_the_states(folder: Path, outcomes: list[dict[str, Any]]) -> None:
+def test_loading_the_weights_only_keeps_the_states(folder: Path, outcomes: list[dict[str, Any]]) -> None:
     cases = {name: (SETUPS[name], folder / name) for name in ("stage-1", "bf16-optimizer")}
-    ranks = run_ranks(attempt_all, WORLD_SIZE, weights_alone, cases)
+    ranks = run_ranks(attempt_all, WORLD_SIZE, weights_only, cases)
     for name in cases:
         half = of_all_ranks(outcomes, name)[0].half
         for before, loaded in of_all_ranks(ranks, name):

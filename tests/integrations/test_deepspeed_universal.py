@@ -31,6 +31,7 @@ from tests.integrations.deepspeed_resume import (
     saved,
     uninterrupted,
     universal,
+    weights_only,
 )
 from tests.integrations.deepspeed_setups import (
     BF16,
@@ -252,17 +253,6 @@ def test_the_output_of_the_plain_converter_is_refused_with_a_remedy(
         assert "must hold beta1_prod.pt" in message
         assert "adai-dist to-universal" in message
         assert is_unchanged
-
-
-def weights_only(setup: Setup, folder: Path) -> tuple[Snapshot, Snapshot]:
-    """Return a run after one step, and after it has loaded only the weights."""
-    run = Run(other_start(universal(setup)))
-    run.take_steps(range(1))
-    before = run.snapshot()
-    run.load(folder, load_optimizer_states=False)
-    loaded = run.snapshot()
-    run.end()
-    return before, loaded
 
 
 @pytest.fixture(scope="module")
