@@ -354,6 +354,23 @@ def test_a_distributed_checkpoint_is_loaded_into_another_mode(theirs: str, ours:
         assert further[f"{name}.param"].isfinite().all()
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [("mixed8", "master weights"), ("master weights", "mixed8")])
+def test_a_distributed_checkpoint_is_loaded_with_more_or_fewer_bits(theirs: str, ours: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (saved, *_) = run_ranks(save, 2, folder, theirs, "FSDP2 on 2")
+        (of_rank, *_) = run_ranks(load, 4, folder, ours, "FSDP2 on 4")
+    loaded, further = of_rank
+    assert loaded.keys() == saved.keys()
+    for name, before in saved.items():
+        # Products in 8 bits are on a grid of 1/48; the fourth root of a second moment on one of 1/255 of the largest.
+        tolerance = 1 / 96 if name.endswith("beta1_prod") else 2 / 255 * float(before.abs().max())
+        is_coded = name.split(".")[1] in ("exp_avg_sq", "beta1_prod")
+        torch.testing.assert_close(
+            loaded[name].float(), before.float(), rtol=2.0**-8 if is_coded else 0.0, atol=tolerance if is_coded else 0.0
+        )
+        assert further[name].isfinite().all()
+
+
 def saved_without_masters(saved: Bits) -> Bits:
     return {name: value for name, value in saved.items() if "master" not in name}
 

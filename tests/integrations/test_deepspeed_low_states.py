@@ -35,7 +35,6 @@ from tests.integrations.deepspeed_resume import (
     attempt_all,
     of_all_ranks,
     on_first_rank,
-    other_start,
     resumed,
     saved,
     universal,
