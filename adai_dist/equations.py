@@ -40,7 +40,7 @@ Differences from the authors' code:
    changes no state and does not count (in the authors' code, every parameter becomes NaN). The same holds for a step
    with zero gradients and zero learning rate before the first step that counts: checkpoint libraries take one to
    initialise the states, and under coupled decay it would otherwise change them.
-2. Arithmetic is at least float32, and states are unless requested otherwise; in 16 bits, parameters and states are
+2. Arithmetic is at least float32, and states are unless requested otherwise; in fewer bits, parameters and states are
    rounded stochastically or keep a remainder, and ``1 - P`` is stored instead of P, which rounds to 1
    (:mod:`adai_dist.storage`).
 3. The gradient is never modified. The authors' code adds the coupled decay to it in place.
@@ -72,15 +72,16 @@ class LocalTensors(NamedTuple):
     """Local tensors stepped with the same hyperparameters: one entry of equal shapes per shard, in real dtypes.
 
     All parameters have one floating-point dtype, as have all gradients. In the functions of this file, parameters and
-    states have the compute dtype (:func:`compute_dtype`); :mod:`adai_dist.storage` converts those stored in 16 bits.
+    states have the compute dtype (:func:`compute_dtype`); :mod:`adai_dist.storage` converts those in fewer bits.
     """
 
     param: Tensors
     grad: Tensors
     exp_avg: Tensors
     exp_avg_sq: Tensors
+    """In 8 bits, records instead of one entry per element (:mod:`adai_dist.eight_bits`)."""
     beta1_prod: Tensors
-    """Empty once all products are retired, that is, so small that ``1 - P`` is 1. In bfloat16, ``1 - P``."""
+    """Empty once all products are retired, that is, so small that ``1 - P`` is 1. In bfloat16 and 8 bits, ``1 - P``."""
     remainder: Tensors = []  # noqa: RUF012 a NamedTuple copies no default, and nothing writes to lists of tensors
     """The remainders of master weights, int16 (:func:`adai_dist.rounding.split`); empty without."""
 
@@ -98,7 +99,7 @@ class StepScalars(NamedTuple):
     inverse_means: Tensor
     """``1 / (1 - beta2^t) / vbar`` of each shard, shape (number of shards,); 0 if the step is not live."""
     rounding: Rounding | None = None
-    """Required by bfloat16 states, and by 16-bit parameters without master weights."""
+    """Required by states in fewer bits than float32, and by 16-bit parameters without master weights."""
 
     def of_shards(self, shards: list[int]) -> StepScalars:
         """Return the scalars for some of the shards, which may repeat."""

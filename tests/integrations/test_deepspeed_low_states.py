@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -467,12 +466,23 @@ def test_master_weights_without_effect_are_warned_about() -> None:
     assert all(len(main[f"{name} True"]) == 1 for name in ("stage-0", "stage-0-bf16", "stage-2-bf16"))
 
 
-def test_other_dtypes_are_refused() -> None:
-    from adai_dist.integrations.deepspeed.unsupported_settings import UnsupportedSetting, check_state_dtype
+def refusals_of_8_bits() -> dict[str, str]:
+    from adai_dist.integrations.deepspeed.unsupported_settings import UnsupportedSetting
 
-    optimizer: Any = SimpleNamespace(precision=SimpleNamespace(state_dtype="mixed8"))
-    with pytest.raises(UnsupportedSetting, match=r"got state_dtype = 'mixed8', .*; use \"bfloat16\" or \"float32\""):
-        check_state_dtype(SimpleNamespace(), optimizer)
+    found: dict[str, str] = {}
+    for name in ("stage-0", "bf16-optimizer", "stage-1", "stage-2-bf16-offload", "stage-3"):
+        with pytest.raises(UnsupportedSetting) as error:
+            Run(replace(SETUPS[name], arguments={"state_dtype": "mixed8"}))
+        found[name] = str(error.value)
+    return found
+
+
+def test_states_in_8_bits_are_refused_on_all_ranks() -> None:
+    one, other = run_ranks(refusals_of_8_bits, WORLD_SIZE)
+    assert one == other
+    for message in one.values():
+        assert "got state_dtype = 'mixed8', which" in message
+        assert message.endswith('; use "bfloat16" or "float32"')
 
 
 def resumed_in_16_bits(folder: Path) -> list[dict[str, Tensor]]:

@@ -241,7 +241,7 @@ def check_state_dtype(engine: Any, optimizer: AdaptiveInertia) -> None:
     if state_dtype != "bfloat16":
         _refuse(
             f"state_dtype = {state_dtype!r}",
-            "needs whole parameters, while ZeRO passes flat partitions to the optimizer",
+            "stores records of 32 elements, which ZeRO's flat partitions cut",
             'use "bfloat16" or "float32"',
         )
     if _offloads_to_nvme(engine):
