@@ -100,7 +100,15 @@ FIELDS: dict[str, list[str]] = {
         *("grad_squared", "carried", "quadratic", "linear", "constant", "expected", "num_elements", "signals"),
     ],
     "sharding.plan.Assumptions": ["copied", "stages", "of_one_stage"],
-    "sharding.plan.ShardingPlan": ["params", "process_groups", "weights", "refusal", "assumptions", "starts"],
+    "sharding.plan.ShardingPlan": [
+        "params",
+        "process_groups",
+        "weights",
+        "refusal",
+        "assumptions",
+        "starts",
+        "ordinals",
+    ],
     "sharding.plan.GroupPlacement": ["process_group", "is_sharded"],
 }
 # Methods of MeanSource, which an engine may implement.
