@@ -44,8 +44,11 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def sharded_like(tensor: Tensor, local: Tensor) -> Tensor:
+def sharded_like(tensor: Tensor, local: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
     """Return ``local`` itself, or as the local tensor of a DTensor of the mesh and placements of ``tensor``.
+
+    Args:
+        shape: of the DTensor, in row-major order; by default shape and strides of ``tensor``.
 
     Collective: none.
     """
@@ -53,8 +56,9 @@ def sharded_like(tensor: Tensor, local: Tensor) -> Tensor:
         return local
     from torch.distributed.tensor import DTensor
 
+    whole = tensor if shape is None else torch.empty(shape, device="meta")
     mesh, placements = tensor.device_mesh, tensor.placements
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
 def aligned_gradient(param: Tensor) -> Tensor | None:

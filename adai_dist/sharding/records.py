@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adai_dist.eight_bits import RECORD_BYTES, RECORD_ELEMENTS
 from adai_dist.precision import Precision
-from adai_dist.sharding.local_tensor import is_dtensor, local_tensor
+from adai_dist.sharding.local_tensor import is_dtensor, local_tensor, sharded_like
 
 
 def records_shape(param: Tensor, precision: Precision) -> tuple[int, ...] | None:
@@ -64,15 +64,7 @@ def records_like(param: Tensor, shape: tuple[int, ...], local: Tensor) -> Tensor
     """
     first = len(shape) - 2
     local_shape = *local_tensor(param).shape[:first], shape[first] // _num_shards(param).get(first, 1), RECORD_BYTES
-    local = local.view(local_shape)
-    if not is_dtensor(param):
-        return local
-    from torch.distributed.tensor import DTensor
-
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        local, param.device_mesh, param.placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
+    return sharded_like(param, local.view(local_shape), shape)
 
 
 def check_records(records: Tensor, local_param: Tensor) -> None:

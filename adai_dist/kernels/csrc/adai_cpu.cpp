@@ -38,8 +38,8 @@ void* address(const at::Tensor& tensor, int64_t start) {
 
 // The address of the second moment of element `start`; in records, that of the record that begins with it.
 void* moment_address(const at::Tensor& exp_avg_sq, int64_t start) {
-  return dtype_of(exp_avg_sq) == Dtype::eight_bits ? static_cast<Record*>(exp_avg_sq.data_ptr()) + start / RECORD_ELEMENTS
-                                                   : address(exp_avg_sq, start);
+  if (dtype_of(exp_avg_sq) != Dtype::eight_bits) return address(exp_avg_sq, start);
+  return static_cast<Record*>(exp_avg_sq.data_ptr()) + start / RECORD_ELEMENTS;
 }
 
 // Calls `of_chunk(tensor, start, num_elements, chunk)` for every chunk of every tensor, on all threads.

@@ -503,7 +503,8 @@ struct MixedStates {
 
   template <class WORDS>
   BlockOf<WORDS> block(const Block& wide, WORDS words, float settled, const NextBlock& next, int64_t start) const {
-    return {wide, words, settled, next, reinterpret_cast<const uint16_t*>(m + start), v + start / RECORD_ELEMENTS, q + start};
+    const auto low_m = reinterpret_cast<const uint16_t*>(m + start);
+    return {wide, words, settled, next, low_m, v + start / RECORD_ELEMENTS, q + start};
   }
 
   void store(const Block& wide, int64_t start, int64_t n) const { pack(wide.m, m + start, n); }
